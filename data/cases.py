@@ -1,0 +1,272 @@
+"""The CSV of cases: read as text, and everything that is wrong with it reported at once."""
+
+import csv
+import io
+import os
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple, get_args
+
+from utils.config import nearest
+from utils.files import expand_path, read_text
+from utils.schema import Modality
+
+MODALITIES = get_args(Modality)
+# Kinds of problem that belong to one volume: such a case can be left out. The others (a patient in
+# train and val, a misspelt column) would make the run's results wrong or are quickly mended.
+SKIPPABLE = ("paths", "unreadable volumes", "geometry")
+SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
+
+
+class Problem(NamedTuple):
+    row: int  # line in the CSV, header = 1; 0 where the problem is not in one row
+    patient: str  # PatientID, or ""
+    what: str
+    kind: str = "CSV"
+
+
+class CasesError(ValueError):
+    """The cases cannot be used; `.problems` has all reasons, the message is their table."""
+
+    def __init__(self, problems: Sequence[Problem], heading: str = ""):
+        self.problems, self.heading = list(problems), heading
+        super().__init__(self.problems, heading)
+
+    def __str__(self) -> str:
+        heading = self.heading or f"{len(self.problems)} problem" + "s" * (len(self.problems) != 1)
+        return f"{heading}\n{format_problems(self.problems)}"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the CSV. labels: {column: text}, "" where missing, only the columns asked for."""
+
+    patient: str
+    path: str  # absolute
+    fold: str
+    row: int  # line in the CSV, header = 1
+    series_uid: str | None = None
+    modality: str | None = None
+    seg_path: str | None = None  # absolute
+    labels: dict[str, str] = field(default_factory=dict)
+
+
+def read_cases(
+    csv_path: str | Path,
+    folds: Mapping[str, Sequence[str]],
+    label_columns: Sequence[str] = (),
+    path_columns: Sequence[str] = ("path",),
+) -> tuple[list[Case], list[Problem]]:
+    """Read all rows, of whatever fold.
+
+    Args:
+        csv_path: columns PatientID, fold and one of `path_columns`; optional series_uid, modality
+            and seg_path. Relative paths start at the CSV's folder.
+        folds: {"train": fold values, "val": ..., "test": ...}.
+        label_columns: columns kept as `Case.labels`.
+        path_columns: names of the image column, the first that the CSV has is taken.
+    Returns:
+        the cases whose rows could be used; all problems, in the order of the rows.
+    """
+    try:
+        header, rows, problems = _read_rows(read_text(csv_path))
+    except ValueError as e:
+        return [], [Problem(0, "", f"{csv_path}: {e}")]
+    path_column = next((name for name in path_columns if name in header), path_columns[0])
+    problems += _check_header(header, ["PatientID", path_column, "fold", *label_columns])
+    folder, cases = Path(csv_path).resolve().parent, []
+    for line, cells in rows:
+        case, wrong = _read_case(line, cells, path_column, label_columns, folder)
+        problems += wrong
+        if case is not None:
+            cases.append(case)
+    if not rows and not problems:
+        problems.append(Problem(0, "", f"{csv_path}: has a header but no rows"))
+    elif "fold" in header and rows:
+        problems += _check_folds([cells["fold"] for _, cells in rows], folds)
+    problems += _check_patients(rows, folds) + _check_repeats(cases)
+    return cases, sorted(problems, key=lambda problem: problem.row)
+
+
+def _read_rows(text: str) -> tuple[list[str], list[tuple[int, dict[str, str]]], list[Problem]]:
+    """Header, [(line, {column: text})] and the rows that do not fit the header."""
+    first = text.lstrip().partition("\n")[0]
+    separator = max(SEPARATORS, key=first.count)
+    if first.count(separator) > first.count(","):
+        raise ValueError(f"is separated by {SEPARATORS[separator]}; save it with commas")
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    header, rows, problems, line = [], [], [], 1
+    try:
+        for fields in reader:
+            start, line = line, reader.line_num + 1
+            if not any(map(str.strip, fields)):  # Excel leaves such lines at the end
+                continue
+            if not header:
+                header = fields
+            elif len(fields) != len(header):
+                what = f"{len(fields)} fields, the header has {len(header)}"
+                hint = "; text with a comma needs double quotes" * (len(fields) > len(header))
+                problems.append(Problem(start, "", what + hint))
+            else:
+                rows.append((start, {c: f.strip() for c, f in zip(header, fields, strict=True)}))
+    except csv.Error as e:
+        problems.append(Problem(line, "", f"{e}; is a double quote missing in or after this row?"))
+    if not header:
+        raise ValueError("is empty")
+    return header, rows, problems
+
+
+def _check_header(header: list[str], required: Sequence[str]) -> list[Problem]:
+    """Missing and repeated columns, and optional ones that would silently go unused."""
+    wrong = [
+        _missing_column(name, header) for name in dict.fromkeys(required) if name not in header
+    ]
+    for column in dict.fromkeys(header):
+        if column and header.count(column) > 1:
+            wrong.append(f"{header.count(column)} columns {column!r}")
+        name = column.strip().lower().replace(" ", "_")
+        if name in ("series_uid", "modality", "seg_path") and column != name:
+            wrong.append(f"column {column!r}: write {name!r}")
+    return [Problem(1, "", what) for what in wrong]
+
+
+def _missing_column(name: str, header: list[str]) -> str:
+    near = nearest(name, header)
+    spaces = " (mind the spaces)" if near and near != near.strip() else ""
+    hint = f"nearest: {near!r}{spaces}" if near else f"the CSV has {', '.join(header)}"
+    return f"no column {name!r}; {hint}"
+
+
+def _read_case(
+    line: int, cells: dict[str, str], path_column: str, label_columns: Sequence[str], folder: Path
+) -> tuple[Case | None, list[Problem]]:
+    """One row as a case, or None where its volume cannot be used."""
+    patient, modality = cells.get("PatientID", ""), cells.get("modality", "").upper()
+    problems, paths = [], {}
+    for name in ("PatientID", "fold"):
+        if cells.get(name) == "":
+            problems.append(Problem(line, patient, f"empty {name}"))
+    if modality and modality not in MODALITIES:
+        near = nearest(modality, list(MODALITIES))
+        choices = f"nearest: {near}" if near else f"one of {', '.join(MODALITIES)}"
+        problems.append(Problem(line, patient, f"modality {modality!r} is unknown; {choices}"))
+    for name in (path_column, "seg_path"):
+        text = cells.get(name, "")
+        if not text and (name == "seg_path" or name not in cells):
+            continue
+        try:
+            paths[name] = os.path.join(folder, expand_path(text))
+            os.stat(paths[name])
+        except OSError as e:
+            what = f"{name} {paths[name]}: {e.strerror}"
+            problems.append(Problem(line, patient, what, "paths"))
+        except ValueError as e:
+            problems.append(Problem(line, patient, f"{name} {text!r}: {e}", "paths"))
+    if problems or not {"PatientID", "fold", path_column} <= cells.keys():
+        return None, problems
+    case = Case(
+        patient=patient,
+        path=paths[path_column],
+        fold=cells["fold"],
+        row=line,
+        series_uid=cells.get("series_uid") or None,
+        modality=modality or None,
+        seg_path=paths.get("seg_path"),
+        labels={name: cells.get(name, "") for name in label_columns},
+    )
+    return case, []
+
+
+def _check_folds(present: list[str], folds: Mapping[str, Sequence[str]]) -> list[Problem]:
+    """Folds of the config that no row has."""
+    present = sorted(set(present) - {""})
+    shown = ", ".join(present[:20]) + ", ..." * (len(present) > 20)
+    problems = []
+    for name, wanted in folds.items():
+        for fold in wanted:
+            if fold not in present:
+                near = nearest(fold, present)
+                hint = f"nearest: {near}; " if near else ""
+                what = f"{name}_folds: no row has fold {fold!r}; {hint}the CSV has {shown}"
+                problems.append(Problem(0, "", what, "folds"))
+    return problems
+
+
+def _check_patients(
+    rows: list[tuple[int, dict[str, str]]], folds: Mapping[str, Sequence[str]]
+) -> list[Problem]:
+    """Patients in two of train, val and test."""
+    part_of_fold = {fold: name for name, wanted in folds.items() for fold in wanted}
+    lines = defaultdict(dict)  # patient -> {part: line of its first row}
+    for line, cells in rows:
+        patient, part = cells.get("PatientID"), part_of_fold.get(cells.get("fold"))
+        if patient and part:
+            lines[patient].setdefault(part, line)
+    problems = []
+    for patient, parts in lines.items():
+        if len(parts) > 1:
+            where = " and ".join(f"{name} (line {line})" for name, line in parts.items())
+            problems.append(Problem(max(parts.values()), patient, f"is in {where}", "patients"))
+    return problems
+
+
+def _check_repeats(cases: list[Case]) -> list[Problem]:
+    """One volume in two rows. Symbolic links to it count; two series of one folder do not."""
+    first, problems = {}, []
+    for case in cases:
+        earlier = first.setdefault((os.path.realpath(case.path), case.series_uid), case)
+        if earlier is case:
+            continue
+        if earlier.patient != case.patient:
+            what = f"same path as patient {earlier.patient}, line {earlier.row}: {case.path}"
+        else:
+            what = f"same path as line {earlier.row}: {case.path}"
+        problems.append(Problem(case.row, case.patient, what, "repeated volumes"))
+    return problems
+
+
+def split_bad(
+    cases: Sequence[Case], problems: Sequence[Problem], max_bad: int
+) -> tuple[list[Case], list[Problem]]:
+    """Leave out the cases whose volume is bad, if they are at most `max_bad` rows.
+
+    Returns:
+        the good cases; the problems of the others, to be named in the log and the report.
+    Raises:
+        CasesError: with all problems, if one is not of a `SKIPPABLE` kind, the rows are too many,
+            or no case would be left.
+    """
+    bad_rows = {problem.row for problem in problems if problem.kind in SKIPPABLE}
+    good = [case for case in cases if case.row not in bad_rows]
+    if any(problem.kind not in SKIPPABLE for problem in problems):
+        raise CasesError(problems)
+    if len(bad_rows) > max_bad or not good:
+        heading = f"{len(bad_rows)} bad cases; data.max_bad_cases is {max_bad}"
+        raise CasesError(problems, heading)
+    return good, list(problems)
+
+
+def format_problems(problems: Sequence[Problem], max_rows: int | None = 50) -> str:
+    """A table of the problems, by kind; at most `max_rows` of each kind unless None."""
+    kinds = defaultdict(list)
+    for problem in problems:
+        kinds[problem.kind].append(problem)
+    tables = []
+    for kind, found in kinds.items():
+        shown = found[:max_rows]
+        rows = [[f"line {p.row}" if p.row else "", p.patient, p.what] for p in shown]
+        rows = [[_printable(text) for text in row] for row in rows]
+        widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+        table = [f"{kind} ({len(found)})"]
+        table += [f"  {a:<{widths[0]}}  {b:<{widths[1]}}  {c}" for a, b, c in rows]
+        if len(shown) < len(found):
+            table.append(f"  ... and {len(found) - len(shown)} more")
+        tables.append("\n".join(table))
+    return "\n".join(tables)
+
+
+def _printable(text: str) -> str:
+    """Line breaks and terminal codes as escapes: one problem stays on one line."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

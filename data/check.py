@@ -1,0 +1,200 @@
+"""Every volume of the CSV read once: what cannot be read, has an odd geometry, is there twice."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+from monai.transforms import Orientationd
+from tqdm import tqdm
+
+from data.cache import VolumeCache, fingerprint
+from data.cases import Case, Problem
+from data.readers import VolumeError
+from data.standard import CheckMaskd, ReadVolumed, spacing_of
+from utils.parallel import in_processes
+
+VERSION = 1  # of what is remembered: raise it when the readers refuse more than before
+SPACING_MM = (0.05, 20.0)  # outside, the header is in a wrong unit or the volume is a localizer
+MIN_VOXELS = 8  # along each axis
+Facts = dict  # {"shape": of the file, "spacing": mm, "series": hash of SeriesInstanceUID or None}
+
+
+def check_volumes(
+    cases: Sequence[Case],
+    cache: VolumeCache,
+    build: bool,
+    n_workers: int,
+    default_modality: str,
+    progress: bool = True,
+) -> list[Problem]:
+    """Read every volume and mask that has not been read before.
+
+    Args:
+        cases: of `read_cases`.
+        cache: where volumes that are in it already need not be read.
+        build: put all volumes into the cache. False: read them, and remember good ones in
+            <cache_dir>/checked.jsonl, by path, size and time of their files; it holds no names.
+        n_workers: processes; 0 reads in this one.
+        default_modality: data.modality of the config.
+    Returns:
+        unreadable volumes, wrong geometry, unknown modality, one series under two patients, in the
+        order of the rows.
+    """
+    problems = []
+    unknown = [case for case in cases if _lacks_modality(case, default_modality)]
+    if unknown:
+        what = (
+            f"{len(unknown)} of {len(cases)} volumes are NIfTI, which does not say the modality "
+            f"(first: line {unknown[0].row}); set data.modality or add a modality column to the CSV"
+        )
+        problems.append(Problem(0, "", what, "modality"))
+    # with an unknown modality nothing can be built and no run starts; the other problems still show
+    find = _build if build and not unknown else _read_new
+    facts = {}
+    for case, result in find(cases, cache, n_workers, default_modality, progress):
+        if isinstance(result, VolumeError):
+            what = str(result).removeprefix(f"patient {case.patient}: ")
+            problems.append(Problem(case.row, case.patient, what, "unreadable volumes"))
+        else:
+            facts[case.row] = result
+            what = _wrong_geometry(result)
+            if what:
+                what = f"{case.path}: {what}"
+                problems.append(Problem(case.row, case.patient, what, "geometry"))
+    problems += _shared_series(cases, facts)
+    return sorted(problems, key=lambda problem: problem.row)
+
+
+def _lacks_modality(case: Case, default_modality: str) -> bool:
+    nifti = case.path.lower().endswith((".nii", ".nii.gz"))
+    return nifti and default_modality == "auto" and case.modality is None
+
+
+def _build(
+    cases, cache, n_workers, default_modality, progress
+) -> Iterator[tuple[Case, Facts | VolumeError]]:
+    """All cases through the cache."""
+    failed = {}
+    cache.build_all(cases, n_workers, lambda case, e: failed.update({case.row: e}), progress)
+    for case in cases:
+        yield case, failed[case.row] if case.row in failed else _facts_of_entry(cache.get(case))
+
+
+def _read_new(
+    cases, cache, n_workers, default_modality, progress
+) -> Iterator[tuple[Case, Facts | VolumeError]]:
+    """All cases: remembered, in the cache, or else read."""
+    memory = cache.cache_dir / "checked.jsonl"
+    memory.parent.mkdir(parents=True, exist_ok=True)
+    known = _recall(memory)
+    with ThreadPoolExecutor(16) as threads:  # network disks answer many at a time
+        keys = dict(zip((c.row for c in cases), threads.map(_source_key, cases), strict=True))
+    todo = []
+    for case in cases:
+        key = keys[case.row]
+        if key in known:
+            yield case, known[key]
+        elif key is not None and cache.has(case):
+            yield case, _facts_of_entry(cache.get(case))
+        else:
+            todo.append(case)
+    jobs = in_processes(partial(_read, default_modality=default_modality), todo, n_workers)
+    bar = tqdm(jobs, "reading volumes", len(todo), unit="volume", disable=not progress or not todo)
+    with open(memory, "a", encoding="utf-8") as file:
+        for case, result in bar:
+            if not isinstance(result, VolumeError):
+                # one write, so that two checks at once do not mix their lines
+                file.write(json.dumps({"key": keys[case.row], **result}) + "\n")
+                file.flush()
+            yield case, result
+
+
+def _read(case: Case, default_modality: str) -> Facts | VolumeError:
+    """Read the volume and its mask as the cache would, and forget the voxels."""
+    fixed = None if default_modality == "auto" else default_modality
+    modality = case.modality or fixed or ("OT" if _lacks_modality(case, "auto") else None)
+    item = {"path": case.path, "series_uid": case.series_uid, "modality": modality}
+    if case.seg_path:
+        item["seg_path"] = case.seg_path
+    try:
+        item = ReadVolumed()(item)
+        voxels = item["image"].numpy()
+        if voxels.min() == voxels.max():
+            raise VolumeError(f"{case.path}: every voxel is {voxels.min():g}")
+        keys = ["image", "seg"] if case.seg_path else ["image"]
+        CheckMaskd()(Orientationd(keys, axcodes="RAS", labels=None)(item))
+        uid = item["series_uid"]
+        return {
+            "shape": list(item["original_shape"]),
+            "spacing": spacing_of(item["original_affine"]).tolist(),
+            "series": hashlib.sha256(uid.encode()).hexdigest()[:16] if uid else None,
+        }
+    except VolumeError as e:
+        return e
+    except Exception as e:  # a mistake of ours, not of the volume: say at least which one it was
+        raise RuntimeError(f"line {case.row} of the CSV: {type(e).__name__}: {e}") from e
+
+
+def _facts_of_entry(entry) -> Facts:
+    spacing = spacing_of(entry.original_affine).tolist()
+    return {"shape": list(entry.original_shape), "spacing": spacing, "series": entry.series_hash}
+
+
+def _source_key(case: Case) -> str | None:
+    """Hash of path, size and time of all source files; None where one is gone."""
+    try:
+        sources = [fingerprint(path) for path in (case.path, case.seg_path) if path]
+    except VolumeError:
+        return None
+    facts = [VERSION, sources, case.series_uid]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
+
+
+def _recall(path: Path) -> dict[str, Facts]:
+    """What earlier checks found good. A line cut short by a crash is passed over."""
+    known = {}
+    lines = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    for line in lines.splitlines():
+        try:
+            facts = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        known[facts.pop("key")] = facts
+    return known
+
+
+def _wrong_geometry(facts: Facts) -> str:
+    """What is odd about a volume's grid, or ''."""
+    shape, spacing = facts["shape"], facts["spacing"]
+    low, high = SPACING_MM
+    if not all(low <= mm <= high for mm in spacing):
+        shown = " x ".join(f"{mm:.4g}" for mm in spacing)
+        return f"spacing {shown} mm; expected {low:g} to {high:g}"
+    if min(shape) < MIN_VOXELS:
+        shown = " x ".join(map(str, shape))
+        return f"{shown} voxels; expected at least {MIN_VOXELS} along each axis"
+    return ""
+
+
+def _shared_series(cases: Sequence[Case], facts: dict[int, Facts]) -> list[Problem]:
+    """One SeriesInstanceUID under two patients, that is two copies of a folder."""
+    first, problems = {}, []
+    for case in cases:
+        series = facts.get(case.row, {}).get("series")
+        if series is None:
+            continue
+        earlier = first.setdefault(series, case)
+        # one path under two patients has been reported by read_cases
+        if earlier.patient != case.patient and not _same_source(earlier, case):
+            what = f"same series as patient {earlier.patient}, line {earlier.row}: {case.path}"
+            problems.append(Problem(case.row, case.patient, what, "repeated volumes"))
+    return problems
+
+
+def _same_source(one: Case, other: Case) -> bool:
+    same_path = os.path.realpath(one.path) == os.path.realpath(other.path)
+    return same_path and one.series_uid == other.series_uid

@@ -1,0 +1,180 @@
+"""Regions with their views as a MONAI data set, the order they come in, windows of volumes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import product
+from typing import Any
+
+import numpy as np
+import torch
+from monai.data import Dataset
+from monai.transforms import Compose, Transform
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+
+from data.intensity import normalise
+from data.views import Size, ViewSettings, sample_region, sample_views
+
+Key = tuple[int, int, int]  # epoch, index of the case, draw: all that an item's chance depends on
+
+
+class ReadRegiond(Transform):
+    """{"entry", "rng"} -> adds region (1, *region_size) int16, scale, offset, start, shape."""
+
+    def __init__(self, settings: ViewSettings):
+        self.settings = settings
+
+    def __call__(self, data: dict[str, Any]) -> dict[str, Any]:
+        entry = data["entry"]
+        start, shape = sample_region(data["rng"], entry, self.settings)
+        region = entry.read_region(start, shape)
+        # Repeating the last voxels is what the views' resampling does outside a region, so the
+        # volume's upper and lower ends look the same and the padding never shows as a dark wedge.
+        widths = [(0, n - m) for n, m in zip(self.settings.region_size, shape, strict=True)]
+        region = np.pad(region, [(0, 0), *widths], mode="edge")
+        return data | {
+            "region": torch.from_numpy(np.ascontiguousarray(region)),
+            "scale": torch.tensor(entry.scale, dtype=torch.float32),
+            "offset": torch.tensor(entry.offset, dtype=torch.float32),
+            "start": start,
+            "shape": shape,
+        }
+
+
+class SampleViewsd(Transform):
+    """Adds "global" and "local": the parameters of the region's views (see `sample_views`)."""
+
+    def __init__(self, settings: ViewSettings):
+        self.settings = settings
+
+    def __call__(self, data: dict[str, Any]) -> dict[str, Any]:
+        views = sample_views(
+            data["rng"], data["entry"], data["start"], data["shape"], self.settings
+        )
+        return data | views
+
+
+class RegionDataset(Dataset):
+    """One region of a case and its view parameters per (epoch, index, draw) key.
+
+    Items: region (1, *region_size) int16; scale, offset (value = stored * scale + offset); global
+    and local (see `sample_views`); index of the case; key. They are a function of seed and key alone.
+    Raises what cache.get raises for a case that cannot be read.
+    """
+
+    def __init__(self, cases: Sequence[Any], cache: Any, settings: ViewSettings, seed: int):
+        super().__init__(cases, Compose([ReadRegiond(settings), SampleViewsd(settings)]))
+        self.cache = cache
+        self.seed = seed
+
+    def __getitem__(self, key: Key) -> dict[str, Any]:
+        epoch, index, draw = key
+        rng = np.random.Generator(np.random.PCG64([self.seed, epoch, index, draw]))
+        item = self.transform({"entry": self.cache.get(self.data[index]), "rng": rng})
+        kept = {name: item[name] for name in ("region", "scale", "offset", "global", "local")}
+        return kept | {"index": index, "key": torch.tensor(key)}
+
+
+class EpochSampler(Sampler):
+    """The keys of one process, batch after batch.
+
+    Rank r of W takes the r-th slice of every global batch of W x batch_size keys, so that W
+    processes see together what one process with W times the batch sees.
+
+    Training: all (case, draw) pairs in an order that is a function of (seed, epoch); the ragged
+    last global batch is dropped; pairs that do not fill one global batch are drawn again.
+    Otherwise: every case once, in order, with the same key in every epoch; the last batch may be
+    shorter, or absent on some ranks.
+    """
+
+    def __init__(
+        self,
+        num_cases: int,
+        batch_size: int,
+        seed: int = 0,
+        draws: int = 1,
+        train: bool = True,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
+        if num_cases < 1:
+            raise ValueError("no cases to sample from")
+        self.num_cases, self.batch_size, self.seed, self.draws = num_cases, batch_size, seed, draws
+        self.train, self.rank, self.world_size = train, rank, world_size
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
+        """Choose the epoch to yield next, and the batch to start at (resume)."""
+        self.epoch, self.start_batch = epoch, start_batch
+
+    @property
+    def num_batches(self) -> int:
+        """Batches in a whole epoch."""
+        total = self.batch_size * self.world_size
+        if self.train:
+            return max(self.num_cases * self.draws // total, 1)
+        return -(-self.num_cases // total)
+
+    def global_keys(self) -> list[Key]:
+        """The epoch's keys over all ranks, in order."""
+        if not self.train:
+            return [(0, index, 0) for index in range(self.num_cases)]
+        pairs = self.num_cases * self.draws
+        wanted = self.num_batches * self.batch_size * self.world_size
+        rng = np.random.Generator(np.random.PCG64([self.seed, self.epoch]))
+        keys = []
+        for again in range(-(-wanted // pairs)):  # once, unless the data set is less than a batch
+            for pair in rng.permutation(pairs).tolist():
+                index, draw = divmod(pair, self.draws)
+                keys.append((self.epoch, index, draw + again * self.draws))
+        return keys[:wanted]
+
+    def rank_keys(self) -> list[Key]:
+        """This rank's keys from start_batch on."""
+        keys, total = self.global_keys(), self.batch_size * self.world_size
+        starts = range(self.start_batch * total + self.rank * self.batch_size, len(keys), total)
+        return [key for start in starts for key in keys[start : start + self.batch_size]]
+
+    def __iter__(self) -> Iterator[Key]:
+        return iter(self.rank_keys())
+
+    def __len__(self) -> int:
+        return len(self.rank_keys())
+
+
+def make_loader(
+    dataset: Dataset, sampler: EpochSampler, n_workers: int, pin_memory: bool = False
+) -> DataLoader:
+    """Batches in the sampler's order. Call sampler.set_epoch before each pass.
+
+    Has its own generator: starting a pass draws nothing from torch's global random state, so that a
+    resumed run finds that state as it left it.
+    """
+    return DataLoader(
+        dataset,
+        batch_size=sampler.batch_size,
+        sampler=sampler,
+        num_workers=n_workers,
+        persistent_workers=n_workers > 0,
+        pin_memory=pin_memory,
+        generator=torch.Generator().manual_seed(sampler.seed),
+    )
+
+
+def window_starts(shape: Sequence[int], size: Sequence[int]) -> list[Size]:
+    """First voxels of windows that tile a volume: side by side, the last one at its end."""
+    along = []
+    for n, s in zip(shape, size, strict=True):
+        along.append([*range(0, max(n - s, 0), s), max(n - s, 0)])
+    return list(product(*along))
+
+
+def fixed_view(
+    entry: Any, start: Sequence[int], size: Sequence[int], hu_window: tuple[float, float]
+) -> Tensor:
+    """A window of a cached volume as model input, (1, *size) float32 in 0..1; air past its end."""
+    region = entry.read_region(start, size)
+    widths = [(0, n - m) for n, m in zip(size, region.shape[1:], strict=True)]
+    region = np.pad(region, [(0, 0), *widths], constant_values=entry.background)
+    return normalise(torch.from_numpy(region), entry.scale, entry.offset, entry.kind, hu_window)

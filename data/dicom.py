@@ -1,0 +1,185 @@
+"""DICOM series to volumes: which files of a folder belong to it, and their frames in order."""
+
+import os
+import warnings
+from collections import Counter
+from pathlib import Path
+
+from data.dicom_elements import NotDicom
+from data.dicom_geometry import stack_frames
+from data.dicom_header import Image, read_header
+from data.dicom_pixels import check_pixels, read_frames, same_values
+from data.volume import Volume, VolumeError
+
+DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
+FEW_SLICES = 3  # at most these in a series that is taken for an accessory of a longer one
+
+
+def read_dicom(path: Path, series_uid: str | None = None) -> Volume:
+    """Read the one image series of a folder, or one multi-frame file.
+
+    series_uid: SeriesInstanceUID to pick where there are several series.
+
+    Returns voxels (column, row, slice) in the order of slice positions, rescaled per slice
+    (CT: HU), with their affine. Values of MONOCHROME1 images are kept as stored.
+
+    Raises VolumeError where the files do not make one regular volume, or where it is not sure;
+    NotDicom for a file of another format.
+    """
+    with warnings.catch_warnings():  # of pydicom, on oddities; what matters is checked here
+        warnings.simplefilter("ignore")
+        if path.is_dir():
+            images, where = _find_images(path), str(path)
+        else:
+            images, where = [_one_image(path)], str(path)
+        series = _choose_series(images, series_uid, where)
+        for image in series:
+            check_pixels(image)
+        frames = [frame for image in series for frame in image.frames]
+        frames, affine = stack_frames(frames, where, same_values)
+        voxels = read_frames(frames)
+    return Volume(
+        voxels=voxels.transpose(2, 1, 0),
+        affine=affine,
+        modality=series[0].modality,
+        series_uid=series[0].series_uid or None,
+    )
+
+
+def _one_image(path: Path) -> Image:
+    """The image of a single file, which must be a volume of its own."""
+    image = read_header(path)
+    if image is None:
+        raise VolumeError(f"{path}: a DICOM file, but not an image")
+    if image.num_frames == 1 and "Enhanced" not in image.sop_class:
+        raise VolumeError(f"{path}: a single slice; give the folder of its series")
+    return image
+
+
+def _find_images(folder: Path) -> list[Image]:
+    """Images among the files of a folder (not of its subfolders).
+
+    A slice that is damaged beyond recognition must not be mistaken for a stray file, as nothing
+    else shows that a series is short of its first or last slice. So what does not look like DICOM
+    is an error if its name is one of a DICOM file, or if it is binary and named like the slices.
+    Empty files are passed over: they are left by interrupted copies beside, not instead of, the
+    complete file, and one within the series would show as a gap.
+    """
+    images, others = [], []
+    subfolders = 0
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        if entry.is_dir():
+            subfolders += 1
+        elif not entry.name.startswith(".") and entry.is_file() and entry.stat().st_size > 0:
+            path = Path(entry.path)
+            try:
+                image = read_header(path)
+            except NotDicom:
+                others.append(path)
+            else:
+                images += [image] if image else []
+
+    suffixes = {_suffix(image.path) for image in images}
+    for path in others:
+        named_dicom = _suffix(path) in DICOM_SUFFIXES
+        if named_dicom or (_suffix(path) in suffixes and _is_binary(path)):
+            raise VolumeError(f"{path}: damaged: named like a DICOM file, but is none")
+    if not images:
+        hint = f"; give one of its {subfolders} subfolders" if subfolders else ""
+        raise VolumeError(f"{folder}: no DICOM images in this folder{hint}")
+    return images
+
+
+def _suffix(path: Path) -> str:
+    """A file's suffix, if it is one: the last part of a UID is not."""
+    return path.suffix.lower() if any(map(str.isalpha, path.suffix)) else ""
+
+
+def _is_binary(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return b"\0" in file.read(1024)
+
+
+def _choose_series(images: list[Image], series_uid: str | None, where: str) -> list[Image]:
+    """The images of the wanted series, or of the only one."""
+    if series_uid:
+        chosen = [image for image in images if image.series_uid == series_uid]
+        if not chosen:
+            raise VolumeError(
+                f"{where}: no series {series_uid}; there are {_listed(_by_series(images))}"
+            )
+        series = {series_uid: chosen}
+    else:
+        series = _by_series(images)
+
+    for is_other in (_is_localizer, _is_capture):
+        rest = {
+            uid: [image for image in members if not is_other(image)]
+            for uid, members in series.items()
+        }
+        if any(rest.values()):
+            series = {uid: members for uid, members in rest.items() if members}
+    patients = [image.patient for members in series.values() for image in members if image.patient]
+    if len(set(patients)) > 1:
+        counts = sorted(Counter(patients).values(), reverse=True)
+        raise VolumeError(
+            f"{where}: images of {len(counts)} patients in one folder "
+            f"({', '.join(map(str, counts))} images); series: {_listed(series)}"
+        )
+    main = max(series.values(), key=_num_slices)
+    rivals = [
+        members
+        for members in series.values()
+        if members is not main and not _is_accessory(members, main)
+    ]
+    if rivals:
+        raise VolumeError(
+            f"{where}: {len(rivals) + 1} series in one folder; name one as series_uid: "
+            f"{_listed(series)}"
+        )
+    return main
+
+
+def _by_series(images: list[Image]) -> dict[str, list[Image]]:
+    series: dict[str, list[Image]] = {}
+    for image in images:
+        series.setdefault(image.series_uid, []).append(image)
+    return series
+
+
+def _listed(series: dict[str, list[Image]]) -> str:
+    """Series in an error: SeriesInstanceUIDs and numbers of slices."""
+    return ", ".join(
+        f"{uid or '(no SeriesInstanceUID)'} ({_num_slices(members)} slices)"
+        for uid, members in series.items()
+    )
+
+
+def _num_slices(images: list[Image]) -> int:
+    return sum(image.num_frames for image in images)
+
+
+def _is_localizer(image: Image) -> bool:
+    return "LOCALIZER" in image.image_type
+
+
+def _is_capture(image: Image) -> bool:
+    """Whether an image is a screenshot or scanned page, with no place in the patient."""
+    is_placed = any(frame.position for frame in image.frames)
+    return image.sop_class.endswith("SecondaryCaptureImageStorage") and not is_placed
+
+
+def _is_accessory(images: list[Image], main: list[Image]) -> bool:
+    """Whether a series is no volume, but a scout or the like beside a much longer one."""
+    stacks = _orientations(images)
+    if not stacks or max(stacks.values()) > FEW_SLICES:
+        return False
+    if set(stacks) == set(_orientations(main)):
+        return _num_slices(main) >= 4 * _num_slices(images)
+    return _num_slices(main) >= 2 * max(stacks.values())
+
+
+def _orientations(images: list[Image]) -> Counter:
+    """How many slices have each orientation."""
+    frames = [frame for image in images for frame in image.frames]
+    return Counter(tuple(round(cosine, 2) for cosine in frame.orientation) for frame in frames)

@@ -1,0 +1,221 @@
+"""From frames in space to a regular stack of slices, or the reason why they are none."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from data.dicom_header import Frame
+from data.volume import VolumeError
+
+DIRECTION_TOLERANCE = 1e-3  # of each cosine: headers round them
+UNIT_TOLERANCE = 1e-2  # of the length of directions, and of the cosine between them
+SPACING_TOLERANCE = 1e-3  # relative, of PixelSpacing between slices
+SAME_PLACE_MM = 1e-3
+JITTER = 0.04  # largest distance of a slice from its place in the regular stack, in slice spacings
+MAX_TILT = 0.5  # degrees between the stack's direction and the slices' normal
+LARGEST_SPACING_MM = 1000.0
+LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
+
+
+def stack_frames(
+    frames: list[Frame], where: str, same_values: Callable[[Frame, Frame], bool]
+) -> tuple[list[Frame], np.ndarray]:
+    """Order frames by position along their normal, dropping copies of an instance.
+
+    where: file or folder, for errors. same_values: whether two frames show the same; asked only
+    for frames at one position.
+
+    Returns the frames, each once, and the affine (4, 4): (column, row, slice) -> RAS+ mm.
+    Raises VolumeError unless they form one stack of parallel, evenly spaced slices.
+    """
+    for frame in frames:
+        _check_geometry(frame)
+    _check_alike(frames, where)
+    _check_rescaling(frames, where)
+
+    along_row, along_column = directions(frames[0])
+    normal = np.cross(along_row, along_column)
+    positions = np.array([frame.position for frame in frames])
+    order = np.argsort(positions @ normal, kind="stable")
+    frames, positions = [frames[i] for i in order], positions[order]
+
+    keep = _without_copies(frames, positions, where, same_values)
+    frames, positions = [frames[i] for i in keep], positions[keep]
+    _check_phases(frames, where)
+    first, step = _regular_places(frames, positions, normal, where)
+
+    between_rows, between_columns = frames[0].spacing
+    affine = np.eye(4)
+    affine[:3, 0] = along_row * between_columns
+    affine[:3, 1] = along_column * between_rows
+    affine[:3, 2] = step
+    affine[:3, 3] = first
+    return frames, LPS_TO_RAS @ affine
+
+
+def directions(frame: Frame) -> tuple[np.ndarray, np.ndarray]:
+    """Unit vectors of increasing column index and increasing row index, in LPS+, orthogonal."""
+    row, column = np.array(frame.orientation[:3]), np.array(frame.orientation[3:])
+    row = row / np.linalg.norm(row)
+    column = column - (column @ row) * row
+    return row, column / np.linalg.norm(column)
+
+
+def _check_geometry(frame: Frame) -> None:
+    """Each number must be there and mean something."""
+    path = frame.image.path
+    for name, values, count in (
+        ("ImagePositionPatient", frame.position, 3),
+        ("ImageOrientationPatient", frame.orientation, 6),
+        ("PixelSpacing", frame.spacing, 2),
+    ):
+        if not values:
+            raise VolumeError(f"{path}: no {name}")
+        if len(values) != count or not np.all(np.isfinite(values)):
+            raise VolumeError(f"{path}: {name} is {values}, expected {count} numbers")
+    if not all(0 < value < LARGEST_SPACING_MM for value in frame.spacing):
+        raise VolumeError(f"{path}: PixelSpacing is {frame.spacing} mm")
+    row, column = np.array(frame.orientation[:3]), np.array(frame.orientation[3:])
+    lengths = np.array([row @ row, column @ column])
+    if np.any(np.abs(lengths - 1) > 2 * UNIT_TOLERANCE) or abs(row @ column) > UNIT_TOLERANCE:
+        raise VolumeError(
+            f"{path}: ImageOrientationPatient is {frame.orientation}, expected two directions of "
+            "length 1 at right angles"
+        )
+
+
+def _check_alike(frames: list[Frame], where: str) -> None:
+    """All slices must have one size, pixel spacing and orientation."""
+
+    def refuse(what: str, values: list) -> None:
+        different = list(dict.fromkeys(values))
+        shown = ", ".join(str(value) for value in different[:4]) + ", ..." * (len(different) > 4)
+        raise VolumeError(f"{where}: slices of different {what}: {shown}")
+
+    sizes = [(frame.image.rows, frame.image.columns) for frame in frames]
+    if len(set(sizes)) > 1:
+        refuse("size (rows, columns)", sizes)
+    spacing = np.array([frame.spacing for frame in frames])
+    if np.any(np.abs(spacing / spacing[0] - 1) > SPACING_TOLERANCE):
+        refuse("pixel spacing (mm)", [tuple(frame.spacing) for frame in frames])
+    orientation = np.array([frame.orientation for frame in frames])
+    if np.any(np.abs(orientation - orientation[0]) > DIRECTION_TOLERANCE):
+        refuse("orientation", [tuple(np.round(row, 3).tolist()) for row in orientation])
+
+
+def _check_rescaling(frames: list[Frame], where: str) -> None:
+    """Slope and intercept may differ between slices, but not be absent from some."""
+    for name, values in (
+        ("RescaleSlope", [frame.slope for frame in frames]),
+        ("RescaleIntercept", [frame.intercept for frame in frames]),
+    ):
+        num_present = sum(map(bool, values))
+        if 0 < num_present < len(frames):
+            raise VolumeError(f"{where}: {name} in {num_present} of {len(frames)} slices only")
+        for frame, numbers in zip(frames, values, strict=True):
+            if numbers and not np.isfinite(numbers[0]) or numbers == [0] and name == "RescaleSlope":
+                raise VolumeError(f"{frame.image.path}: {name} is {numbers[0]}")
+
+
+def _without_copies(
+    frames: list[Frame], positions: np.ndarray, where: str, same_values: Callable
+) -> list[int]:
+    """Indices of frames with one of each place; VolumeError if different ones share a place."""
+    keep, clashes = [0], []
+    for i in range(1, len(frames)):
+        if np.linalg.norm(positions[i] - positions[keep[-1]]) > SAME_PLACE_MM:
+            keep.append(i)
+        elif not _is_copy(frames[keep[-1]], frames[i], same_values):
+            clashes.append((frames[keep[-1]], frames[i]))
+    if clashes:
+        first, second = clashes[0]
+        names = [
+            name
+            for name in {**first.phase, **second.phase}
+            if first.phase.get(name) != second.phase.get(name)
+        ]
+        reason = f"; they differ in {', '.join(names)}" if names else ""
+        kind = " (several time points, echoes or contrasts in one series?)" if names else ""
+        raise VolumeError(
+            f"{where}: different images at the same position, at {len(keep)} positions "
+            f"{len(keep) + len(clashes)} images{kind}, such as {_name(first)} and {_name(second)}"
+            f"{reason}"
+        )
+    return keep
+
+
+def _is_copy(first: Frame, second: Frame, same_values: Callable) -> bool:
+    """Whether two frames at one position are the same instance, stored twice.
+
+    Copies that were given new SOPInstanceUIDs, or lost them, must agree in all else that tells
+    instances apart: a repeated scan does not.
+    """
+    a, b = first.image, second.image
+    same_instance = a.sop_uid == b.sop_uid != ""
+    same_but_uid = a.instance_number == b.instance_number and first.phase == second.phase
+    identified = a.instance_number != "" or a.sop_uid == b.sop_uid == ""
+    if not (same_instance or (same_but_uid and identified)):
+        return False
+    return first.index == second.index and same_values(first, second)
+
+
+def _check_phases(frames: list[Frame], where: str) -> None:
+    """Time points and stacks at interleaved positions would pass for one volume."""
+    for name in ("TemporalPositionIdentifier", "TemporalPositionIndex", "StackID"):
+        values = {frame.phase.get(name) for frame in frames} - {None, b""}
+        if 1 < len(values) < len(frames):  # as many as slices: some scanners number those
+            raise VolumeError(f"{where}: {len(values)} different values of {name} in one series")
+
+
+def _regular_places(
+    frames: list[Frame], positions: np.ndarray, normal: np.ndarray, where: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """First position and step of the regular stack nearest to the positions (least squares)."""
+    if len(frames) == 1:
+        thickness = frames[0].thickness
+        if not (thickness and 0 < thickness[0] < LARGEST_SPACING_MM):
+            raise VolumeError(f"{where}: a single slice without SliceThickness has no depth")
+        return positions[0], normal * thickness[0]
+
+    index = np.arange(len(frames)) - (len(frames) - 1) / 2
+    step = index @ positions / (index @ index)
+    first = positions.mean(0) + index[0] * step
+    spacing = float(step @ normal)
+    residuals = positions - (first + np.outer(np.arange(len(frames)), step))
+    gaps = np.diff(positions @ normal)
+    is_uneven = np.any(np.abs(residuals @ normal) > JITTER * spacing)
+    if is_uneven or np.any(np.abs(gaps - spacing) > 2 * JITTER * spacing):
+        _refuse_gaps(frames, gaps, where)
+    tilt = np.degrees(np.arccos(np.clip(spacing / np.linalg.norm(step), -1, 1)))
+    if tilt > MAX_TILT:
+        raise VolumeError(
+            f"{where}: slices are shifted sideways, by {tilt:.1f} degrees (gantry tilt); "
+            "resample the series to right angles, as dcm2niix does, and read its NIfTI file"
+        )
+    if np.any(np.linalg.norm(residuals, axis=1) > 2 * JITTER * spacing):
+        raise VolumeError(f"{where}: slices do not lie on one line")
+    if spacing > LARGEST_SPACING_MM:
+        raise VolumeError(f"{where}: slices are {spacing:.0f} mm apart")
+    return first, step
+
+
+def _refuse_gaps(frames: list[Frame], gaps: np.ndarray, where: str) -> None:
+    """Raise, saying whether slices are missing or the spacing is uneven."""
+    narrowest, widest = float(gaps.min()), int(np.argmax(gaps))
+    steps = gaps / max(narrowest, SAME_PLACE_MM)
+    between = f"between {_name(frames[widest])} and {_name(frames[widest + 1])}"
+    if len(gaps) > 1 and np.all(np.abs(steps - np.round(steps)) < JITTER * (1 + steps)):
+        missing = int(np.round(steps).sum()) - len(gaps)
+        raise VolumeError(
+            f"{where}: {missing} slice(s) missing: {gaps[widest]:.4g} mm {between}, "
+            f"{narrowest:.4g} mm elsewhere"
+        )
+    raise VolumeError(
+        f"{where}: uneven slice spacing, {gaps.min():.4g} to {gaps.max():.4g} mm; widest {between}"
+    )
+
+
+def _name(frame: Frame) -> str:
+    """A frame in an error."""
+    name = frame.image.path.name
+    return name if frame.image.num_frames == 1 else f"frame {frame.index + 1} of {name}"

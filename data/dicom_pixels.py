@@ -1,0 +1,223 @@
+"""The stored values of DICOM frames, and how they become real ones."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import pydicom
+from pydicom.encaps import get_frame
+from pydicom.pixels import get_decoder
+from pydicom.uid import (
+    HTJ2K,
+    UID,
+    ExplicitVRLittleEndian,
+    HTJ2KLossless,
+    HTJ2KLosslessRPCL,
+    ImplicitVRLittleEndian,
+    JPEG2000TransferSyntaxes,
+    JPEGLSTransferSyntaxes,
+    JPEGTransferSyntaxes,
+    RLELossless,
+)
+
+from data.dicom_elements import UNDEFINED
+from data.dicom_header import Frame, Image
+from data.volume import VolumeError, rescale
+
+PLAIN = (ImplicitVRLittleEndian, ExplicitVRLittleEndian)
+JPEG_2000 = (*JPEG2000TransferSyntaxes, HTJ2K, HTJ2KLossless, HTJ2KLosslessRPCL)
+JPEG_FAMILY = (*JPEGTransferSyntaxes, *JPEGLSTransferSyntaxes, *JPEG_2000)
+DECODER_PACKAGES = {
+    RLELossless: "pylibjpeg pylibjpeg-rle",
+    **dict.fromkeys(JPEGLSTransferSyntaxes, "pyjpegls"),
+    **dict.fromkeys(JPEG_2000, "pylibjpeg pylibjpeg-openjpeg"),
+}
+OTHER_DECODERS = "python-gdcm"  # knows the older JPEG syntaxes
+END_OF_IMAGE = b"\xff\xd9"  # the last two bytes of every JPEG, JPEG-LS and JPEG 2000 stream
+RLE_RATIO = 64  # two bytes of run-length code give at most 128
+
+
+def check_pixels(image: Image) -> None:
+    """Raise VolumeError, before anything is allocated, if the pixels are none we read rightly."""
+    path = image.path
+    if image.pixels is None:
+        raise VolumeError(f"{path}: truncated: it ends before or within its pixel data")
+    if image.rows < 1 or image.columns < 1 or image.num_frames < 1:
+        raise VolumeError(
+            f"{path}: {image.rows} rows x {image.columns} columns x {image.num_frames} frames"
+        )
+    if "MOSAIC" in image.image_type:
+        raise VolumeError(
+            f"{path}: Siemens mosaic (many slices tiled into one image); convert it to NIfTI"
+        )
+    if image.samples != 1 or image.photometric not in ("MONOCHROME1", "MONOCHROME2"):
+        kind = image.photometric or "unknown"
+        raise VolumeError(f"{path}: colour image ({kind}, {image.samples} samples per pixel)")
+    if image.has_lut:
+        raise VolumeError(f"{path}: values pass through a Modality LUT, which is not supported")
+    if len(image.frames) != image.num_frames:
+        raise VolumeError(
+            f"{path}: {image.num_frames} frames, but positions for {len(image.frames)} of them"
+        )
+    _check_bits(image)
+    _check_length(image)
+    if UID(image.transfer_syntax).is_encapsulated:
+        _check_decoder(image)
+
+
+def _check_bits(image: Image) -> None:
+    """The layout of a pixel's bits must be one that exists."""
+    keyword = image.pixels[0]
+    if keyword != "PixelData":
+        ok = image.bits_allocated == (32 if keyword == "FloatPixelData" else 64)
+    else:
+        ok = image.bits_allocated in (8, 16, 32)
+        ok = ok and 1 <= image.bits_stored <= image.high_bit + 1 <= image.bits_allocated
+    if not ok:
+        raise VolumeError(
+            f"{image.path}: {keyword} with BitsAllocated {image.bits_allocated}, "
+            f"BitsStored {image.bits_stored}, HighBit {image.high_bit} is not supported"
+        )
+
+
+def _check_length(image: Image) -> None:
+    """The file must hold the bytes that the header's sizes ask for, no fewer and hardly more."""
+    syntax = UID(image.transfer_syntax)
+    _, offset, length = image.pixels
+    if (length == UNDEFINED) != syntax.is_encapsulated:
+        raise VolumeError(f"{image.path}: pixel data do not go with transfer syntax {syntax.name}")
+    row = image.columns * image.bits_allocated // 8
+    expected = image.rows * row * image.num_frames
+    if not syntax.is_encapsulated:
+        wrong = not expected <= length < expected + max(row, 2)
+    elif syntax == RLELossless:
+        length = image.path.stat().st_size - offset
+        wrong = expected > RLE_RATIO * length
+    else:
+        return  # the streams have sizes of their own, which are compared when they are decoded
+    if wrong:
+        raise VolumeError(
+            f"{image.path}: {image.rows} rows x {image.columns} columns x {image.num_frames} "
+            f"frames of {image.bits_allocated} bits make {expected} bytes, the file holds {length}"
+        )
+
+
+def _check_decoder(image: Image) -> None:
+    """A decoder for the transfer syntax must be installed."""
+    syntax = UID(image.transfer_syntax)
+    try:
+        available = get_decoder(syntax).is_available
+    except NotImplementedError:
+        raise VolumeError(f"{image.path}: transfer syntax {syntax.name} is not supported") from None
+    if not available:
+        package = DECODER_PACKAGES.get(syntax, OTHER_DECODERS)
+        raise VolumeError(
+            f"{image.path}: no decoder for {syntax.name} is installed: pip install {package}"
+        )
+    if syntax != RLELossless and image.high_bit != image.bits_stored - 1:
+        raise VolumeError(
+            f"{image.path}: HighBit {image.high_bit} with BitsStored {image.bits_stored} is not "
+            "supported in compressed images"
+        )
+
+
+def read_frames(frames: list[Frame]) -> np.ndarray:
+    """Real values of frames of one size, (frames, rows, columns), int16 or float32.
+
+    Raises VolumeError naming the file that cannot be decoded.
+    """
+    volume = None
+    for start, stop in _runs_of_one_file(frames):
+        with _open_image(frames[start].image) as stored_values:
+            for number in range(start, stop):
+                values = real_values(frames[number], stored_values)
+                if volume is None:  # only now, as a first frame of the claimed size exists
+                    volume = np.empty((len(frames), *values.shape), values.dtype)
+                elif volume.dtype != values.dtype:
+                    volume = volume.astype(np.float32, copy=False)
+                volume[number] = values
+    return volume
+
+
+def same_values(first: Frame, second: Frame) -> bool:
+    """Whether two frames show the same."""
+    return np.array_equal(read_frames([first]), read_frames([second]))
+
+
+def real_values(frame: Frame, stored_values: Callable[[int], np.ndarray]) -> np.ndarray:
+    """One decoded, rescaled frame (rows, columns), int16 or float32."""
+    image = frame.image
+    slope = frame.slope[0] if frame.slope else 1.0
+    intercept = frame.intercept[0] if frame.intercept else 0.0
+    try:
+        return rescale(stored_values(frame.index), slope, intercept)
+    except VolumeError:
+        raise
+    except Exception as error:  # each decoder raises its own kinds on damaged data
+        hint = ""
+        if image.transfer_syntax in JPEGTransferSyntaxes:
+            hint = f" (pip install {OTHER_DECODERS} adds a decoder for all kinds of JPEG)"
+        raise VolumeError(
+            f"{image.path}: frame {frame.index + 1} cannot be decoded: {error}{hint}"
+        ) from error
+
+
+def _runs_of_one_file(frames: list[Frame]) -> Iterator[tuple[int, int]]:
+    """(start, stop) of consecutive frames from the same file, so that it is opened once."""
+    start = 0
+    for stop in range(1, len(frames) + 1):
+        if stop == len(frames) or frames[stop].image is not frames[start].image:
+            yield start, stop
+            start = stop
+
+
+@contextmanager
+def _open_image(image: Image) -> Iterator[Callable[[int], np.ndarray]]:
+    """A function that gives the stored values of a frame, (rows, columns), by its index."""
+    keyword, offset, _ = image.pixels
+    shape = image.rows, image.columns
+    if image.transfer_syntax in PLAIN:
+        kind = ("i" if image.signed else "u") if keyword == "PixelData" else "f"
+        dtype = np.dtype(f"<{kind}{image.bits_allocated // 8}")
+        num_bytes = image.rows * image.columns * dtype.itemsize
+
+        with open(image.path, "rb", buffering=0) as file:
+
+            def read(index: int) -> np.ndarray:
+                file.seek(offset + index * num_bytes)
+                data = bytearray(num_bytes)
+                if file.readinto(data) != num_bytes:
+                    raise VolumeError(f"{image.path}: truncated while it was being read")
+                return _used_bits(np.frombuffer(data, dtype).reshape(shape), image)
+
+            yield read
+        return
+
+    dataset = pydicom.dcmread(image.path, force=True)
+    syntax = UID(image.transfer_syntax)
+    decoder = get_decoder(syntax)
+
+    def decode(index: int) -> np.ndarray:
+        if syntax in JPEG_FAMILY:
+            stream = get_frame(dataset.PixelData, index, number_of_frames=image.num_frames)
+            if not stream.rstrip(b"\0").endswith(END_OF_IMAGE):
+                raise VolumeError(f"{image.path}: truncated: frame {index + 1} breaks off")
+        values, _ = decoder.as_array(dataset, index=index, raw=True, correct_unused_bits=False)
+        if values.shape != shape:
+            raise VolumeError(f"{image.path}: frame of {values.shape}, header says {shape}")
+        return values if syntax in JPEG_FAMILY else _used_bits(values, image)
+
+    yield decode
+
+
+def _used_bits(stored: np.ndarray, image: Image) -> np.ndarray:
+    """Stored values without what shares their words: overlays, or anything else above or below.
+
+    The value's bits are HighBit and the BitsStored - 1 below it (PS3.5 section 8.1.1).
+    """
+    if stored.dtype.kind == "f" or image.bits_stored == image.bits_allocated:
+        return stored
+    above = 8 * stored.itemsize - 1 - image.high_bit
+    below = image.high_bit + 1 - image.bits_stored
+    # Shifting back spreads the sign bit of signed values.
+    return (stored << above) >> (above + below)

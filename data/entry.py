@@ -1,0 +1,275 @@
+"""One file of the cache: a volume in standard form that can be read region by region.
+
+The file is a blosc2 array (`.b2nd`) of shape (C, X, Y, Z) int16, channel 0 the image and channel 1,
+where there is one, the mask; its facts are in the array's metadata ("vlmeta"). A footer of ours
+follows, with a checksum of everything but the chunks; the chunks' own checksums are among the
+facts. Nothing is handed to blosc2, which would crash on it or return nonsense, before its checksum
+has been compared: the structure when a file is first opened, a chunk when it is first touched.
+"""
+
+import errno
+import logging
+import os
+import struct
+import uuid
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import blosc2
+import numpy as np
+
+from data.standard import spacing_of
+
+FORMAT = 1  # part of every key: raise it when the content of a file changes its meaning
+CHUNK, BLOCK = 64, 16  # voxels per axis: unit of checksums, unit of decompression
+# LZ4HC: half of zstd's reading time for 2 % more bytes on noisy CT. Never add Filter.DELTA: blosc2
+# 4.3.3 then returns wrong values for slices.
+COMPRESSION = {
+    "codec": blosc2.Codec.LZ4HC,
+    "clevel": 5,
+    "filters": [blosc2.Filter.BITSHUFFLE],
+    "filters_meta": [0],
+    "typesize": 2,
+    "nthreads": 1,
+}
+MAX_COORDS = 10_000  # voxels remembered per class
+# magic, bytes before the first chunk, end of the chunks, end of the array, checksum of the rest
+FOOTER = struct.Struct("<8sQQQI")
+MAGIC = b"dino3d-1"
+
+log = logging.getLogger(__name__)
+
+
+class DamagedEntry(Exception):
+    """A file of the cache does not hold what was written."""
+
+
+class CacheEntry:
+    """A cached volume: its facts as attributes, its voxels by region. Pickles as little more than
+    its path; each process opens the file for itself.
+
+    Attributes:
+        shape: (X, Y, Z) of the cached volume.
+        affine: (4, 4) float64, index in the cached volume -> RAS+ mm.
+        spacing: (3,) mm of the cached volume.
+        scale, offset: value = stored * scale + offset: HU for CT, else 0..1 between percentiles.
+        background: stored value of air.
+        kind: "CT" or "other"; modality: as given or found.
+        original_shape, original_affine: of the file that was read.
+        slice_spacing: (3,) mm, the file's spacing along x, y, z.
+        through_plane: the axis on which that is largest; 2 where all are equal.
+        body: uint8 (ceil(X/8), ceil(Y/8), ceil(Z/8)), body fraction of each block, 0..255.
+        has_seg: whether there is a mask.
+        class_coords: label -> int32 (n <= 10000, 3), voxels that have it; read at each access.
+        series_hash: first 16 hex digits of the SeriesInstanceUID's SHA-256, or None.
+    """
+
+    def __init__(self, path: Path, rebuild: Callable[[], None]):
+        """rebuild: writes the file anew, called when a region turns out to be damaged."""
+        self.path = Path(path)
+        self._rebuild = rebuild
+        self._loaded = False
+
+    def __getstate__(self) -> dict:
+        return {"path": self.path, "_rebuild": self._rebuild, "_loaded": False}
+
+    def __getattr__(self, name: str):
+        # only called for what is not there yet: the facts, before the file has been opened
+        if name.startswith("_") or self._loaded:
+            raise AttributeError(name)
+        self.load()
+        return getattr(self, name)
+
+    def load(self) -> None:
+        """Read the facts, where need be building the file anew."""
+        self._heal(lambda: None)
+
+    def _load(self) -> None:
+        _check_structure(self.path)
+        facts = self._read_meta("facts")
+        for name in ("scale", "offset", "background", "kind", "modality", "series_hash"):
+            setattr(self, name, facts[name])
+        self.shape = tuple(facts["shape"])
+        self.original_shape = tuple(facts["original_shape"])
+        self.affine = np.array(facts["affine"])
+        self.original_affine = np.array(facts["original_affine"])
+        self.spacing = spacing_of(self.affine)
+        self.slice_spacing = np.array(facts["slice_spacing"])
+        thick = int(np.argmax(self.slice_spacing))
+        equal = self.slice_spacing[thick] < 1.01 * self.slice_spacing.min()
+        self.through_plane = 2 if equal else thick
+        self.has_seg = facts["has_seg"]
+        body = np.frombuffer(facts["body"], np.uint8)
+        self.body = body.reshape([-(-n // 8) for n in self.shape])
+        self._checksums = np.frombuffer(facts["checksums"], np.uint32)
+        self._checked = np.zeros(len(self._checksums), bool)
+        self._loaded = True
+
+    @property
+    def class_coords(self) -> dict[int, np.ndarray]:
+        def read() -> dict:
+            stored = self._read_meta("class_coords") if self.has_seg else {}
+            return {
+                int(label): _to_coords(np.frombuffer(steps, np.int32), self.shape)
+                for label, steps in stored.items()
+            }
+
+        return self._heal(read)
+
+    def read_region(self, start, size) -> np.ndarray:
+        """The part of a region that lies inside the volume, (1, x, y, z) int16 stored values."""
+        return self._heal(lambda: self._read(0, start, size))
+
+    def read_seg(self, start, size) -> np.ndarray:
+        """As `read_region`, the mask's labels, (x, y, z) int16."""
+        if not self.has_seg:
+            raise ValueError(f"{self.path}: there is no mask to this volume")
+        return self._heal(lambda: self._read(1, start, size))[0]
+
+    def _read(self, channel: int, start, size) -> np.ndarray:
+        low = [max(0, int(a)) for a in start]
+        high = [min(n, int(a) + int(s)) for n, a, s in zip(self.shape, start, size, strict=True)]
+        if any(a >= b for a, b in zip(low, high, strict=True)):
+            return np.empty((1, *(max(0, b - a) for a, b in zip(low, high, strict=True))), np.int16)
+        array = self._open()
+        self._check_chunks(array.schunk, channel, low, high)
+        box = (slice(a, b) for a, b in zip(low, high, strict=True))
+        return array[(slice(channel, channel + 1), *box)]
+
+    def _check_chunks(self, schunk, channel: int, low: list, high: list) -> None:
+        """Compare the checksums of the chunks that a box touches, once per process."""
+        counts = [-(-n // CHUNK) for n in self.shape]
+        touched = [
+            np.arange(a // CHUNK, (b - 1) // CHUNK + 1) for a, b in zip(low, high, strict=True)
+        ]
+        numbers = np.ravel_multi_index(np.ix_([channel], *touched), (1 + self.has_seg, *counts))
+        for i in numbers[~self._checked[numbers]]:
+            if zlib.crc32(schunk.get_chunk(int(i))) != self._checksums[i]:
+                raise DamagedEntry(f"{self.path}: chunk {i} is damaged")
+            self._checked[i] = True
+
+    def _read_meta(self, name: str) -> dict:
+        array = self._open()  # must outlive its schunk, whose memory blosc2 frees with it
+        return array.schunk.vlmeta[name]
+
+    def _open(self) -> blosc2.NDArray:
+        # memory-mapped: blosc2 otherwise opens the file anew for every chunk. Opened for each read,
+        # in 0.2 ms: thousands of volumes are more than a process may keep open.
+        return blosc2.open(
+            str(self.path), mode="r", mmap_mode="r", dparams=blosc2.DParams(nthreads=1)
+        )
+
+    def _heal(self, read: Callable):
+        """Do `read`; where the file is damaged or gone, build it anew and try once more."""
+        try:
+            if not self._loaded:
+                self._load()
+            return read()
+        except (DamagedEntry, FileNotFoundError) as error:
+            log.warning("%s; building it anew", error)
+            self._rebuild()
+            self._load()
+            return read()
+
+
+def write_entry(path: Path, standard: dict, series_hash: str | None, seed: int) -> None:
+    """Write what `standard_transform` returned to `path`: under a temporary name, then renamed.
+
+    Args:
+        seed: chooses the remembered coordinates of classes with more than MAX_COORDS voxels.
+    Raises:
+        OSError: cannot be written, such as a full disk; nothing is left behind then.
+    """
+    image, seg = standard["image"], standard.get("seg")
+    shape = tuple(image.shape[1:])
+    voxels = image.numpy() if seg is None else np.concatenate([image.numpy(), seg.numpy()])
+    array = blosc2.asarray(
+        np.ascontiguousarray(voxels),
+        chunks=(1, *(min(CHUNK, n) for n in shape)),
+        blocks=(1, *(min(BLOCK, n) for n in shape)),
+        cparams=blosc2.CParams(**COMPRESSION),
+    )
+    schunk = array.schunk
+    checksums = [zlib.crc32(schunk.get_chunk(i)) for i in range(schunk.nchunks)]
+    if seg is not None:
+        schunk.vlmeta["class_coords"] = _class_steps(voxels[1], seed)
+    schunk.vlmeta["facts"] = {
+        "shape": shape,
+        "affine": np.asarray(image.affine, np.float64).tolist(),
+        "original_shape": standard["original_shape"],
+        "original_affine": standard["original_affine"].tolist(),
+        "slice_spacing": standard["slice_spacing"].tolist(),
+        "has_seg": seg is not None,
+        "series_hash": series_hash,
+        "body": standard["body"].tobytes(),
+        "checksums": np.array(checksums, np.uint32).tobytes(),
+        **{k: standard[k] for k in ("scale", "offset", "background", "kind", "modality")},
+    }
+    frame = array.to_cframe()
+    head = int.from_bytes(frame[11:15], "big")  # length of a blosc2 frame's header
+    end = head + schunk.cbytes
+    crc = _structure_crc(head, end, len(frame), frame[:head], frame[end:])
+    _write_atomically(path, frame, FOOTER.pack(MAGIC, head, end, len(frame), crc))
+
+
+def _write_atomically(path: Path, *parts: bytes) -> None:
+    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            for part in parts:
+                file.write(part)
+        os.replace(temporary, path)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            megabytes = sum(map(len, parts)) / 1e6
+            raise OSError(
+                error.errno,
+                f"no space left for the cache (this volume takes {megabytes:.0f} MB): make room, "
+                f"or set cache_dir to another disk than that of {path.parent}",
+            ) from error
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _check_structure(path: Path) -> None:
+    """Compare the checksum of all that is neither chunk nor footer."""
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size < FOOTER.size:
+            raise DamagedEntry(f"{path}: only {size} bytes")
+        file.seek(size - FOOTER.size)
+        magic, head, end, length, crc = FOOTER.unpack(file.read())
+        if magic != MAGIC or length + FOOTER.size != size or not 0 < head <= end <= length:
+            raise DamagedEntry(f"{path}: cut short or damaged at its end")
+        file.seek(0)
+        first = file.read(head)
+        file.seek(end)
+        if _structure_crc(head, end, length, first, file.read(length - end)) != crc:
+            raise DamagedEntry(f"{path}: header or metadata is damaged")
+
+
+def _structure_crc(head: int, end: int, length: int, first: bytes, last: bytes) -> int:
+    return zlib.crc32(last, zlib.crc32(first, zlib.crc32(struct.pack("<QQQ", head, end, length))))
+
+
+def _class_steps(labels: np.ndarray, seed: int) -> dict[str, bytes]:
+    """Flat indices of up to MAX_COORDS voxels per label, as steps between them (compress well)."""
+    rng = np.random.default_rng(seed)
+    where = np.flatnonzero(labels)
+    values = labels.ravel()[where]
+    order = np.argsort(values, kind="stable")
+    names, first = np.unique(values[order], return_index=True)
+    steps = {}
+    for name, members in zip(names, np.split(where[order], first[1:]), strict=True):
+        if len(members) > MAX_COORDS:
+            members = np.sort(rng.choice(members, MAX_COORDS, replace=False))
+        steps[str(name)] = np.diff(members, prepend=0).astype(np.int32).tobytes()
+    return steps
+
+
+def _to_coords(steps: np.ndarray, shape: tuple) -> np.ndarray:
+    """Inverse of `_class_steps` for one label: (n, 3) int32 voxel coordinates."""
+    flat = np.cumsum(steps, dtype=np.int64)
+    return np.stack(np.unravel_index(flat, shape), axis=1).astype(np.int32)

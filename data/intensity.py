@@ -1,0 +1,134 @@
+"""Intensity of views: a window to 0..1, and random changes drawn on the CPU, applied anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from data.views import ViewSettings
+
+# How often a view gets each change. DINO jitters colour with 0.8 and blurs its views with 1.0, 0.1
+# and 0.5 (Caron et al. 2021, appendix E); nnU-Net uses 0.3 for gamma, 0.2 for blur, 0.1 for noise.
+PROB_SCALE_SHIFT = 0.8
+PROB_GAMMA = 0.5
+PROB_BLUR = 0.3
+PROB_NOISE = 0.3
+
+# A random CT window is at least this wide and holds soft tissue, as the usual ones do (level/width:
+# mediastinum 40/400, lung -600/1500, bone 400/1800); others show most crops as one flat value.
+MIN_WINDOW_HU = 300.0
+SOFT_TISSUE_HU = 40.0
+
+
+def base_window(kind: str, hu_window: tuple[float, float]) -> tuple[float, float]:
+    """The values mapped to 0 and 1: HU for CT; all else was mapped by its percentiles already."""
+    return (float(hu_window[0]), float(hu_window[1])) if kind == "CT" else (0.0, 1.0)
+
+
+def normalise(
+    voxels: Tensor, scale: float, offset: float, kind: str, hu_window: tuple[float, float]
+) -> Tensor:
+    """Stored int16 voxels of any shape -> float32 in 0..1, without augmentation."""
+    low, high = base_window(kind, hu_window)
+    return ((voxels.float() * scale + (offset - low)) / (high - low)).clamp_(0, 1)
+
+
+def random_window(
+    rng: np.random.Generator, low: float, high: float, min_width: float = MIN_WINDOW_HU
+) -> tuple[float, float]:
+    """A window of log-uniform width inside low..high that holds soft tissue."""
+    full = high - low
+    width = np.exp(rng.uniform(np.log(min(min_width, full)), np.log(full)))
+    inside = min(max(SOFT_TISSUE_HU, low), high)
+    start = rng.uniform(max(low, inside - width), min(high - width, inside))
+    return start, start + width
+
+
+def sample_intensity(
+    rng: np.random.Generator, num: int, kind: str, settings: ViewSettings
+) -> dict[str, Tensor]:
+    """Draw the intensity changes of `num` views.
+
+    Returns float32 tensors, one value per view: window (num, 2) in HU or 0..1, gamma, scale (a
+    factor), shift, blur (sigma in voxels, 0 for none), noise (standard deviation, 0 for none), and
+    seed (int64) of the noise.
+    """
+    low, high = base_window(kind, settings.hu_window)
+    windows = np.tile(np.float32([low, high]), (num, 1))
+    if kind == "CT":
+        for v in np.flatnonzero(rng.random(num) < settings.window_prob):
+            windows[v] = random_window(rng, low, high)
+
+    def sometimes(prob: float, values: np.ndarray, otherwise: float) -> np.ndarray:
+        return np.where(rng.random(num) < prob, values, otherwise)
+
+    gamma = np.exp(rng.uniform(*np.log(settings.gamma), num))
+    changes = {
+        "gamma": sometimes(PROB_GAMMA, gamma, 1.0),
+        "scale": sometimes(PROB_SCALE_SHIFT, 1 + settings.scale * rng.uniform(-1, 1, num), 1.0),
+        "shift": sometimes(PROB_SCALE_SHIFT, settings.shift * rng.uniform(-1, 1, num), 0.0),
+        "blur": sometimes(PROB_BLUR, settings.blur * rng.uniform(0, 1, num), 0.0),
+        "noise": sometimes(PROB_NOISE, settings.noise * rng.uniform(0, 1, num), 0.0),
+    }
+    params = {name: torch.from_numpy(value.astype(np.float32)) for name, value in changes.items()}
+    params["window"] = torch.from_numpy(windows)
+    params["seed"] = torch.from_numpy(rng.integers(2**53, size=num))
+    return params
+
+
+def apply_intensity(
+    x: Tensor, scale: Tensor, offset: Tensor, params: Mapping[str, Tensor]
+) -> Tensor:
+    """Window, gamma, scale and shift, blur, noise.
+
+    Args:
+        x: (N, 1, X, Y, Z) float32 in stored units, on any device; changed in place.
+        scale, offset: (N,) value = x * scale + offset, in HU for CT.
+        params: what `sample_intensity` returns for N views. On the CPU: which views a change
+            applies to is then known without waiting for the device.
+    Returns:
+        (N, 1, X, Y, Z) float32 in 0..1.
+    """
+
+    def per_view(values: Tensor) -> Tensor:
+        return values.float().to(x.device, non_blocking=True).view(-1, 1, 1, 1, 1)
+
+    def chosen(mask: Tensor) -> Tensor:
+        return mask.nonzero().flatten()
+
+    low, high = params["window"].float().unbind(1)
+    x.mul_(per_view(scale / (high - low))).add_(per_view((offset - low) / (high - low)))
+    x.clamp_(0, 1)
+    views = chosen(params["gamma"] != 1)
+    if len(views):
+        on_device = views.to(x.device)
+        x[on_device] = x[on_device].pow(per_view(params["gamma"][views]))
+    x.mul_(per_view(params["scale"])).add_(per_view(params["shift"]))
+    views = chosen(params["blur"] > 0)
+    if len(views):
+        on_device = views.to(x.device)
+        x[on_device] = blur(x[on_device], params["blur"][views].to(x.device))
+    for v in chosen(params["noise"] > 0).tolist():
+        generator = torch.Generator(x.device).manual_seed(int(params["seed"][v]))
+        noise = torch.randn(x[v].shape, generator=generator, device=x.device)
+        x[v].add_(noise, alpha=float(params["noise"][v]))
+    return x.clamp_(0, 1)
+
+
+def blur(x: Tensor, sigma: Tensor) -> Tensor:
+    """Gaussian blur of (N, 1, X, Y, Z) with one sigma (N,) in voxels per view.
+
+    One product per axis with a matrix of Gaussian weights; each output voxel's weights sum to 1, so
+    that the border needs no padding.
+    """
+    for axis, spec in ((2, "nij,ncjyz->nciyz"), (3, "nij,ncxjz->ncxiz"), (4, "nij,ncxyj->ncxyi")):
+        index = torch.arange(x.shape[axis], device=x.device, dtype=torch.float32)
+        distance = (index[:, None] - index[None]) / sigma.view(-1, 1, 1)
+        weights = torch.exp(-0.5 * distance**2)
+        x = torch.einsum(spec, weights / weights.sum(2, keepdim=True), x)
+    return x

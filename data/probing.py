@@ -1,0 +1,135 @@
+"""Probes of a frozen network on the cases of a data set: windows of volumes, features, scores.
+
+A network here is anything with `backbone.encode` and `pool`, such as `models.dino.DINONetwork`.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from data.cache import VolumeCache
+from data.cases import Case
+from data.datasets import fixed_view, window_starts
+from data.views import body_fraction
+from utils import distributed
+from utils.probes import DenseProbe, dice, label_probes
+from utils.training import autocast
+
+PROBE_WINDOWS, DENSE_WINDOWS = 8, 4  # windows of a volume that are looked at during training
+
+
+def windows(entry, size, limit: int, coords=None) -> list[tuple[int, int, int]]:
+    """Windows that tile a volume; at most `limit`, those with the most body, or the most coords."""
+    starts = window_starts(entry.shape, size)
+
+    def content(start):
+        if coords is None:
+            return body_fraction(
+                entry.body, np.array(start), np.minimum(np.add(start, size), entry.shape)
+            )
+        return int(((coords >= start) & (coords < np.add(start, size))).all(axis=1).sum())
+
+    return starts if len(starts) <= limit else sorted(starts, key=content, reverse=True)[:limit]
+
+
+@torch.no_grad()
+def embed(network, cache, cases, cfg, device, limit=10**9) -> np.ndarray:
+    """(N, D) pooled features, each the mean over windows that tile the volume. Split over ranks."""
+    rank, world, own = distributed.rank(), distributed.world_size(), []
+    size = cfg.crops.global_size
+    for case in tqdm(
+        cases[rank::world], "embedding", leave=False, disable=not distributed.is_main()
+    ):
+        entry, pooled = cache.get(case), 0.0
+        starts = windows(entry, size, limit)
+        for start in starts:
+            x = fixed_view(entry, start, size, cfg.data.hu_window)[None].to(device)
+            with autocast(device, cfg.precision):
+                pooled = pooled + network.pool(network.backbone.encode(x)[-1])[0].float().cpu()
+        own.append((pooled / len(starts)).numpy())
+    parts = distributed.gather_objects(own)
+    return np.stack([parts[i % world][i // world] for i in range(len(cases))])
+
+
+@torch.no_grad()
+def feature_maps(network, entry, cfg, device) -> tuple[np.ndarray, list[np.ndarray]]:
+    """The middle window of a volume (X, Y, Z) in 0..1, and its maps (C, x, y, z), finest first."""
+    size = cfg.crops.global_size
+    start = [max(0, (n - s) // 2) for n, s in zip(entry.shape, size, strict=True)]
+    x = fixed_view(entry, start, size, cfg.data.hu_window)
+    network.eval()
+    with autocast(device, cfg.precision):
+        maps = network.backbone.encode(x[None].to(device))
+    network.train()
+    return x[0].numpy(), [m[0].float().cpu().numpy() for m in maps]
+
+
+@torch.no_grad()
+def dense_score(
+    network, cache: VolumeCache, train: Sequence[Case], val: Sequence[Case], cfg, device
+) -> float | None:
+    """Mean foreground Dice of a ridge regression from all frozen maps to the masks.
+
+    Fitted on probe.dense_cases of the train cases, scored on four times as many val cases, each on
+    the windows that hold most of its labels. None where there are no masks.
+    """
+    train = spread([c for c in train if c.seg_path], cfg.probe.dense_cases)
+    val = spread([c for c in val if c.seg_path], 4 * cfg.probe.dense_cases)
+    size = cfg.crops.global_size
+
+    def labelled_windows(case):
+        entry = cache.get(case)
+        coords = np.concatenate([np.zeros((0, 3), np.int32), *entry.class_coords.values()])
+        for start in windows(entry, size, DENSE_WINDOWS, coords):
+            x = fixed_view(entry, start, size, cfg.data.hu_window)[None].to(device)
+            with autocast(device, cfg.precision):
+                maps = [m[0] for m in network.backbone.encode(x)]
+            yield maps, torch.from_numpy(entry.read_seg(start, size)).long()
+
+    labels = sorted({label for c in train for label in cache.get(c).class_coords if label > 0})
+    if not labels or not val:
+        return None
+    dense = DenseProbe([0, *labels])
+    for i, case in enumerate(train):
+        for maps, seg in labelled_windows(case):
+            dense.add(maps, seg, size, seed=i)
+    dense.fit()
+    scores = []
+    for case in val:
+        found, truth = [], []
+        for maps, seg in labelled_windows(case):
+            box = tuple(slice(n) for n in seg.shape)  # a thin volume ends inside the window
+            found.append(dense.predict(maps, size)[box].flatten())
+            truth.append(seg.flatten())
+        scores += [dice(torch.cat(found), torch.cat(truth), label) for label in labels]
+    scores = [s for s in scores if s is not None]
+    return float(np.mean(scores)) if scores else None
+
+
+def probe(teacher, cache, cases, cfg, device) -> dict[str, float | None]:
+    """kNN, linear and dense probes of the frozen teacher, fitted on train and scored on val cases."""
+    if not cases["val"]:
+        return {}
+    teacher.eval()
+    row, few = {}, {name: spread(cases[name], cfg.probe.max_cases) for name in ("train", "val")}
+    if cfg.probe_targets:
+        x = {name: embed(teacher, cache, few[name], cfg, device, PROBE_WINDOWS) for name in few}
+        for target in cfg.probe_targets:
+            y = {name: np.array([c.labels[target] for c in few[name]]) for name in few}
+            scores = label_probes(x["train"], y["train"], x["val"], y["val"])
+            row |= {f"probe_{target}_{name}": value for name, value in scores.items()}
+    if distributed.is_main():
+        score = dense_score(teacher, cache, cases["train"], cases["val"], cfg, device)
+        row |= {} if score is None else {"probe_dense_dice": score}
+    distributed.barrier()
+    teacher.train()
+    return row
+
+
+def spread(items: list, number: int) -> list:
+    """At most `number` items, evenly spaced."""
+    if len(items) <= number:
+        return items
+    return [items[i] for i in np.linspace(0, len(items) - 1, number).round().astype(int)]

@@ -1,0 +1,41 @@
+"""Reading a scan, whatever its format. DICOM folders and files, NIfTI."""
+
+import os
+from pathlib import Path
+
+from data.dicom import read_dicom
+from data.dicom_elements import NotDicom
+from data.nifti import read_nifti
+from data.volume import Volume, VolumeError
+
+__all__ = ["Volume", "VolumeError", "read_volume"]
+
+
+def read_volume(path: str | os.PathLike, series_uid: str | None = None) -> Volume:
+    """Read one volume.
+
+    path: DICOM folder, enhanced multi-frame DICOM file, .nii or .nii.gz.
+    series_uid: DICOM SeriesInstanceUID, where a folder holds several series. Not for NIfTI.
+
+    Returns voxels (X, Y, Z) as stored, with their affine to RAS+ mm. No header text but modality
+    and SeriesInstanceUID is kept.
+
+    Raises VolumeError, naming the file or folder and the reason, rather than return a volume that
+    may be wrong.
+    """
+    path = Path(path)
+    try:
+        if not path.exists():
+            raise VolumeError(f"{path}: no such file or folder")
+        if path.name.lower().endswith((".nii", ".nii.gz")) and path.is_file():
+            return read_nifti(path)
+        return read_dicom(path, series_uid)
+    except NotDicom:
+        raise VolumeError(
+            f"{path}: unknown format; expected a DICOM folder, an enhanced multi-frame DICOM file, "
+            ".nii or .nii.gz"
+        ) from None
+    except OSError as error:
+        raise VolumeError(f"{path}: {error.strerror or error}") from error
+    except MemoryError:
+        raise VolumeError(f"{path}: does not fit into memory") from None

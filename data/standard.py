@@ -1,0 +1,289 @@
+"""The standard form of a volume: RAS+ axes, one voxel spacing, standard intensities, air cut away.
+
+`standard_transform` is a MONAI `Compose` of dictionary transforms, MONAI's own where they serve.
+Everything in it is deterministic; its result is what `data.cache` stores. The body is found on
+blocks of 4^3 voxels, whose mean is nearly free of noise.
+"""
+
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from monai.data import MetaTensor
+from monai.transforms import Compose, MapTransform, Orientationd, Spacingd, SpatialCrop, Transform
+from scipy import ndimage
+
+from data.readers import VolumeError, read_volume
+
+BLOCK = 4  # voxels; edge of the blocks on which the body is found
+MARGIN = 1  # blocks of air left around the body
+CT_RANGE = (-1024, 32767)  # HU; below is padding outside the scanner's circle, metal is kept
+CT_BODY = -900  # HU; block means: lung -850 and above, air and foam below
+CT_AIR = -1000  # HU
+DARK = 0.06  # other modalities: air is darker than this fraction of bright tissue, CSF is not
+STEPS = 4096  # other modalities: stored steps between the two percentiles (12 bits)
+LOWEST = -2  # other modalities: int16 reaches from here to 14, where the percentiles are 0 and 1
+MAX_SAMPLES = 2_000_000  # voxels from which the percentiles are taken
+GRID_TOL = 0.25  # voxels by which image and mask may disagree anywhere
+
+
+@dataclass(frozen=True)
+class StandardForm:
+    """Settings that define the cached voxels.
+
+    spacing: mm per voxel along x, y, z; None keeps each volume's own.
+    modality: "auto" (CSV, else DICOM header) or one for all volumes.
+    percentiles: of the body's intensities, mapped to 0 and 1 (all but CT).
+    crop_background: cut away the air around the body.
+    """
+
+    spacing: tuple[float, float, float] | None
+    modality: str = "auto"
+    percentiles: tuple[float, float] = (0.5, 99.5)
+    crop_background: bool = True
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+def standard_transform(form: StandardForm) -> Compose:
+    """Transform from {"path", "series_uid"?, "modality"?, "seg_path"?} to the standard form.
+
+    The result holds `image` (1, X, Y, Z) int16 and, with a mask, `seg` (1, X, Y, Z) int16, both
+    MetaTensors whose affine is RAS+ mm; `body` uint8, the body fraction (0..255) of each 8^3 block;
+    `kind` "CT" or "other"; `scale`, `offset` (value = stored * scale + offset: HU for CT, else 0..1
+    between the percentiles); `background` (stored value of air); `original_shape`,
+    `original_affine` (of the file); `slice_spacing` (3,) mm, the file's along x, y, z;
+    `modality`, `series_uid`. Raises (inside MONAI's RuntimeError) VolumeError.
+    """
+    keys = ("image", "seg")
+    steps = [
+        ReadVolumed(form.modality),
+        # labels=None: the affine alone says what the axes mean
+        Orientationd(keys, axcodes="RAS", labels=None, allow_missing_keys=True),
+        CheckMaskd(),
+        ClipCTd("image"),
+    ]
+    if form.spacing is not None:
+        steps.append(Resampled(keys, form.spacing))
+    return Compose([*steps, FindBodyd(), CropToBodyd(keys, form.crop_background), Storedd(form)])
+
+
+class ReadVolumed(Transform):
+    """Read `path` and `seg_path` with `data.readers` and settle the modality."""
+
+    def __init__(self, modality: str = "auto"):
+        self.modality = modality
+
+    def __call__(self, data: dict) -> dict:
+        volume = read_volume(data["path"], data.get("series_uid"))
+        modality = self.modality
+        if modality == "auto":
+            modality = data.get("modality") or volume.modality
+        if not modality:
+            raise VolumeError(
+                f"{data['path']}: its modality is unknown; set data.modality, "
+                "or add a modality column to the CSV"
+            )
+        out = dict(data)
+        out["image"] = _meta_tensor(volume.voxels, volume.affine)
+        out["kind"] = "CT" if modality.upper() == "CT" else "other"
+        out["modality"] = modality
+        out["series_uid"] = volume.series_uid
+        out["original_shape"] = tuple(volume.voxels.shape)
+        out["original_affine"] = np.asarray(volume.affine, np.float64)
+        if data.get("seg_path"):
+            mask = read_volume(data["seg_path"])
+            if mask.voxels.dtype.kind == "f":
+                raise VolumeError(
+                    f"{data['seg_path']}: a mask must hold whole numbers that fit int16"
+                )
+            out["seg"] = _meta_tensor(mask.voxels, mask.affine)
+        return out
+
+
+class CheckMaskd(Transform):
+    """Refuse a mask that is not on the image's grid; note the file's spacing along x, y, z."""
+
+    def __call__(self, data: dict) -> dict:
+        image, seg = data["image"], data.get("seg")
+        spacing = spacing_of(image.affine)
+        if seg is not None:
+            where = f"mask {data['seg_path']} of {data['path']}"
+            if seg.shape != image.shape:
+                shapes = [" x ".join(map(str, x.shape[1:])) for x in (seg, image)]
+                raise VolumeError(f"{where}: {shapes[0]} voxels in RAS+ order, image {shapes[1]}")
+            corners = np.stack(np.meshgrid(*[(0, n - 1) for n in image.shape[1:]], [1])).reshape(
+                4, -1
+            )
+            gap = (np.asarray(seg.affine) - np.asarray(image.affine)) @ corners
+            gap = np.linalg.norm(gap[:3], axis=0).max()
+            if gap > GRID_TOL * spacing.min():
+                raise VolumeError(f"{where}: lies up to {gap:.2f} mm away from the image")
+            seg.affine = image.affine  # so that both go through exactly the same geometry
+        return data | {"slice_spacing": spacing}
+
+
+class ClipCTd(MapTransform):
+    """CT: clip to what int16 holds, before padding values of -3024 can bleed into the skin."""
+
+    def __call__(self, data: dict) -> dict:
+        if data["kind"] != "CT":
+            return data
+        return data | {key: torch.clamp(data[key], *CT_RANGE) for key in self.keys}
+
+
+class Resampled(MapTransform):
+    """MONAI's Spacingd, left out where the spacing is already within 1 % of the wanted one."""
+
+    def __init__(self, keys, spacing):
+        super().__init__(keys, allow_missing_keys=True)
+        self.spacing = spacing
+        self.resample = Spacingd(
+            keys,
+            pixdim=spacing,
+            mode=("bilinear", "nearest"),
+            padding_mode="border",
+            dtype=np.float32,
+            allow_missing_keys=True,
+        )
+
+    def __call__(self, data: dict) -> dict:
+        if np.allclose(spacing_of(data["image"].affine), self.spacing, rtol=0.01, atol=0):
+            return data
+        return self.resample(data)
+
+
+class FindBodyd(Transform):
+    """Add `body`: bool, one value per block of 4^3 voxels (see `find_body`)."""
+
+    def __call__(self, data: dict) -> dict:
+        return data | {"body": find_body(data["image"].as_tensor(), data["kind"])}
+
+
+class CropToBodyd(MapTransform):
+    """Crop to the body and every label, plus a margin; leave `body` as fractions of 8^3 blocks.
+
+    The box starts at multiples of 4 voxels, so that the map stays aligned with the voxels.
+    """
+
+    def __init__(self, keys, crop: bool):
+        super().__init__(keys, allow_missing_keys=True)
+        self.crop = crop
+
+    def __call__(self, data: dict) -> dict:
+        out, body = dict(data), data["body"]
+        out["body_sample"] = _sample_body(data["image"][0], body)
+        if self.crop:
+            keep = body
+            if "seg" in data:
+                # max |label| of each block
+                labels = data["seg"].as_tensor().abs().float()
+                keep = keep | (F.max_pool3d(labels, BLOCK, ceil_mode=True)[0] > 0).numpy()
+            box = []
+            for axis in range(3):
+                hit = np.flatnonzero(keep.any(axis=tuple({0, 1, 2} - {axis})))
+                box.append((max(0, hit[0] - MARGIN), hit[-1] + 1 + MARGIN))
+            body = body[tuple(slice(*b) for b in box)]
+            crop = SpatialCrop(roi_slices=[slice(a * BLOCK, b * BLOCK) for a, b in box])
+            for key in self.key_iterator(out):
+                out[key] = crop(out[key])
+        fraction = F.avg_pool3d(
+            torch.as_tensor(body)[None].float(), 2, ceil_mode=True, count_include_pad=False
+        )
+        out["body"] = np.rint(fraction[0].numpy() * 255).astype(np.uint8)
+        return out
+
+
+class Storedd(Transform):
+    """Turn intensities into int16 with `scale`, `offset` and the `background` value of air.
+
+    Other modalities than CT get `STEPS` steps between the percentiles, from which int16 reaches two
+    times that range below and 13 times above; only what lies beyond is clipped.
+    """
+
+    def __init__(self, form: StandardForm):
+        self.percentiles = form.percentiles
+
+    def __call__(self, data: dict) -> dict:
+        out = dict(data)
+        body, air = out.pop("body_sample")
+        image = data["image"]
+        if data["kind"] == "CT":
+            out.update(scale=1.0, offset=0.0, background=CT_AIR)
+        else:
+            low, high = np.percentile(body, self.percentiles)
+            if not high > low:
+                raise VolumeError(
+                    f"{data['path']}: percentiles {self.percentiles} of its intensities are both "
+                    f"{low:g}; nothing to see"
+                )
+            scale, offset = 1 / STEPS, LOWEST + 32768 / STEPS
+            # stored = ((value - low) / (high - low) - offset) / scale
+            slope = STEPS / (high - low)
+            shift = -low * slope - offset * STEPS
+            image = image.float() * slope + shift
+            background = float(np.median(air)) if len(air) else low
+            background = int(np.clip(round(background * slope + shift), -32768, 32767))
+            out.update(scale=scale, offset=offset, background=background)
+        if image.is_floating_point():
+            image = image.round().clamp(-32768, 32767)
+        out["image"] = image.to(torch.int16)
+        if "seg" in out:
+            out["seg"] = out["seg"].to(torch.int16)
+        return out
+
+
+def find_body(image: torch.Tensor, kind: str) -> np.ndarray:
+    """Tell body from air, lungs and cavities counting as body.
+
+    Args:
+        image: (1, X, Y, Z), HU for CT, any unit else; axes in RAS+ order.
+        kind: "CT" or "other".
+    Returns:
+        bool (ceil(X/4), ceil(Y/4), ceil(Z/4)); all true where there is no air to be seen, as in a
+        crop from within the body.
+    """
+    mean = F.avg_pool3d(image.float(), BLOCK, ceil_mode=True, count_include_pad=False)[0].numpy()
+    if kind == "CT":
+        body = mean > CT_BODY
+    else:
+        low, high = np.percentile(mean, (1, 95))
+        if low > DARK * high:
+            return np.ones(mean.shape, bool)
+        body = mean > low + 0.1 * (high - low)
+    # slice by slice: lungs are open at the ends of the volume
+    cross = ndimage.generate_binary_structure(2, 1)[..., None]
+    body = ndimage.binary_fill_holes(body, cross)
+    # the table, cables and noise are thin: they do not survive an opening
+    square = np.ones((3, 3, 1), bool)
+    solid = ndimage.binary_opening(np.pad(body, 1, "edge"), square)[1:-1, 1:-1, 1:-1]
+    parts, count = ndimage.label(solid)
+    if count == 0:
+        return np.ones(mean.shape, bool)
+    sizes = np.bincount(parts.ravel())[1:]
+    large = 1 + np.flatnonzero(sizes >= 0.01 * sizes.max())  # arms and legs may lie apart
+    # back to the full outline, which the opening has rounded off by up to a block
+    near = ndimage.binary_dilation(np.isin(parts, large), square)
+    return body & near
+
+
+def spacing_of(affine) -> np.ndarray:
+    """Voxel size in mm along each axis, (3,), of a (4, 4) affine."""
+    return np.linalg.norm(np.asarray(affine, np.float64)[:3, :3], axis=0)
+
+
+def _sample_body(image: torch.Tensor, body: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Intensities in the body and in the air, from at most about MAX_SAMPLES voxels."""
+    step = max(1, round((image.numel() / MAX_SAMPLES) ** (1 / 3)))
+    values = image.as_tensor()[::step, ::step, ::step].numpy()
+    inside = body[np.ix_(*[np.arange(0, n, step) // BLOCK for n in image.shape])]
+    return values[inside], values[~inside]
+
+
+def _meta_tensor(voxels: np.ndarray, affine: np.ndarray) -> MetaTensor:
+    """(X, Y, Z) voxels as a (1, X, Y, Z) MetaTensor."""
+    if min(voxels.strides) < 0:  # torch cannot wrap these
+        voxels = voxels.copy()
+    return MetaTensor(torch.as_tensor(voxels)[None], affine=torch.as_tensor(affine).double())

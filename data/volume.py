@@ -1,0 +1,64 @@
+"""What every reader returns, and the one error it raises."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+INT16_MIN, INT16_MAX = -32768, 32767
+
+
+class VolumeError(ValueError):
+    """A volume that cannot be read, or not surely rightly; names the file or folder and why."""
+
+
+@dataclass(frozen=True)
+class Volume:
+    """A scan as stored: no reorientation, no resampling.
+
+    voxels: (X, Y, Z), int16 where all values are integers that fit, else float32. The axes may have
+        any orientation (and any memory order): affine says which.
+    affine: (4, 4) float64, voxel index -> RAS+ mm.
+    modality: DICOM Modality ("CT", "MR", ...); None for NIfTI.
+    series_uid: DICOM SeriesInstanceUID; None for NIfTI.
+    """
+
+    voxels: np.ndarray
+    affine: np.ndarray
+    modality: str | None = None
+    series_uid: str | None = None
+
+
+def rescale(stored: np.ndarray, slope: float, intercept: float) -> np.ndarray:
+    """stored * slope + intercept, int16 where all results are integers that fit, else float32.
+
+    Raises ValueError, saying how many, if results are NaN or infinite.
+    """
+    if stored.dtype.kind in "iu" and float(slope).is_integer() and float(intercept).is_integer():
+        slope, intercept = int(slope), int(intercept)
+        if not _fits(np.iinfo(stored.dtype).min, np.iinfo(stored.dtype).max, slope, intercept):
+            low, high = int(stored.min()), int(stored.max())
+            if not _fits(low, high, slope, intercept):
+                return (stored * np.float64(slope) + intercept).astype(np.float32)
+        if slope == 1:
+            # In int16 throughout, for speed: sums wrap around, which is exact as the results fit.
+            wrapped = np.array(intercept & 0xFFFF, np.uint16).view(np.int16)
+            return np.add(stored.astype(np.int16, copy=False), wrapped)
+        return (stored.astype(np.int64) * slope + intercept).astype(np.int16)
+
+    with np.errstate(over="ignore", invalid="ignore"):
+        exact = stored * np.float64(slope) + intercept
+        values = exact.astype(np.float32)
+    num_bad = values.size - np.count_nonzero(np.isfinite(values))
+    if num_bad:
+        raise ValueError(f"{num_bad} of {values.size} voxels are NaN or infinite")
+    if values.min() >= INT16_MIN and values.max() <= INT16_MAX:
+        integers = exact.astype(np.int16)
+        if np.array_equal(integers, exact):
+            return integers
+    return values
+
+
+def _fits(low: int, high: int, slope: int, intercept: int) -> bool:
+    """Whether stored values from low to high give results that int16 holds."""
+    ends = low * slope + intercept, high * slope + intercept
+    return INT16_MIN <= min(ends) and max(ends) <= INT16_MAX

@@ -1,0 +1,217 @@
+"""Student and teacher of DINO: backbone, pooling and projection heads."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from models.backbones import build_backbone
+from utils.distributed import sum_over_ranks
+
+
+class BatchNorm(nn.Module):
+    """BatchNorm over (N, C) without affine parameters, its statistics taken over all ranks.
+
+    torch.nn.SyncBatchNorm works on CUDA only. N may differ between ranks and may be 0 on some.
+    """
+
+    def __init__(self, num_features: int, momentum: float = 0.1, eps: float = 1e-5):
+        super().__init__()
+        self.momentum, self.eps = momentum, eps
+        self.register_buffer("running_mean", torch.zeros(num_features))
+        self.register_buffer("running_var", torch.ones(num_features))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.float()
+        mean, var = self.running_mean, self.running_var
+        if self.training:
+            count = sum_over_ranks(x.new_tensor([float(len(x))])).clamp(min=1)
+            mean = sum_over_ranks(x.sum(dim=0)) / count
+            var = sum_over_ranks((x - mean).square().sum(dim=0)) / count
+            self._track(self.running_mean, mean)
+            self._track(self.running_var, var * count / (count - 1).clamp(min=1))
+        return (x - mean) * torch.rsqrt(var + self.eps)
+
+    @torch.no_grad()
+    def _track(self, running: torch.Tensor, batch: torch.Tensor) -> None:
+        """Moving average; a non-finite batch, whose step is skipped, leaves no trace."""
+        moved = running.lerp(batch, self.momentum)
+        running.copy_(torch.where(moved.isfinite(), moved, running))
+
+
+class Prototypes(nn.Module):
+    """Weight-normalised linear layer: the length of each prototype is 1, or learned."""
+
+    def __init__(self, in_dim: int, out_dim: int, fixed_length: bool = True):
+        super().__init__()
+        self.direction = nn.Parameter(nn.init.trunc_normal_(torch.empty(out_dim, in_dim), std=0.02))
+        self.length = None if fixed_length else nn.Parameter(torch.ones(out_dim, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = F.normalize(self.direction, dim=-1)
+        return F.linear(x, weight if self.length is None else weight * self.length)
+
+
+class DINOHead(nn.Module):
+    """Three-layer MLP, L2 bottleneck, weight-normalised prototypes (DINO, appendix C).
+
+    Args:
+        batchnorm: a non-affine BatchNorm before the first and after the two hidden layers. It spreads
+            the samples of a batch before they meet the prototypes; without it small batches of
+            instance-normalised features collapse to the uniform output.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        hidden: int = 2048,
+        bottleneck: int = 256,
+        batchnorm: bool = True,
+        norm_last_layer: bool = True,
+    ):
+        super().__init__()
+
+        def norm(dim):
+            return BatchNorm(dim) if batchnorm else nn.Identity()
+
+        self.mlp = nn.Sequential(
+            norm(in_dim),
+            nn.Linear(in_dim, hidden),
+            norm(hidden),
+            nn.GELU(),
+            nn.Linear(hidden, hidden),
+            norm(hidden),
+            nn.GELU(),
+            nn.Linear(hidden, bottleneck),
+        )
+        self.prototypes = Prototypes(bottleneck, out_dim, fixed_length=norm_last_layer)
+        for layer in self.mlp:
+            if isinstance(layer, nn.Linear):
+                nn.init.trunc_normal_(layer.weight, std=0.02)
+                nn.init.zeros_(layer.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, in_dim) -> (N, out_dim) logits, the cosines to the prototypes (times their lengths)."""
+        x = F.normalize(self.mlp(x).float(), dim=-1)
+        return self.prototypes(x)
+
+
+def _gem(x: torch.Tensor) -> torch.Tensor:
+    return x.float().clamp(min=1e-6).pow(3).mean(dim=(2, 3, 4)).pow(1 / 3)
+
+
+POOLINGS = {  # (B, C, x, y, z) -> (B, C), or (B, 2 C) for meanmax
+    "max": lambda x: x.amax(dim=(2, 3, 4)),
+    "mean": lambda x: x.mean(dim=(2, 3, 4)),
+    "meanmax": lambda x: torch.cat([x.mean(dim=(2, 3, 4)), x.amax(dim=(2, 3, 4))], dim=1),
+    "gem": _gem,
+}
+
+
+class DINONetwork(nn.Module):
+    """Backbone (encoder only), pooling of its deepest map, DINO head and, optionally, a patch head.
+
+    Args:
+        backbone: from `build_backbone(..., decoder=False)`.
+        pooling: a key of POOLINGS.
+        head: DINOHead on the pooled features.
+        patch_head: DINOHead on the positions of feature map `patch_level`, or None.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        pooling: str,
+        head: DINOHead,
+        patch_head: DINOHead | None = None,
+        patch_level: int = 0,
+    ):
+        super().__init__()
+        self.backbone, self.pool = backbone, POOLINGS[pooling]
+        self.head, self.patch_head, self.patch_level = head, patch_head, patch_level
+        self.mask_value = nn.Parameter(torch.zeros(())) if patch_head is not None else None
+
+    def prototype_parameters(self) -> list[nn.Parameter]:
+        heads = [head for head in (self.head, self.patch_head) if head is not None]
+        return [p for head in heads for p in head.prototypes.parameters()]
+
+    def forward(
+        self,
+        global_crops: torch.Tensor,
+        local_crops: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+        hide: bool = False,
+    ) -> dict[str, torch.Tensor]:
+        """One call per crop size goes through the backbone, one through the head.
+
+        Args:
+            global_crops: (N, C, X, Y, Z); local_crops: (L, C, x, y, z) or None.
+            mask: (N, px, py, pz) bool on the grid of feature map `patch_level`, or None.
+            hide: fill the masked parts of the input (student); False only picks the positions (teacher).
+        Returns:
+            pooled (N + L, D), logits (N + L, K) and, with a mask, patch_logits (mask.sum(), K').
+        """
+        if hide and mask is not None:
+            hidden = F.interpolate(mask[:, None].float(), size=global_crops.shape[2:]) > 0.5
+            global_crops = torch.where(hidden, self.mask_value.to(global_crops.dtype), global_crops)
+        features = self.backbone.encode(global_crops)
+        pooled = self.pool(features[-1])
+        if local_crops is not None:
+            pooled = torch.cat([pooled, self.pool(self.backbone.encode(local_crops)[-1])])
+        out = {"pooled": pooled, "logits": self.head(pooled)}
+        if mask is not None:
+            positions = features[self.patch_level].movedim(1, -1)[mask]  # (M, C)
+            out["patch_logits"] = self.patch_head(positions)
+        return out
+
+
+def build_network(cfg) -> DINONetwork:
+    """Network of a dino_config: backbone (encoder only), DINO head and, if used, patch head."""
+    options = {"resunet": cfg.resunet, "swinunetr": cfg.swinunetr}[cfg.backbone].model_dump()
+    options["grad_checkpointing"] = cfg.grad_checkpointing
+    backbone = build_backbone(cfg.backbone, decoder=False, **options)
+    d = cfg.dino
+    head = {
+        "hidden": d.head_hidden,
+        "bottleneck": d.head_bottleneck,
+        "batchnorm": d.head_batchnorm,
+        "norm_last_layer": d.norm_last_layer,
+    }
+    width = backbone.feature_channels[-1] * (2 if d.pooling == "meanmax" else 1)
+    dino_head, patch_head = DINOHead(width, d.out_dim, **head), None
+    if d.patch_weight > 0:
+        patch_head = DINOHead(backbone.feature_channels[d.patch_level], d.patch_out_dim, **head)
+    return DINONetwork(backbone, d.pooling, dino_head, patch_head, d.patch_level)
+
+
+def random_masks(
+    rng, num_crops: int, grid: tuple[int, ...], prob: float, ratio: tuple[float, float]
+):
+    """Block-wise masks: boxes are added until the drawn fraction of the grid is hidden (iBOT, BEiT).
+
+    Args:
+        rng: numpy Generator.
+        grid: positions of the feature map along x, y, z.
+        prob: probability that a crop is masked at all.
+        ratio: smallest and largest hidden fraction of a masked crop.
+    Returns:
+        (num_crops, *grid) bool tensor.
+    """
+    masks = torch.zeros(num_crops, *grid, dtype=torch.bool)
+    for mask in masks:
+        if rng.random() >= prob:
+            continue
+        target = rng.uniform(*ratio) * mask.numel()
+        while (left := target - mask.sum().item()) >= 1:
+            side = min(left, rng.uniform(0.1, 0.5) * target + 1) ** (1 / 3)
+            box = [min(n, max(1, round(side * rng.uniform(0.8, 1.25)))) for n in grid]
+            start = [rng.integers(0, n - b + 1) for n, b in zip(grid, box, strict=True)]
+            mask[tuple(slice(s, s + b) for s, b in zip(start, box, strict=True))] = True
+    return masks
+
+
+@torch.no_grad()
+def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
+    """teacher <- momentum * teacher + (1 - momentum) * student, over all parameters (DINO, section 3)."""
+    for t, s in zip(teacher.parameters(), student.parameters(), strict=True):
+        t.lerp_(s.detach(), 1 - momentum)

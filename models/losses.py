@@ -1,0 +1,121 @@
+"""The losses of DINO pre-training, each in fp32 and reduced over all ranks where it needs to be.
+
+DINO: Caron et al. 2021, arXiv:2104.14294. iBOT: Zhou et al. 2021, arXiv:2111.07832.
+Sinkhorn-Knopp: SwAV, Caron et al. 2020, arXiv:2006.09882, as in DINOv2, arXiv:2304.07193.
+KoLeo: Sablayrolles et al. 2018, arXiv:1806.03198.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from utils.distributed import all_reduce, concat_over_ranks, rank
+
+
+def sinkhorn_knopp(logits: torch.Tensor, temp: float, num_iterations: int = 3) -> torch.Tensor:
+    """Assign samples to prototypes so that all prototypes are used equally, over all ranks.
+
+    Args:
+        logits: (N, K) teacher outputs; N may differ between ranks and may be 0.
+        temp: teacher temperature.
+    Returns:
+        (N, K) probabilities, each row summing to 1.
+    """
+    logits = logits.float() / temp
+    largest = logits.max() if logits.numel() else logits.new_tensor(-torch.inf)
+    q = torch.exp(logits - all_reduce(largest, "max"))  # (N, K); a common factor cancels below
+    num_samples = all_reduce(q.new_tensor(float(len(q))))
+    for _ in range(num_iterations):
+        q = q / (all_reduce(q.sum(dim=0)) * q.shape[1]).clamp(min=1e-30)  # each prototype: 1 / K
+        q = q / (q.sum(dim=1, keepdim=True) * num_samples).clamp(min=1e-30)  # each sample: 1 / N
+    return q * num_samples
+
+
+class TeacherTargets(nn.Module):
+    """Turns teacher logits into target probabilities, by centering (DINO, eq. 4) or Sinkhorn-Knopp.
+
+    The center is a moving average of the teacher's logits. `forward` uses the center as it stands and
+    remembers the batch; `update_center` moves it, so that a skipped step leaves it untouched. In
+    eval mode targets are always centered and nothing is remembered: no exchange between ranks.
+    """
+
+    def __init__(self, out_dim: int, centering: str, center_momentum: float = 0.9):
+        super().__init__()
+        self.centering, self.center_momentum = centering, center_momentum
+        self.register_buffer("center", torch.zeros(out_dim))
+        self._pending: list[
+            tuple[torch.Tensor, int]
+        ] = []  # one per batch since the last optimizer step
+
+    @torch.no_grad()
+    def forward(self, logits: torch.Tensor, temp: float) -> torch.Tensor:
+        """(N, K) teacher logits -> (N, K) probabilities."""
+        logits = logits.float()
+        if self.training:
+            self._pending.append((logits.sum(dim=0), len(logits)))
+            if self.centering == "sinkhorn":
+                return sinkhorn_knopp(logits, temp)
+        return torch.softmax((logits - self.center) / temp, dim=-1)
+
+    @torch.no_grad()
+    def update_center(self) -> None:
+        """Move the center by the batches seen since the last call, over all ranks."""
+        total = torch.stack([s for s, _ in self._pending]).sum(dim=0)
+        count = total.new_tensor([float(sum(n for _, n in self._pending))])
+        total, count = all_reduce(torch.cat([total, count])).split([len(total), 1])
+        if count > 0:
+            self.center.lerp_((total / count).to(self.center.dtype), 1 - self.center_momentum)
+        self._pending.clear()
+
+    def forget(self) -> None:
+        """Drop the batches seen since the last update (the step was skipped)."""
+        self._pending.clear()
+
+
+def dino_loss(targets: torch.Tensor, logits: torch.Tensor, student_temp: float) -> torch.Tensor:
+    """Cross-entropy of every student crop against every teacher crop but itself (DINO, eq. 3).
+
+    Args:
+        targets: (T, B, K) teacher probabilities of the T global crops.
+        logits: (S, B, K) student outputs; the first T crops are the teacher's, in the same order.
+    Returns:
+        scalar, averaged over the T * S - T pairs and the batch.
+    """
+    log_q = F.log_softmax(logits.float() / student_temp, dim=-1)
+    # Element by element, not as a matrix product: autocast would run that in half precision.
+    pairs = torch.stack([-(p * log_q).sum(dim=-1).mean(dim=-1) for p in targets])  # (T, S)
+    own_view = torch.eye(*pairs.shape, dtype=torch.bool, device=pairs.device)
+    return pairs.masked_fill(own_view, 0).sum() / (pairs.numel() - len(targets))
+
+
+def patch_loss(
+    targets: torch.Tensor, logits: torch.Tensor, mask: torch.Tensor, student_temp: float
+) -> torch.Tensor:
+    """Cross-entropy at the masked positions, each masked crop weighing the same (iBOT, eq. 2).
+
+    Args:
+        targets: (M, K) teacher probabilities at the M masked positions of all crops.
+        logits: (M, K) student outputs at the same positions.
+        mask: (N, P) bool, True where hidden; M = mask.sum(), in row-major order.
+    Returns:
+        scalar, averaged over the N crops (a crop without a mask counts as 0, as in DINOv2).
+    """
+    loss = -(targets * F.log_softmax(logits.float() / student_temp, dim=-1)).sum(dim=-1)  # (M,)
+    weight = 1 / mask.sum(dim=1).clamp(min=1)  # (N,)
+    return (loss * weight[:, None].expand_as(mask)[mask]).sum() / len(mask)
+
+
+def koleo_loss(features: torch.Tensor, eps: float = 1e-8) -> torch.Tensor:
+    """-log of the distance to the nearest other sample of the batch, over all ranks.
+
+    Args:
+        features: (B, D) of one view; samples of the same case must not be in it twice.
+    """
+    features = F.normalize(features.float(), dim=-1, eps=eps)
+    everyone = concat_over_ranks(features)  # (world_size * B, D)
+    own = rank() * len(features) + torch.arange(len(features))
+    with torch.no_grad():
+        similarity = features @ everyone.T
+        similarity[torch.arange(len(features)), own] = -2  # below any cosine: not its own neighbour
+        nearest = similarity.argmax(dim=1)
+    return -torch.log(F.pairwise_distance(features, everyone[nearest], eps=eps) + eps).mean()

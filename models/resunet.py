@@ -1,0 +1,160 @@
+"""nnU-Net's residual encoder U-Net (ResEnc), with the names and shapes of its checkpoints.
+
+Architecture: Isensee et al., nnU-Net Revisited, https://arxiv.org/abs/2404.09556, as built by
+ResidualEncoderUNet of MIC-DKFZ/dynamic-network-architectures with nnU-Net's settings.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+NEGATIVE_SLOPE = 0.01
+
+
+class ConvNorm(nn.Module):
+    """Convolution, instance normalization and (if `act`) LeakyReLU."""
+
+    def __init__(self, in_channels, out_channels, kernel=3, stride=1, bias=True, act=True):
+        super().__init__()
+        self.conv = nn.Conv3d(in_channels, out_channels, kernel, stride, kernel // 2, bias=bias)
+        self.norm = nn.InstanceNorm3d(out_channels, eps=1e-5, affine=True)
+        self.act = nn.LeakyReLU(NEGATIVE_SLOPE, inplace=True) if act else nn.Identity()
+
+    def forward(self, x):
+        return self.act(self.norm(self.conv(x)))
+
+
+class ResidualBlock(nn.Module):
+    """Two convolutions and a skip that pools where the block is strided (ResNet-D)."""
+
+    def __init__(self, in_channels, out_channels, stride):
+        super().__init__()
+        self.conv1 = ConvNorm(in_channels, out_channels, stride=stride)
+        self.conv2 = ConvNorm(out_channels, out_channels, act=False)
+        self.act = nn.LeakyReLU(NEGATIVE_SLOPE, inplace=True)
+        self.skip = nn.Sequential(nn.AvgPool3d(stride) if stride > 1 else nn.Identity())
+        if in_channels != out_channels:
+            self.skip.append(ConvNorm(in_channels, out_channels, kernel=1, bias=False, act=False))
+
+    def forward(self, x):
+        return self.act(self.conv2(self.conv1(x)) + self.skip(x))
+
+
+class ResUNet(nn.Module):
+    """Residual encoder and a plain U-Net decoder without its output layers.
+
+    Each stage after the first halves the resolution. Published files also hold the output layers
+    `decoder.seg_layers.*` (1x1x1 convolutions of the decoder's maps); those are a segmenter's head.
+
+    Args:
+        in_channels: channels of the input.
+        decoder: build the decoder; without it only `encode` works.
+        features: channels per stage.
+        blocks: residual blocks per stage. The defaults are nnU-Net's ResEnc-L.
+        grad_checkpointing: recompute activations in the backward pass.
+
+    Attributes:
+        feature_channels, strides: of the maps of `encode`, finest first.
+        stride: the largest; input sizes must be divisible by it.
+        min_size: the smallest cube, in voxels, that `encode` and `decode` take. Instance
+            normalization needs more than one voxel in the deepest map.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 1,
+        decoder: bool = True,
+        features: Sequence[int] = (32, 64, 128, 256, 320, 320),
+        blocks: Sequence[int] = (1, 3, 4, 6, 6, 6),
+        grad_checkpointing: bool = False,
+    ):
+        super().__init__()
+        if len(features) != len(blocks) or len(features) < 2 or min(*features, *blocks) < 1:
+            raise ValueError(
+                "resunet: features and blocks must be positive and equally many (at least 2), "
+                f"got features={list(features)} and blocks={list(blocks)}"
+            )
+        self.grad_checkpointing = grad_checkpointing
+        self.feature_channels = list(features)
+        self.strides = [2**i for i in range(len(features))]
+        self.stride = self.strides[-1]
+        self.min_size = 2 * self.stride
+
+        stages = nn.ModuleList()
+        channels = features[0]
+        for i, (width, num_blocks) in enumerate(zip(features, blocks, strict=True)):
+            first = ResidualBlock(channels, width, stride=1 if i == 0 else 2)
+            rest = [ResidualBlock(width, width, stride=1) for _ in range(num_blocks - 1)]
+            stages.append(nn.ModuleDict({"blocks": nn.ModuleList([first, *rest])}))
+            channels = width
+        stem = nn.ModuleDict({"convs": nn.Sequential(ConvNorm(in_channels, features[0]))})
+        self.encoder = nn.ModuleDict({"stem": stem, "stages": stages})
+
+        if decoder:
+            # Deepest first, as in published files.
+            ups, stages = nn.ModuleList(), nn.ModuleList()
+            for below, width in zip(features[:0:-1], features[-2::-1], strict=True):
+                ups.append(nn.ConvTranspose3d(below, width, kernel_size=2, stride=2))
+                convs = nn.Sequential(ConvNorm(2 * width, width))
+                stages.append(nn.ModuleDict({"convs": convs}))
+            self.decoder = nn.ModuleDict({"stages": stages, "transpconvs": ups})
+        self.apply(_initialize)
+
+    def encode(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """Feature maps of an image.
+
+        Args:
+            x: (B, in_channels, X, Y, Z), each size divisible by `stride`, at least `min_size`.
+        Returns:
+            Maps (B, feature_channels[i], X / strides[i], ...), finest first.
+        Raises:
+            ValueError: for a size that `stride` does not divide.
+        """
+        if any(size % self.stride for size in x.shape[2:]):
+            raise ValueError(f"resunet: size {tuple(x.shape[2:])} not divisible by {self.stride}")
+        x = self._run(self.encoder["stem"]["convs"], x)
+        maps = []
+        for stage in self.encoder["stages"]:
+            for block in stage["blocks"]:
+                x = self._run(block, x)
+            maps.append(x)
+        return maps
+
+    def decode(self, x: torch.Tensor, features: list[torch.Tensor]) -> torch.Tensor:
+        """Finest decoder features, before the output layer.
+
+        Args:
+            x: the image (not used here; other backbones have a skip from it).
+            features: what `encode(x)` returned.
+        Returns:
+            (B, feature_channels[0], X, Y, Z).
+        """
+        x = features[-1]
+        steps = zip(self.decoder["transpconvs"], self.decoder["stages"], strict=True)
+        for (up, stage), skip in zip(steps, features[-2::-1], strict=True):
+            x = self._run(_merge, x, skip, up, stage["convs"])
+        return x
+
+    def _run(self, module, *args):
+        """Call a part of the network, keeping its activations or not."""
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            # There is no dropout, so the state of the random generators need not be kept.
+            return checkpoint(module, *args, use_reentrant=False, preserve_rng_state=False)
+        return module(*args)
+
+
+def _merge(x, skip, up, convs):
+    """One decoder stage: upsample, append the encoder's map, convolve."""
+    return convs(torch.cat([up(x), skip], dim=1))
+
+
+def _initialize(module: nn.Module) -> None:
+    """He initialization; the last norm of each residual block starts at 0 (as nnU-Net does)."""
+    if isinstance(module, nn.Conv3d | nn.ConvTranspose3d):
+        nn.init.kaiming_normal_(module.weight, a=NEGATIVE_SLOPE)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    if isinstance(module, ResidualBlock):
+        nn.init.zeros_(module.conv2.norm.weight)

@@ -1,0 +1,190 @@
+"""Swin UNETR from MONAI's blocks, with the parameter names and numbers of MONAI's SwinUNETR.
+
+Hatamizadeh et al., https://arxiv.org/abs/2201.01266. The forward pass is written out here because
+MONAI's keeps several copies of every attention matrix and rebuilds the window mask in each call.
+"""
+
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from monai.networks.blocks import UnetrBasicBlock, UnetrUpBlock
+from monai.networks.nets.swin_unetr import (
+    SwinTransformer,
+    WindowAttention,
+    compute_mask,
+    get_window_size,
+)
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+DEPTHS = (2, 2, 2, 2)
+NUM_HEADS = (3, 6, 12, 24)
+
+
+class FusedWindowAttention(WindowAttention):
+    """MONAI's window attention with the same parameters, through torch's fused kernels."""
+
+    def forward(self, x, mask):
+        """x: (B * windows, n, C). mask: None or (windows, n, n), added to the logits."""
+        n, channels = x.shape[1:]
+        heads = self.num_heads
+        bias = self.relative_position_bias_table[self.relative_position_index[:n, :n].flatten()]
+        bias = bias.view(n, n, heads).permute(2, 0, 1)  # (heads, n, n)
+        if mask is not None:
+            bias = (bias + mask[:, None]).flatten(0, 1)  # (windows * heads, n, n)
+
+        # Windows and heads share an axis, so that one bias serves all images of the batch.
+        qkv = self.qkv(x).view(-1, bias.shape[0] // heads, n, 3, heads, channels // heads)
+        q, k, v = qkv.permute(3, 0, 1, 4, 2, 5).flatten(2, 3)  # (B, windows * heads, n, C / heads)
+        bias = bias.to(q.dtype)
+        if x.device.type == "cpu" and torch.is_grad_enabled():
+            # The CPU kernel has no gradient for the bias; this beats torch's fallback.
+            logits = (q * self.scale) @ k.transpose(-2, -1)
+            logits += bias
+            x = logits.softmax(dim=-1).to(v.dtype) @ v
+        else:
+            x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None])
+        x = x.view(-1, heads, n, channels // heads).transpose(1, 2).reshape(-1, n, channels)
+        return self.proj(x)
+
+
+@lru_cache(maxsize=16)
+@torch.inference_mode(False)
+def _shift_mask(size, window, shift, device):
+    """(windows, n, n): -100 where shifted windows join voxels that are not neighbours, else 0."""
+    padded = [-(-s // w) * w for s, w in zip(size, window, strict=True)]
+    return compute_mask(padded, window, shift, device)
+
+
+class SwinUNETR(nn.Module):
+    """Swin transformer encoder and a convolutional decoder without its output layer.
+
+    Args:
+        in_channels: channels of the input.
+        decoder: build the decoder; without it only `swinViT` exists and only `encode` works.
+        feature_size: channels of the finest map, a multiple of 12.
+        use_v2: a residual convolution before each stage (He et al., SwinUNETR-V2, MICCAI 2023).
+        grad_checkpointing: recompute activations in the backward pass.
+
+    Attributes:
+        feature_channels, strides: of the maps of `encode`, finest first.
+        stride: the largest; input sizes must be divisible by it.
+        min_size: the smallest cube, in voxels, that the parts which were built take. The decoder
+            has an instance normalization of the deepest map, which needs more than one voxel.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 1,
+        decoder: bool = True,
+        feature_size: int = 48,
+        use_v2: bool = False,
+        grad_checkpointing: bool = False,
+    ):
+        super().__init__()
+        if feature_size < 12 or feature_size % 12:
+            raise ValueError(
+                f"swinunetr: feature_size must be a multiple of 12, got {feature_size}"
+            )
+        self.grad_checkpointing = grad_checkpointing
+        self.feature_channels = [feature_size * 2**i for i in range(5)]
+        self.strides = [2, 4, 8, 16, 32]
+        self.stride = self.strides[-1]
+        self.min_size = 2 * self.stride if decoder else self.stride
+
+        self.swinViT = SwinTransformer(
+            in_chans=in_channels,
+            embed_dim=feature_size,
+            window_size=(7, 7, 7),
+            patch_size=(2, 2, 2),
+            depths=DEPTHS,
+            num_heads=NUM_HEADS,
+            use_v2=use_v2,
+        )
+        for stage in self._stages():
+            for block in stage.blocks:
+                block.attn = FusedWindowAttention(
+                    block.dim, block.num_heads, block.window_size, qkv_bias=True
+                )
+
+        if decoder:
+            common = {"spatial_dims": 3, "kernel_size": 3, "norm_name": "instance"}
+            up = {**common, "upsample_kernel_size": 2, "res_block": True}
+            same = {**common, "stride": 1, "res_block": True}
+            c = self.feature_channels
+            self.encoder1 = UnetrBasicBlock(in_channels=in_channels, out_channels=c[0], **same)
+            self.encoder2 = UnetrBasicBlock(in_channels=c[0], out_channels=c[0], **same)
+            self.encoder3 = UnetrBasicBlock(in_channels=c[1], out_channels=c[1], **same)
+            self.encoder4 = UnetrBasicBlock(in_channels=c[2], out_channels=c[2], **same)
+            self.encoder10 = UnetrBasicBlock(in_channels=c[4], out_channels=c[4], **same)
+            self.decoder5 = UnetrUpBlock(in_channels=c[4], out_channels=c[3], **up)
+            self.decoder4 = UnetrUpBlock(in_channels=c[3], out_channels=c[2], **up)
+            self.decoder3 = UnetrUpBlock(in_channels=c[2], out_channels=c[1], **up)
+            self.decoder2 = UnetrUpBlock(in_channels=c[1], out_channels=c[0], **up)
+            self.decoder1 = UnetrUpBlock(in_channels=c[0], out_channels=c[0], **up)
+
+    def encode(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """Feature maps of an image: the outputs of MONAI's `swinViT(x, normalize=True)`.
+
+        Args:
+            x: (B, in_channels, X, Y, Z), each size divisible by `stride`, at least `min_size`.
+        Returns:
+            Maps (B, feature_channels[i], X / strides[i], ...), finest first.
+        Raises:
+            ValueError: for a size that `stride` does not divide.
+        """
+        if any(size % self.stride for size in x.shape[2:]):
+            raise ValueError(f"swinunetr: size {tuple(x.shape[2:])} not divisible by {self.stride}")
+        vit = self.swinViT
+        x = vit.patch_embed(x)
+        maps = [x]
+        for i, stage in enumerate(self._stages()):
+            if vit.use_v2:
+                convs = (vit.layers1c, vit.layers2c, vit.layers3c, vit.layers4c)[i]
+                x = self._run(convs[0], x)
+            x = self._run_stage(stage, x)
+            maps.append(x)
+        return [_channel_norm(x) for x in maps]
+
+    def decode(self, x: torch.Tensor, features: list[torch.Tensor]) -> torch.Tensor:
+        """Finest decoder features, before the output layer.
+
+        Args:
+            x: the image that was encoded.
+            features: what `encode(x)` returned.
+        Returns:
+            (B, feature_channels[0], X, Y, Z).
+        """
+        deep = self._run(self.encoder10, features[4])
+        deep = self._run(self.decoder5, deep, features[3])
+        deep = self._run(self.decoder4, deep, self._run(self.encoder4, features[2]))
+        deep = self._run(self.decoder3, deep, self._run(self.encoder3, features[1]))
+        deep = self._run(self.decoder2, deep, self._run(self.encoder2, features[0]))
+        return self._run(self.decoder1, deep, self._run(self.encoder1, x))
+
+    def _stages(self):
+        vit = self.swinViT
+        return [vit.layers1[0], vit.layers2[0], vit.layers3[0], vit.layers4[0]]
+
+    def _run_stage(self, stage, x):
+        """One resolution: transformer blocks, then merging of 2x2x2 neighbours."""
+        x = x.permute(0, 2, 3, 4, 1)  # (B, X, Y, Z, C)
+        size = tuple(x.shape[1:4])
+        window, shift = get_window_size(size, stage.window_size, stage.shift_size)
+        mask = _shift_mask(size, window, shift, x.device) if any(shift) else None
+        for block in stage.blocks:
+            x = self._run(block, x, mask)
+        return stage.downsample(x).permute(0, 4, 1, 2, 3)
+
+    def _run(self, module, *args):
+        """Call a part of the network, keeping its activations or not."""
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            # There is no dropout, so the state of the random generators need not be kept.
+            return checkpoint(module, *args, use_reentrant=False, preserve_rng_state=False)
+        return module(*args)
+
+
+def _channel_norm(x):
+    """Layer normalization over the channels of (B, C, X, Y, Z), without parameters."""
+    return F.layer_norm(x.movedim(1, -1), [x.shape[1]]).movedim(-1, 1)

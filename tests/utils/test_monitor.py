@@ -1,0 +1,50 @@
+import math
+
+import pytest
+import torch
+
+from utils import monitor
+
+HEALTHY = {
+    "epoch": 3,
+    "teacher_entropy": 4.0,
+    "dino_loss": 5.0,
+    "feature_std": 0.8,
+    "target_usage": 5.5,
+}
+
+
+def test_entropy_of_uniform_and_certain_rows():
+    assert monitor.entropy(torch.full((3, 16), 1 / 16)).item() == pytest.approx(math.log(16))
+    assert monitor.entropy(torch.eye(4)).item() == pytest.approx(0)
+
+
+def test_feature_std_is_one_for_isotropic_and_zero_for_equal_features():
+    torch.manual_seed(0)
+    assert monitor.feature_std(torch.randn(2000, 64)).item() == pytest.approx(1, abs=0.02)
+    assert monitor.feature_std(torch.ones(10, 64)).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_rankme_counts_directions():
+    torch.manual_seed(0)
+    low_rank = torch.randn(200, 3) @ torch.randn(3, 50)
+    assert 1 < monitor.rankme(low_rank) < 3.2
+    assert monitor.rankme(torch.eye(20)) == pytest.approx(20, rel=0.01)
+
+
+def test_a_healthy_run_is_not_warned_of():
+    assert monitor.collapse_warnings(HEALTHY, HEALTHY, 1024) == []
+
+
+@pytest.mark.parametrize(
+    "change, word",
+    [
+        ({"teacher_entropy": 6.92}, "uniform"),
+        ({"dino_loss": 6.93}, "stuck"),
+        ({"feature_std": 0.1}, "fell"),
+        ({"teacher_entropy": 0.01, "target_usage": 0.02}, "one prototype"),
+    ],
+)
+def test_collapse_is_named(change, word):
+    (warning,) = monitor.collapse_warnings(HEALTHY | change, HEALTHY, 1024)
+    assert word in warning

@@ -1,0 +1,62 @@
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from utils import probes
+
+
+def test_label_probes_find_a_linear_label_and_nothing_in_noise():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(200, 8)).astype(np.float32)
+    y = np.where(x[:, 0] > 0, "yes", "no")
+    scores = probes.label_probes(x[:120], y[:120], x[120:], y[120:])
+    assert scores["linear_auc"] > 0.95 and scores["knn_auc"] > 0.7
+    noise = rng.permutation(y)
+    assert probes.label_probes(x[:120], noise[:120], x[120:], noise[120:])["linear_auc"] < 0.7
+
+
+def test_missing_and_unseen_labels_are_left_out_and_undefined_is_none():
+    x = np.random.default_rng(0).normal(size=(12, 3)).astype(np.float32)
+    y = np.array(["a", "b", ""] * 4)
+    scores = probes.label_probes(x, y, x[:3], np.array(["a", "b", "c"]))
+    assert scores["linear_accuracy"] is not None
+    one_class = probes.label_probes(x, np.array(["a"] * 12), x, y)
+    assert set(one_class.values()) == {None}
+    assert probes.label_probes(x, y, x[:2], np.array(["a", "a"]))["linear_auc"] is None
+
+
+def test_auc_is_sklearns_for_two_and_more_classes():
+    truth = np.array(["a", "b", "b", "a"])
+    p = np.array([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4], [0.7, 0.3]])
+    assert probes.auc(truth, p, np.array(["a", "b"])) == 1.0
+    three = np.array(["a", "b", "c"])
+    assert probes.auc(three, np.eye(3), three) == 1.0
+
+
+def test_dense_probe_is_ridge_on_upsampled_maps():
+    """Labels that are a threshold of a coarse map's upsampling are found from that map."""
+    torch.manual_seed(0)
+    coarse, fine = torch.randn(3, 4, 4, 4), torch.randn(2, 8, 8, 8)
+    up = F.interpolate(coarse[None], size=(8, 8, 8), mode="trilinear")[0]
+    labels = (up[1] > 0.2).long() * 7
+    probe = probes.DenseProbe([0, 7])
+    probe.add([fine, coarse], labels, (8, 8, 8), seed=0)
+    probe.fit()
+    found = probe.predict([fine, coarse], (8, 8, 8))
+    assert set(found.unique().tolist()) <= {0, 7}
+    assert probes.dice(found, labels, 7) > 0.85
+
+
+def test_features_at_voxels_are_those_of_interpolate():
+    maps = [torch.randn(3, 4, 4, 2), torch.randn(2, 8, 8, 4)]
+    up = torch.cat([F.interpolate(m[None], size=(8, 8, 4), mode="trilinear")[0] for m in maps])
+    voxels = torch.tensor([[0, 0, 0], [3, 5, 2], [7, 7, 3]])
+    expected = torch.stack([up[:, x, y, z] for x, y, z in voxels.tolist()])
+    torch.testing.assert_close(probes._at_voxels(maps, voxels, (8, 8, 4)), expected)
+
+
+def test_dice():
+    a, b = torch.tensor([1, 1, 0, 0]), torch.tensor([1, 0, 0, 0])
+    assert probes.dice(a, b, 1) == pytest.approx(2 / 3)
+    assert probes.dice(a, b, 5) is None

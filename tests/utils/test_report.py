@@ -1,0 +1,84 @@
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from utils.plots import plot_curves
+from utils.report import Section, write_report
+
+NASTY = "<script>alert('x & \"y\"')</script>"
+
+
+class Page(HTMLParser):
+    """Tags, attributes and text of a page; every element must be closed in order."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.attributes, self.texts, self.open = [], [], [], []
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+@pytest.fixture
+def page(tmp_path):
+    plot_curves(tmp_path / "curves & more.png", [{"epoch": 0, "loss": 1.0}])
+    sections = [
+        Section("Warnings", [[f"teacher entropy at ln K {NASTY}"]], warning=True),
+        Section(
+            f"Config {NASTY}", [{"csv_path": NASTY, "data": {"spacing": [1, 1, 1], NASTY: None}}]
+        ),
+        Section("Metrics", [[{"epoch": 0, "loss": 1.23456}, {"epoch": 1, "auc": float("nan")}]]),
+        Section("Table", [pd.DataFrame({"a": [1], NASTY: ["µ ± é 肝"]})]),
+        Section(
+            "Pictures", [tmp_path / "curves & more.png", (tmp_path / "curves & more.png", NASTY)]
+        ),
+        Section("Nothing skipped", []),
+        Section("Nothing skipped either", [[]]),
+    ]
+    write_report(tmp_path / "report.html", f"Run {NASTY}", sections)
+    return (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_text_is_escaped(page):
+    assert "<script" not in page
+    parsed = Page(page)
+    assert "script" not in parsed.tags
+    assert sum(NASTY in t for t in parsed.texts) >= 7
+    assert ("alt", NASTY) in parsed.attributes
+
+
+def test_page_is_self_contained(page):
+    assert not re.search(r"https?://|@import|url\(", page)
+    references = [v for k, v in Page(page).attributes if k in ("src", "href")]
+    assert all(v.startswith(("data:image/png;base64,", "#")) for v in references)
+    assert sum(v.startswith("data:") for v in references) == 2
+
+
+def test_tables_and_empty_sections(page):
+    texts = [t.strip() for t in Page(page).texts if t.strip()]
+    assert "data.spacing" in texts and "[1, 1, 1]" in texts
+    assert "1.235" in texts and texts.count("–") == 4  # None, NaN and the absent cells
+    assert "µ ± é 肝" in texts
+    assert not any(t.startswith("Nothing skipped") for t in texts)
+
+
+def test_unknown_items_and_missing_pictures_are_errors(tmp_path):
+    with pytest.raises(ValueError, match="ndarray"):
+        write_report(tmp_path / "r.html", "run", [Section("a", [np.zeros(3)])])
+    with pytest.raises(OSError, match="absent.png"):
+        write_report(tmp_path / "r.html", "run", [Section("a", [tmp_path / "absent.png"])])
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,323 @@
+"""Config files: strict YAML, overrides of the command line, --help, and all problems at once.
+
+The YAML files hold the defaults, a pydantic model (utils/schema.py) the rules.
+"""
+
+import platform
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from difflib import SequenceMatcher
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from utils import strict_yaml
+from utils.files import read_text
+
+Schema = TypeVar("Schema", bound=BaseModel)
+# {dotted key: value} of values that are valid by themselves -> [(key, what is wrong)]
+Impossible = Callable[[Mapping[str, Any]], list[tuple[str, str]]]
+COMMAND_LINE = "command line"
+OPTIONS = ("--config", "--check", "--help")
+PACKAGES = ("torch", "monai", "numpy", "scipy", "nibabel", "pydicom", "blosc2", "scikit-learn")
+USAGE = """\
+usage: python {script} [key=value | section.key=value ...] [--config FILE] [--check] [--help]
+
+  key=value       override a key of the config file; values are written as there
+  --config FILE   read FILE in place of {default}
+  --check         read every row of the CSV, list all problems, train nothing
+  --help          this text
+
+The keys, with their defaults in {default}:"""
+
+
+class ConfigProblem(NamedTuple):
+    where: str  # "line 12" or COMMAND_LINE; "" where the key is in neither
+    key: str  # dotted
+    what: str
+
+
+class ConfigError(ValueError):
+    """Everything that is wrong with a config file and the command line, in `.problems`."""
+
+    def __init__(self, path: str | Path, problems: list[ConfigProblem]):
+        self.path, self.problems = path, problems
+        super().__init__(path, problems)
+
+    def __str__(self) -> str:
+        count = f"{len(self.problems)} problem" + "s" * (len(self.problems) != 1)
+        where, key = (max(len(p[column]) for p in self.problems) for column in (0, 1))
+        rows = [f"  {p.where:<{where}}  {p.key:<{key}}  {p.what}" for p in self.problems]
+        return "\n".join([f"{self.path}: {count}", *rows])
+
+
+def parse_command_line(
+    argv: list[str], default_config: str | Path, schema: type[Schema], impossible: Impossible
+) -> tuple[Schema, bool]:
+    """Read the config file, apply the overrides, check everything.
+
+    Args:
+        argv: the arguments, without the script's name.
+        default_config: the YAML file that is read unless --config names another.
+        schema: the pydantic model.
+        impossible: finds values that are valid by themselves but not together.
+    Returns:
+        the config; whether --check was given.
+    Raises:
+        ConfigError: with every problem of the file and the command line.
+        SystemExit: 0, after printing --help.
+    """
+    path, flags, overrides, problems = _split_arguments(argv, default_config)
+    if flags & {"--help", "-h"}:
+        print(help_text(default_config))
+        raise SystemExit(0)
+    try:
+        values, lines, found = read_yaml(path)
+    except ConfigError as e:
+        raise ConfigError(path, e.problems + problems) from e
+    problems += found
+    where = {key: f"line {line}" for key, line in lines.items()}
+    for key, text in overrides:
+        wrong = _override(values, key, text, schema_keys(schema))
+        if where.get(key) == COMMAND_LINE:
+            wrong = "given twice"
+        if wrong:
+            problems.append(ConfigProblem(COMMAND_LINE, key, wrong))
+        where[key] = COMMAND_LINE
+    config, invalid = validate(values, schema, impossible)
+    problems += [ConfigProblem(where.get(_field(key), ""), key, what) for key, what in invalid]
+    if problems:
+        raise ConfigError(path, sorted(problems, key=_file_order))
+    return config, "--check" in flags
+
+
+def read_yaml(path: str | Path) -> tuple[dict[str, Any], dict[str, int], list[ConfigProblem]]:
+    """Values of a YAML file of keys, {dotted key: its line}, and a problem per repeated key.
+
+    Raises:
+        ConfigError: the file is missing, empty, not UTF-8, not YAML, or not keys with values.
+    """
+    try:
+        values, lines, repeated = strict_yaml.parse(read_text(path))
+    except (yaml.YAMLError, RecursionError) as e:
+        what = f"not YAML: {strict_yaml.reason(e)}"
+        raise ConfigError(path, [ConfigProblem("", "", what)]) from e
+    except ValueError as e:
+        raise ConfigError(path, [ConfigProblem("", "", str(e))]) from e
+    if not isinstance(values, dict):
+        found = "is empty" if values is None else f"holds a {type(values).__name__}"
+        what = f"{found}; expected lines `key: value`"
+        raise ConfigError(path, [ConfigProblem("", "", what)])
+    return (
+        values,
+        lines,
+        [
+            ConfigProblem(f"line {line}", key, f"written twice, first in line {lines[key]}")
+            for key, line in repeated
+        ],
+    )
+
+
+def _split_arguments(argv: list[str], default_config: str | Path):
+    """(config file, options given, [(key, text of the value)], problems)."""
+    path, flags, overrides, problems = Path(default_config), set(), [], []
+
+    def wrong(argument: str, what: str) -> None:
+        problems.append(ConfigProblem(COMMAND_LINE, argument, what))
+
+    arguments = iter(argv)
+    for argument in arguments:
+        name, equals, text = argument.partition("=")
+        if name == "--config":
+            text = text if equals else next(arguments, "")
+            if not text:
+                wrong(name, "needs the name of a file")
+            elif name in flags:
+                wrong(name, "given twice")
+            path = Path(text or path)
+            flags.add(name)
+        elif argument in (*OPTIONS, "-h"):
+            flags.add(argument)
+        elif argument.startswith("-"):
+            key = name.lstrip("-").replace("-", "_")
+            near = nearest(name, list(OPTIONS))
+            what = f"unknown option; nearest: {near}" if near else "unknown option"
+            wrong(argument, f"{what}; to override a key, write {key}=value")
+        elif not equals:
+            wrong(argument, "expected key=value")
+        else:
+            overrides.append((name, text))
+    return path, flags, overrides, problems
+
+
+def _override(values: dict, key: str, text: str, known: list[str]) -> str:
+    """Set one key in the nested `values`; returns what is wrong, or ''."""
+    if key not in known:
+        inside = [k for k in known if k.startswith(f"{key}.")]
+        if inside:
+            return f"is a section; write one of its keys, such as {inside[0]}=value"
+        return _unknown(key, known)
+    try:
+        value = strict_yaml.parse(text)[0]
+    except (yaml.YAMLError, RecursionError) as e:
+        what = strict_yaml.reason(e, with_line=False)
+        return f"{text!r}: {what}; text like this needs double quotes within single ones"
+    section, _, leaf = key.rpartition(".")
+    target = values.setdefault(section, {}) if section else values
+    if isinstance(target, dict):  # where it is not, the section itself is reported
+        target[leaf] = value
+    return ""
+
+
+def _file_order(problem: ConfigProblem) -> tuple[bool, int]:
+    """By line; then what is in no line: missing keys and the command line."""
+    line = problem.where.removeprefix("line ")
+    return (False, int(line)) if line.isdigit() else (True, 0)
+
+
+# ---- rules
+def schema_keys(schema: type[BaseModel]) -> list[str]:
+    """Dotted keys of a config, in order; sections themselves are not among them."""
+    keys = []
+    for name, field in schema.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys += [f"{name}.{key}" for key in schema_keys(field.annotation)]
+        else:
+            keys.append(name)
+    return keys
+
+
+def validate(
+    values: dict[str, Any], schema: type[Schema], impossible: Impossible
+) -> tuple[Schema | None, list[tuple[str, str]]]:
+    """The config, or None and [(dotted key, what is wrong)].
+
+    `impossible` gets every value that is valid by itself: a mistake in one key hides no other.
+    """
+    config, problems = None, []
+    known = schema_keys(schema)
+    try:
+        config = schema.model_validate(values)
+    except ValidationError as e:
+        problems = [(_dotted(error["loc"]), _explain(error, known)) for error in e.errors()]
+    broken = {_field(key) for key, _ in problems}
+    valid = {}
+    for key in known:
+        section, _, leaf = key.rpartition(".")
+        inside = values.get(section) if section else values
+        if key not in broken and isinstance(inside, dict) and leaf in inside:
+            valid[key] = inside[leaf]
+    problems += impossible(valid)
+    return (None if problems else config), problems
+
+
+def _dotted(location: tuple[str | int, ...]) -> str:
+    parts = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in location)
+    return "".join(parts).removeprefix(".")
+
+
+def _field(key: str) -> str:
+    """data.spacing[1] -> data.spacing"""
+    return re.sub(r"(\[[0-9]+\])+\Z", "", key)
+
+
+def _explain(error: Mapping[str, Any], known: list[str]) -> str:
+    """pydantic's message in the words of a config file."""
+    kind, found = error["type"], error["input"]
+    if kind == "extra_forbidden":
+        return _unknown(_dotted(error["loc"]), known)
+    if kind == "missing":
+        return "missing"
+    what = error["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
+    if kind == "model_type":
+        what = "expected a section: indented lines `key: value`"
+    elif kind == "list_type":
+        what = "expected a list: [first, second, ...]"
+    elif kind == "literal_error" and isinstance(found, str):
+        near = nearest(found, re.findall(r"'([^']*)'", what))
+        what += f"; nearest: {near}" if near else ""
+    words = {None: "null", True: "true", False: "false"}
+    shown = words[found] if found is None or isinstance(found, bool) else repr(found)
+    return f"{shown[:80]}: {what}"
+
+
+def _unknown(key: str, known: list[str]) -> str:
+    near = nearest(key, known)
+    return f"unknown key; nearest: {near}" if near else "unknown key"
+
+
+def nearest(word: str, choices: list[str]) -> str | None:
+    """The choice most like `word`, or like its last dotted part; None where none is close."""
+
+    def likeness(choice: str) -> tuple[float, float]:
+        pairs = [(word, choice), (word.rpartition(".")[2], choice.rpartition(".")[2])]
+        ratios = [SequenceMatcher(None, a.lower(), b.lower()).ratio() for a, b in pairs]
+        return max(ratios), ratios[0]
+
+    best = max(choices, key=likeness, default=None)
+    return best if best is not None and likeness(best)[0] >= 0.6 else None
+
+
+# ---- help and the resolved config
+def help_text(path: str | Path) -> str:
+    """Usage, and every key of a YAML file with its value and comment under the file's headings."""
+    text = read_text(path)
+    lines = text.splitlines()
+    result = [USAGE.format(script=Path(sys.argv[0]).name, default=Path(path).name)]
+    section = ""
+    for key, key_node, value_node in strict_yaml.walk(yaml.compose(text, strict_yaml.Loader)):
+        line = key_node.start_mark.line
+        above = lines[line - 1] if line else ""
+        if above.startswith("#"):
+            result += ["", above.strip("# -")]
+        elif key.rpartition(".")[0] != section and result[-1]:
+            result.append("")
+        section = key.rpartition(".")[0]
+        is_section = isinstance(value_node, yaml.MappingNode)
+        end = (key_node if is_section else value_node).end_mark
+        comment = re.search(r"#\s*(.*)", lines[end.line][end.column :])
+        value = text[value_node.start_mark.index : value_node.end_mark.index]
+        entry = key if is_section else f"{key}={value}"
+        if comment or not is_section:
+            result.append(f"  {entry:<48}  {comment[1] if comment else ''}".rstrip())
+    return "\n".join(result)
+
+
+def environment() -> dict[str, str]:
+    """What produced a run: command line, git commit, versions."""
+    facts = {"command": shlex.join(sys.argv), "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            facts[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            facts[package] = "absent"
+    folder = Path(__file__).resolve().parent
+    command = ["git", "-C", str(folder), "describe", "--always", "--abbrev=40", "--dirty"]
+    try:
+        git = subprocess.run(command, capture_output=True, text=True, timeout=10)
+        facts["git commit"] = git.stdout.strip() or "unknown"
+    except (OSError, subprocess.TimeoutExpired):  # no git: the code came as an archive
+        facts["git commit"] = "unknown"
+    return facts
+
+
+def save_resolved(
+    config: BaseModel, path: str | Path, extra: Mapping[str, str] | None = None
+) -> None:
+    """Write a config as YAML that --config reads back; `environment()` and `extra` as comments."""
+    facts = {**environment(), **(extra or {})}
+    comments = "\n".join(f"# {name}: {fact!r}" for name, fact in facts.items())
+    body = yaml.dump(
+        config.model_dump(mode="json"),
+        Dumper=strict_yaml.Dumper,
+        sort_keys=False,
+        allow_unicode=True,
+        width=10_000,
+    )
+    Path(path).write_text(f"{comments}\n\n{body}", encoding="utf-8")

@@ -1,0 +1,92 @@
+"""Several processes, one per GPU (torchrun). Every function is the identity on one process."""
+
+import os
+
+import torch
+import torch.distributed as dist
+
+
+def setup() -> torch.device:
+    """Join the process group that torchrun describes in the environment; return this rank's device."""
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    elif torch.backends.mps.is_available():
+        device = torch.device("mps")
+    else:
+        device = torch.device("cpu")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+def teardown() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def all_reduce(tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
+    """Sum, mean or max over ranks, without gradient. Returns a new tensor."""
+    if world_size() == 1:
+        return tensor
+    tensor = tensor.detach().clone()
+    dist.all_reduce(tensor, dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM)
+    return tensor / world_size() if op == "mean" else tensor
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether the flag is set on any rank."""
+    return flag if world_size() == 1 else any(gather_objects(flag))
+
+
+def gather_objects(value) -> list:
+    """The value of every rank, in rank order, on every rank. Values must be picklable and small."""
+    if world_size() == 1:
+        return [value]
+    values = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+class _SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor):
+        return all_reduce(tensor)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return all_reduce(grad)
+
+
+def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum over ranks through which gradients flow back to every rank."""
+    return tensor if world_size() == 1 else _SumOverRanks.apply(tensor)
+
+
+def concat_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    """(B, ...) of each rank -> (world_size * B, ...) with gradients; B must be equal on all ranks."""
+    if world_size() == 1:
+        return tensor
+    # Each rank fills its own slot and leaves zeros elsewhere: the sum is the concatenation.
+    before, after = rank(), world_size() - 1 - rank()
+    slots = torch.stack(
+        [torch.zeros_like(tensor)] * before + [tensor] + [torch.zeros_like(tensor)] * after
+    )
+    return sum_over_ranks(slots).flatten(0, 1)

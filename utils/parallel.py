@@ -1,0 +1,41 @@
+"""One function over many items in several processes."""
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from typing import TypeVar
+
+import torch
+
+Item, Result = TypeVar("Item"), TypeVar("Result")
+
+
+def in_processes(
+    function: Callable[[Item], Result], items: Sequence[Item], n_workers: int
+) -> Iterator[tuple[Item, Result]]:
+    """Yield (item, function(item)) as they are done.
+
+    Args:
+        function: must pickle; what it raises is raised here.
+        n_workers: at most this many processes, and no more than CPUs; up to 1: in this process.
+    Raises:
+        RuntimeError: a process was killed.
+    """
+    n_workers = min(n_workers, len(items), os.cpu_count() or 1)
+    if n_workers <= 1:
+        yield from ((item, function(item)) for item in items)
+        return
+    # spawned: forks of a process that uses CUDA or threads may hang
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(n_workers, context, torch.set_num_threads, (1,))
+    try:
+        jobs = {pool.submit(function, item): item for item in items}
+        for job in as_completed(jobs):
+            yield jobs[job], job.result()
+    except BrokenProcessPool as e:
+        what = "a worker process was killed, most likely for want of memory: set n_workers lower"
+        raise RuntimeError(what) from e
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -1,0 +1,261 @@
+"""Pictures of a run: crops, curves, features. Each function saves a PNG and returns its pixels.
+
+Volumes are (X, Y, Z) in RAS+ and drawn as a radiologist expects them: in axial and coronal slices
+the patient's right is on the left of the picture, the front is up (axial) or on the left
+(sagittal), the head is up. Figures are made without pyplot, so nothing is left behind.
+"""
+
+from collections.abc import Sequence
+from fnmatch import fnmatch
+from math import log
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import MaxNLocator
+from scipy.ndimage import zoom
+
+# Okabe and Ito: distinguishable with any colour vision. Black is kept for reference lines.
+COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#777777"]
+LINES = ["-", "--", "-.", ":"]
+
+PLANES = {  # name: (axis across the slice, letters at the left, right, top, bottom of the picture)
+    "axial": (2, "RLAP"),
+    "coronal": (1, "RLSI"),
+    "sagittal": (0, "APSI"),
+}
+
+PANELS = [  # title, columns of metrics.csv; a column goes to the first panel it fits
+    ("loss", ["loss", "train_loss", "val_loss"]),
+    ("DINO loss", ["*dino_loss"]),
+    ("patch loss", ["*patch_loss"]),
+    ("other losses", ["*loss"]),
+    ("patch teacher entropy (nats)", ["*patch*entropy"]),
+    ("teacher entropy (nats)", ["*entropy", "*target_usage"]),
+    ("feature std", ["*feature_std", "*spread"]),
+    ("effective rank (RankMe)", ["*rank*"]),
+    ("label probes", ["*knn*", "*linear*", "probe_score"]),
+    ("dense probe (Dice)", ["*dense*", "*dice*"]),
+    ("gradient norm", ["*grad_norm"]),
+    ("center norm", ["*center_norm"]),
+    ("learning rate", ["lr", "learning_rate"]),
+    ("teacher momentum", ["*momentum"]),
+    ("weight decay", ["*weight_decay"]),
+    ("temperature", ["*temp"]),
+    ("body fraction of crops", ["*body*"]),
+    ("share of time waiting for data", ["*wait*"]),
+    ("images per second", ["*images_per_s*", "*images/s*"]),
+]
+WITH_LN_K = {  # panels that get a line at the entropy of the uniform output
+    "DINO loss": "out_dim",
+    "teacher entropy (nats)": "out_dim",
+    "patch loss": "patch_out_dim",
+    "patch teacher entropy (nats)": "patch_out_dim",
+}
+
+
+def slice_2d(volume: np.ndarray, plane: str, index: int) -> np.ndarray:
+    """Slice `index` of (X, Y, Z, ...) in RAS+ as a picture (rows, columns, ...), see the module."""
+    cut = np.take(volume, index, axis=PLANES[plane][0])
+    return np.swapaxes(cut, 0, 1)[::-1, ::-1]  # all three axes of RAS+ run against the picture's
+
+
+def plot_crops(path, views: dict[str, np.ndarray], max_cases: int = 3) -> np.ndarray:
+    """Middle slices of the crops of a batch in three planes.
+
+    views: name -> (N, X, Y, Z), values in 0..1; "global 1", "local 3", ... Each view is one column,
+    each case three rows. Returns the picture as (H, W, 3) uint8.
+    """
+    views = {name: np.asarray(crops, np.float32) for name, crops in views.items()}
+    num_cases = min(max_cases, min(len(crops) for crops in views.values()))
+    rows, columns = 3 * num_cases, len(views)
+    side = 1.45  # inches
+    width, top = max(side * columns + 0.7, 6), 0.95
+    height = side * rows + top + 0.1
+    fig = _figure(width, height)
+    grid = fig.add_gridspec(
+        rows, columns, left=0.7 / width, right=0.995, bottom=0.1 / height, top=1 - top / height
+    )
+    grid.update(wspace=0.04, hspace=0.04)
+    fig.suptitle("Crops of the first batch: middle slices", y=1 - 0.1 / height, va="top")
+    note = (
+        "R L A P S I: patient's right, left, front, back, head, feet (if the crop is not flipped)"
+    )
+    fig.text(0.5, 1 - 0.36 / height, note, ha="center", va="top", fontsize=7)
+    for column, (name, crops) in enumerate(views.items()):
+        for row in range(rows):
+            case, plane = divmod(row, 3)
+            plane = list(PLANES)[plane]
+            volume = crops[case]
+            ax = fig.add_subplot(grid[row, column])
+            middle = volume.shape[PLANES[plane][0]] // 2
+            ax.imshow(slice_2d(volume, plane, middle), cmap="gray", vmin=0, vmax=1)
+            _bare(ax)
+            if row == 0:
+                size = "×".join(map(str, volume.shape))
+                ax.set_title(f"{name}\n{size}", fontsize=8)
+            if column == 0:
+                ax.set_ylabel(f"case {case + 1}\n{plane}", fontsize=8)
+                _letters(ax, PLANES[plane][1])
+    return _save(fig, path)
+
+
+def plot_curves(path, metrics, out_dim: int | None = None, patch_out_dim: int | None = None):
+    """Metrics over epochs, a small panel each; columns that are absent or empty are left out.
+
+    metrics: rows of metrics.csv, as a list of dicts (None: no value) or a DataFrame; x is `epoch`.
+    out_dim, patch_out_dim: prototypes K, for a line at ln K. Returns the picture, (H, W, 3) uint8.
+    """
+    rows = metrics.to_dict("records") if hasattr(metrics, "to_dict") else list(metrics)
+    series = _series(rows)
+    panels = [(title, [c for c in series if _panel_of(c) == title]) for title, _ in PANELS]
+    panels += [(c.replace("_", " "), [c]) for c in series if _panel_of(c) is None]
+    panels = [(title, names) for title, names in panels if names]
+    num_columns = min(4, max(len(panels), 1))
+    num_rows = max(-(-len(panels) // num_columns), 1)
+    fig = _figure(3.4 * num_columns, 2.5 * num_rows, layout="constrained")
+    ln_k = {"out_dim": out_dim, "patch_out_dim": patch_out_dim}
+    for n, (title, names) in enumerate(panels):
+        ax = fig.add_subplot(num_rows, num_columns, n + 1)
+        for i, name in enumerate(names):
+            epochs, values = series[name]
+            style = LINES[i // len(COLORS) % len(LINES)]
+            marker = "o" if len(values) <= 30 else ""
+            color = COLORS[i % len(COLORS)]
+            ax.plot(epochs, values, style, marker=marker, ms=3, lw=1.5, color=color, label=name)
+        if k := ln_k.get(WITH_LN_K.get(title)):
+            ax.axhline(log(k), color="black", lw=1, ls=":", label=f"ln K = {log(k):.2f}")
+        ax.set_title(title, fontsize=10)
+        ax.set_xlabel("epoch", fontsize=8)
+        ax.tick_params(labelsize=8)
+        ax.ticklabel_format(axis="y", scilimits=(-3, 4), useOffset=False)
+        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        ax.grid(color="#dddddd", lw=0.6)
+        ax.spines[["top", "right"]].set_visible(False)
+        if len(ax.lines) > 1 or names[0].replace("_", " ") != title:
+            ax.legend(fontsize=7, framealpha=0.7)
+    return _save(fig, path)
+
+
+def plot_feature_pca(
+    path,
+    volume: np.ndarray,
+    features: np.ndarray | Sequence[np.ndarray],
+    names: Sequence[str] | None = None,
+    num_slices: int = 5,
+) -> np.ndarray:
+    """First three principal components of feature maps as red, green, blue beside the image.
+
+    volume: (X, Y, Z), values in 0..1. features: (C, x, y, z), or several, over the same field of
+    view; each is decomposed by itself and upsampled linearly. names: a label for each map.
+    Returns the picture as (H, W, 3) uint8.
+    """
+    volume = np.asarray(volume, np.float32)
+    maps = [features] if getattr(features, "ndim", 0) == 4 else list(features)
+    names = names or [f"map {i}\n" + "×".join(map(str, m.shape[1:])) for i, m in enumerate(maps)]
+    pictures = [pca_rgb(np.asarray(m, np.float32)) for m in maps]
+    fractions = np.linspace(0.15, 0.85, num_slices)
+    side = 1.7
+    width, height = side * num_slices + 0.7, side * (len(maps) + 1) + 0.55
+    fig = _figure(width, height)
+    grid = fig.add_gridspec(
+        len(maps) + 1, num_slices, left=0.7 / width, right=0.995, bottom=0.01, top=1 - 0.55 / height
+    )
+    grid.update(wspace=0.03, hspace=0.03)
+    fig.suptitle("Feature maps: principal components 1-3 as RGB, axial slices", fontsize=11)
+    for column, fraction in enumerate(fractions):
+        z = round(fraction * (volume.shape[2] - 1))
+        ax = fig.add_subplot(grid[0, column])
+        ax.imshow(slice_2d(volume, "axial", z), cmap="gray", vmin=0, vmax=1)
+        _bare(ax)
+        ax.set_title(f"slice {z + 1} of {volume.shape[2]}", fontsize=8)
+        if column == 0:
+            ax.set_ylabel("image", fontsize=8)
+            _letters(ax, PLANES["axial"][1])
+        for row, rgb in enumerate(pictures, start=1):
+            ax = fig.add_subplot(grid[row, column])
+            ax.imshow(_upsampled_slice(rgb, volume.shape, z))
+            _bare(ax)
+            if column == 0:
+                ax.set_ylabel(names[row - 1], fontsize=8)
+    return _save(fig, path)
+
+
+def pca_rgb(features: np.ndarray) -> np.ndarray:
+    """(C, x, y, z) -> (x, y, z, 3) in 0..1: the first three principal components over positions.
+
+    Each component is stretched between its 1st and 99th percentile; its sign is chosen so that the
+    largest loading is positive. Missing components (C < 3, constant features) are 0.5.
+    """
+    x = np.nan_to_num(features.reshape(len(features), -1).T.astype(np.float64))  # (positions, C)
+    x -= x.mean(axis=0)
+    _, vectors = np.linalg.eigh(x.T @ x)
+    vectors = vectors[:, ::-1][:, :3]  # largest eigenvalue first
+    peak = np.abs(vectors).argmax(axis=0)
+    vectors = vectors * np.sign(vectors[peak, np.arange(vectors.shape[1])])
+    rgb = np.full((len(x), 3), 0.5)
+    for i, component in enumerate((x @ vectors).T):
+        low, high = np.percentile(component, [1, 99])
+        if high - low > 1e-9:
+            rgb[:, i] = np.clip((component - low) / (high - low), 0, 1)
+    return rgb.reshape(*features.shape[1:], 3)
+
+
+def _upsampled_slice(rgb, shape, z):
+    """Axial picture, at voxel z of `shape`, of a coarser (x, y, z, 3) map of the same field."""
+    position = np.clip((z + 0.5) * rgb.shape[2] / shape[2] - 0.5, 0, rgb.shape[2] - 1)
+    low = int(position)
+    high, part = min(low + 1, rgb.shape[2] - 1), position - low
+    plane = (1 - part) * rgb[:, :, low] + part * rgb[:, :, high]
+    factors = (shape[0] / rgb.shape[0], shape[1] / rgb.shape[1], 1)
+    plane = zoom(plane, factors, order=1, mode="nearest", grid_mode=True)
+    return np.clip(slice_2d(plane[:, :, None], "axial", 0), 0, 1)
+
+
+def _series(rows):
+    """column -> (epochs, values) with the finite numbers only; columns without any are dropped."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    series = {}
+    for name in names:
+        if name in ("epoch", "step"):
+            continue
+        points = [(row.get("epoch", i), row.get(name)) for i, row in enumerate(rows)]
+        points = [(e, v) for e, v in points if isinstance(v, int | float) and np.isfinite(v)]
+        if points:
+            series[name] = tuple(zip(*points, strict=True))
+    return series
+
+
+def _panel_of(column):
+    fitting = (t for t, patterns in PANELS if any(fnmatch(column, p) for p in patterns))
+    return next(fitting, None)
+
+
+def _figure(width, height, **options):
+    fig = Figure(figsize=(width, height), dpi=110, **options)
+    FigureCanvasAgg(fig)
+    return fig
+
+
+def _bare(ax):
+    ax.set_xticks([])
+    ax.set_yticks([])
+    for spine in ax.spines.values():
+        spine.set_visible(False)
+
+
+def _letters(ax, letters):
+    """Name the sides of a picture: left, right, top, bottom."""
+    places = [(0.03, 0.5), (0.97, 0.5), (0.5, 0.97), (0.5, 0.03)]
+    sides = [("left", "center"), ("right", "center"), ("center", "top"), ("center", "bottom")]
+    outline = [withStroke(linewidth=2, foreground="black")]
+    for letter, (x, y), (ha, va) in zip(letters, places, sides, strict=True):
+        style = dict(color="#F0E442", fontsize=8, ha=ha, va=va, path_effects=outline)
+        ax.text(x, y, letter, transform=ax.transAxes, **style)
+
+
+def _save(fig, path):
+    """Write the PNG and return its pixels, (H, W, 3) uint8."""
+    fig.savefig(path)
+    return np.asarray(fig.canvas.buffer_rgba())[..., :3].copy()

@@ -1,0 +1,102 @@
+"""Small pieces that the training loops share."""
+
+import hashlib
+import random
+import signal
+import time
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from torch import nn
+
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def hash_patients(patients: Iterable[str]) -> list[str]:
+    """Sorted hashes by which a checkpoint remembers whom it saw without holding PatientIDs."""
+    return sorted({hashlib.sha256(p.encode()).hexdigest()[:16] for p in patients})
+
+
+def rng_state() -> dict:
+    """State of the generators that training draws from on this rank, as tensors."""
+    state = {"torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_rng_state(state: dict) -> None:
+    torch.set_rng_state(state["torch"].cpu())
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"].cpu())
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    dtype = PRECISIONS[precision]
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+
+
+def parameter_groups(model: nn.Module) -> list[dict]:
+    """All trainable parameters; biases and other vectors (norms, scalars) without weight decay."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.ndim > 1], "decay": True},
+        {"params": [p for p in parameters if p.ndim <= 1], "decay": False, "weight_decay": 0.0},
+    ]
+
+
+class StopSignal:
+    """Remembers SIGTERM and SIGUSR1 (what schedulers send before they kill), to stop after the step."""
+
+    def __init__(self):
+        self.received = None
+        for name in ("SIGTERM", "SIGUSR1"):
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), self._remember)
+
+    def _remember(self, number, frame):
+        self.received = signal.Signals(number).name
+
+    def __bool__(self):
+        return self.received is not None
+
+
+class Averages:
+    """Running means of named numbers. `state` is JSON, so that a resumed epoch averages as if whole."""
+
+    def __init__(self, state: dict | None = None):
+        self.state = dict(state or {})
+
+    def add(self, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            total, count = self.state.get(name, (0.0, 0))
+            self.state[name] = (total + value, count + 1)
+
+    def means(self) -> dict[str, float]:
+        return {name: total / count for name, (total, count) in self.state.items() if count}
+
+
+class Stopwatch:
+    """Seconds spent in named parts of the loop; `lap` books the time since the last call."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+        self.last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self.last
+        self.last = now
+
+    def share(self, name: str) -> float:
+        return self.seconds.get(name, 0.0) / max(sum(self.seconds.values()), 1e-9)
+
+    def total(self) -> float:
+        return sum(self.seconds.values())
