@@ -59,8 +59,8 @@ class RegionDataset(Dataset):
     """One region of a case and its view parameters per (epoch, index, draw) key.
 
     Items: region (1, *region_size) int16; scale, offset (value = stored * scale + offset); global
-    and local (see `sample_views`); index of the case; key. They are a function of seed and key alone.
-    Raises what cache.get raises for a case that cannot be read.
+    and local (see `sample_views`); index of the case; key. They are a function of seed and key
+    alone. Raises what cache.get raises for a case that cannot be read.
     """
 
     def __init__(self, cases: Sequence[Any], cache: Any, settings: ViewSettings, seed: int):

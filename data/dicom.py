@@ -68,6 +68,8 @@ def _find_images(folder: Path) -> list[Image]:
     images, others = [], []
     subfolders = 0
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        if entry.is_symlink() and not os.path.exists(entry.path):
+            raise VolumeError(f"{entry.path}: link to a file that is not there")
         if entry.is_dir():
             subfolders += 1
         elif not entry.name.startswith(".") and entry.is_file() and entry.stat().st_size > 0:

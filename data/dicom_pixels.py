@@ -10,6 +10,7 @@ from pydicom.pixels import get_decoder
 from pydicom.uid import (
     HTJ2K,
     UID,
+    AllTransferSyntaxes,
     ExplicitVRLittleEndian,
     HTJ2KLossless,
     HTJ2KLosslessRPCL,
@@ -42,6 +43,8 @@ def check_pixels(image: Image) -> None:
     path = image.path
     if image.pixels is None:
         raise VolumeError(f"{path}: truncated: it ends before or within its pixel data")
+    if image.transfer_syntax not in AllTransferSyntaxes:
+        raise VolumeError(f"{path}: unknown transfer syntax {image.transfer_syntax!r}")
     if image.rows < 1 or image.columns < 1 or image.num_frames < 1:
         raise VolumeError(
             f"{path}: {image.rows} rows x {image.columns} columns x {image.num_frames} frames"
@@ -151,9 +154,9 @@ def real_values(frame: Frame, stored_values: Callable[[int], np.ndarray]) -> np.
     intercept = frame.intercept[0] if frame.intercept else 0.0
     try:
         return rescale(stored_values(frame.index), slope, intercept)
-    except VolumeError:
+    except (VolumeError, KeyboardInterrupt, SystemExit):
         raise
-    except Exception as error:  # each decoder raises its own kinds on damaged data
+    except BaseException as error:  # each decoder raises its own kinds; the one for RLE Rust panics
         hint = ""
         if image.transfer_syntax in JPEGTransferSyntaxes:
             hint = f" (pip install {OTHER_DECODERS} adds a decoder for all kinds of JPEG)"

@@ -1,10 +1,10 @@
 """One file of the cache: a volume in standard form that can be read region by region.
 
 The file is a blosc2 array (`.b2nd`) of shape (C, X, Y, Z) int16, channel 0 the image and channel 1,
-where there is one, the mask; its facts are in the array's metadata ("vlmeta"). A footer of ours
-follows, with a checksum of everything but the chunks; the chunks' own checksums are among the
-facts. Nothing is handed to blosc2, which would crash on it or return nonsense, before its checksum
-has been compared: the structure when a file is first opened, a chunk when it is first touched.
+where there is one, the mask; its facts are in the array's metadata ("vlmeta"). Checksums of ours
+follow it: one of all but the chunks, compared when a process first opens the file, and one of each
+chunk, compared when that is first touched. Only what has passed is handed to blosc2, which returns
+nonsense or crashes on anything else.
 """
 
 import errno
@@ -34,7 +34,9 @@ COMPRESSION = {
     "nthreads": 1,
 }
 MAX_COORDS = 10_000  # voxels remembered per class
-# magic, bytes before the first chunk, end of the chunks, end of the array, checksum of the rest
+# After the array: where each chunk lies in the file (size 0: all of one value, not stored), then
+# magic, start and end of the chunks, end of the array, checksum of all but the chunks.
+SPAN = np.dtype([("start", "<u8"), ("size", "<u4"), ("crc", "<u4")])
 FOOTER = struct.Struct("<8sQQQI")
 MAGIC = b"dino3d-1"
 
@@ -70,9 +72,10 @@ class CacheEntry:
         self.path = Path(path)
         self._rebuild = rebuild
         self._loaded = False
+        self._stamp = None  # of the file whose facts and checks these are
 
     def __getstate__(self) -> dict:
-        return {"path": self.path, "_rebuild": self._rebuild, "_loaded": False}
+        return {"path": self.path, "_rebuild": self._rebuild, "_loaded": False, "_stamp": None}
 
     def __getattr__(self, name: str):
         # only called for what is not there yet: the facts, before the file has been opened
@@ -86,7 +89,9 @@ class CacheEntry:
         self._heal(lambda: None)
 
     def _load(self) -> None:
-        _check_structure(self.path)
+        stamp = _stamp(self.path)
+        self._spans = _check_structure(self.path)
+        self._checked = self._spans["size"] == 0
         facts = self._read_meta("facts")
         for name in ("scale", "offset", "background", "kind", "modality", "series_hash"):
             setattr(self, name, facts[name])
@@ -102,9 +107,7 @@ class CacheEntry:
         self.has_seg = facts["has_seg"]
         body = np.frombuffer(facts["body"], np.uint8)
         self.body = body.reshape([-(-n // 8) for n in self.shape])
-        self._checksums = np.frombuffer(facts["checksums"], np.uint32)
-        self._checked = np.zeros(len(self._checksums), bool)
-        self._loaded = True
+        self._loaded, self._stamp = True, stamp
 
     @property
     def class_coords(self) -> dict[int, np.ndarray]:
@@ -132,38 +135,40 @@ class CacheEntry:
         high = [min(n, int(a) + int(s)) for n, a, s in zip(self.shape, start, size, strict=True)]
         if any(a >= b for a, b in zip(low, high, strict=True)):
             return np.empty((1, *(max(0, b - a) for a, b in zip(low, high, strict=True))), np.int16)
-        array = self._open()
-        self._check_chunks(array.schunk, channel, low, high)
+        self._check_chunks(channel, low, high)
         box = (slice(a, b) for a, b in zip(low, high, strict=True))
-        return array[(slice(channel, channel + 1), *box)]
+        # opened for each read, which takes 0.2 ms: a process may not keep thousands of files open
+        try:
+            return _open(self.path)[(slice(channel, channel + 1), *box)]
+        except RuntimeError as error:  # blosc2's only kind
+            raise DamagedEntry(f"{self.path}: {error}") from error
 
-    def _check_chunks(self, schunk, channel: int, low: list, high: list) -> None:
+    def _check_chunks(self, channel: int, low: list, high: list) -> None:
         """Compare the checksums of the chunks that a box touches, once per process."""
         counts = [-(-n // CHUNK) for n in self.shape]
         touched = [
             np.arange(a // CHUNK, (b - 1) // CHUNK + 1) for a, b in zip(low, high, strict=True)
         ]
         numbers = np.ravel_multi_index(np.ix_([channel], *touched), (1 + self.has_seg, *counts))
-        for i in numbers[~self._checked[numbers]]:
-            if zlib.crc32(schunk.get_chunk(int(i))) != self._checksums[i]:
-                raise DamagedEntry(f"{self.path}: chunk {i} is damaged")
-            self._checked[i] = True
+        numbers = numbers[~self._checked[numbers]]
+        if len(numbers) == 0:
+            return
+        with open(self.path, "rb") as file:
+            for i in numbers:
+                start, size, crc = self._spans[i].tolist()
+                file.seek(start)
+                if zlib.crc32(file.read(size)) != crc:
+                    raise DamagedEntry(f"{self.path}: chunk {i} is damaged")
+                self._checked[i] = True
 
     def _read_meta(self, name: str) -> dict:
-        array = self._open()  # must outlive its schunk, whose memory blosc2 frees with it
+        array = _open(self.path)  # must outlive its schunk, whose memory blosc2 frees with it
         return array.schunk.vlmeta[name]
-
-    def _open(self) -> blosc2.NDArray:
-        # memory-mapped: blosc2 otherwise opens the file anew for every chunk. Opened for each read,
-        # in 0.2 ms: thousands of volumes are more than a process may keep open.
-        return blosc2.open(
-            str(self.path), mode="r", mmap_mode="r", dparams=blosc2.DParams(nthreads=1)
-        )
 
     def _heal(self, read: Callable):
         """Do `read`; where the file is damaged or gone, build it anew and try once more."""
         try:
-            if not self._loaded:
+            if _stamp(self.path) != self._stamp:
                 self._load()
             return read()
         except (DamagedEntry, FileNotFoundError) as error:
@@ -190,11 +195,10 @@ def write_entry(path: Path, standard: dict, series_hash: str | None, seed: int) 
         blocks=(1, *(min(BLOCK, n) for n in shape)),
         cparams=blosc2.CParams(**COMPRESSION),
     )
-    schunk = array.schunk
-    checksums = [zlib.crc32(schunk.get_chunk(i)) for i in range(schunk.nchunks)]
+    vlmeta = array.schunk.vlmeta
     if seg is not None:
-        schunk.vlmeta["class_coords"] = _class_steps(voxels[1], seed)
-    schunk.vlmeta["facts"] = {
+        vlmeta["class_coords"] = _class_steps(voxels[1], seed)
+    vlmeta["facts"] = {
         "shape": shape,
         "affine": np.asarray(image.affine, np.float64).tolist(),
         "original_shape": standard["original_shape"],
@@ -203,55 +207,87 @@ def write_entry(path: Path, standard: dict, series_hash: str | None, seed: int) 
         "has_seg": seg is not None,
         "series_hash": series_hash,
         "body": standard["body"].tobytes(),
-        "checksums": np.array(checksums, np.uint32).tobytes(),
         **{k: standard[k] for k in ("scale", "offset", "background", "kind", "modality")},
     }
     frame = array.to_cframe()
-    head = int.from_bytes(frame[11:15], "big")  # length of a blosc2 frame's header
-    end = head + schunk.cbytes
-    crc = _structure_crc(head, end, len(frame), frame[:head], frame[end:])
-    _write_atomically(path, frame, FOOTER.pack(MAGIC, head, end, len(frame), crc))
-
-
-def _write_atomically(path: Path, *parts: bytes) -> None:
     temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex}.tmp")
     try:
         with open(temporary, "wb") as file:
-            for part in parts:
-                file.write(part)
+            file.write(frame)
+            file.write(_checks(frame))
+        if not np.array_equal(_open(temporary)[:], voxels):
+            raise OSError(errno.EIO, f"{temporary}: what was read is not what had been written")
         os.replace(temporary, path)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            megabytes = sum(map(len, parts)) / 1e6
             raise OSError(
                 error.errno,
-                f"no space left for the cache (this volume takes {megabytes:.0f} MB): make room, "
-                f"or set cache_dir to another disk than that of {path.parent}",
+                f"no space left for the cache (this volume takes {len(frame) / 1e6:.0f} MB): make "
+                f"room, or set cache_dir to another disk than that of {path.parent}",
             ) from error
         raise
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _check_structure(path: Path) -> None:
-    """Compare the checksum of all that is neither chunk nor footer."""
+def _stamp(path: Path) -> tuple[int, int, int]:
+    """Differs between one file of this name and the next."""
+    stat = os.stat(path)
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+def _open(path: Path) -> blosc2.NDArray:
+    # memory-mapped: blosc2 otherwise opens the file anew for every chunk
+    return blosc2.open(str(path), mode="r", mmap_mode="r", dparams=blosc2.DParams(nthreads=1))
+
+
+def _checks(frame: bytes) -> bytes:
+    """What follows an array in the file: the spans of its chunks and the footer.
+
+    Formats (c-blosc2, README_CFRAME_FORMAT.rst and README_CHUNK_FORMAT.rst): a header with its own
+    length and that of all chunks; the chunks, each with its length at byte 12; the chunks' offsets,
+    a chunk itself, negative for chunks of one value, which are not stored; a trailer.
+    """
+
+    def chunk_size(at: int) -> int:
+        return int.from_bytes(frame[at + 12 : at + 16], "little")
+
+    start = int.from_bytes(frame[11:15], "big")
+    end = start + int.from_bytes(frame[39:47], "big")
+    offsets = np.frombuffer(blosc2.decompress2(frame[end : end + chunk_size(end)]), "<i8")
+    spans = np.zeros(len(offsets), SPAN)
+    for i in np.flatnonzero(offsets >= 0):
+        at = start + int(offsets[i])
+        size = chunk_size(at)
+        spans[i] = at, size, zlib.crc32(frame[at : at + size])
+    assert start + spans["size"].sum() == end
+    rest = frame[end:] + spans.tobytes()
+    crc = _structure_crc(start, end, len(frame), frame[:start], rest)
+    return spans.tobytes() + FOOTER.pack(MAGIC, start, end, len(frame), crc)
+
+
+def _check_structure(path: Path) -> np.ndarray:
+    """Compare the checksum of all but the chunks; return the chunks' spans."""
     with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if size < FOOTER.size:
-            raise DamagedEntry(f"{path}: only {size} bytes")
-        file.seek(size - FOOTER.size)
-        magic, head, end, length, crc = FOOTER.unpack(file.read())
-        if magic != MAGIC or length + FOOTER.size != size or not 0 < head <= end <= length:
+        size = os.fstat(file.fileno()).st_size - FOOTER.size
+        if size < 0:
+            raise DamagedEntry(f"{path}: only {size + FOOTER.size} bytes")
+        file.seek(size)
+        magic, start, end, length, crc = FOOTER.unpack(file.read())
+        if magic != MAGIC or not 0 < start <= end < length < size:
             raise DamagedEntry(f"{path}: cut short or damaged at its end")
         file.seek(0)
-        first = file.read(head)
+        header = file.read(start)
         file.seek(end)
-        if _structure_crc(head, end, length, first, file.read(length - end)) != crc:
-            raise DamagedEntry(f"{path}: header or metadata is damaged")
+        rest = file.read(size - end)
+    if _structure_crc(start, end, length, header, rest) != crc:
+        raise DamagedEntry(f"{path}: header or metadata is damaged")
+    return np.frombuffer(rest[length - end :], SPAN)
 
 
-def _structure_crc(head: int, end: int, length: int, first: bytes, last: bytes) -> int:
-    return zlib.crc32(last, zlib.crc32(first, zlib.crc32(struct.pack("<QQQ", head, end, length))))
+def _structure_crc(start: int, end: int, length: int, header: bytes, rest: bytes) -> int:
+    numbers = struct.pack("<QQQ", start, end, length)
+    return zlib.crc32(rest, zlib.crc32(header, zlib.crc32(numbers)))
 
 
 def _class_steps(labels: np.ndarray, seed: int) -> dict[str, bytes]:
@@ -262,7 +298,7 @@ def _class_steps(labels: np.ndarray, seed: int) -> dict[str, bytes]:
     order = np.argsort(values, kind="stable")
     names, first = np.unique(values[order], return_index=True)
     steps = {}
-    for name, members in zip(names, np.split(where[order], first[1:]), strict=True):
+    for name, members in zip(names, np.split(where[order], first)[1:], strict=True):
         if len(members) > MAX_COORDS:
             members = np.sort(rng.choice(members, MAX_COORDS, replace=False))
         steps[str(name)] = np.diff(members, prepend=0).astype(np.int32).tobytes()

@@ -92,8 +92,8 @@ def _dtype(header: nib.Nifti1Header, path: Path) -> np.dtype:
     """The stored type, a real number."""
     try:
         dtype = header.get_data_dtype()
-    except HeaderDataError as error:
-        raise VolumeError(f"{path}: {error}") from None
+    except (HeaderDataError, KeyError):
+        dtype = np.dtype("V")  # unknown
     if dtype.kind not in "iuf" or dtype.itemsize > 8:
         code = int(header["datatype"])
         raise VolumeError(f"{path}: data type {dtype} (NIfTI code {code}) is not supported")

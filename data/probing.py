@@ -3,9 +3,11 @@
 A network here is anything with `backbone.encode` and `pool`, such as `models.dino.DINONetwork`.
 """
 
+import json
 from collections.abc import Sequence
 
 import numpy as np
+import pandas as pd
 import torch
 from tqdm import tqdm
 
@@ -35,13 +37,15 @@ def windows(entry, size, limit: int, coords=None) -> list[tuple[int, int, int]]:
 
 
 @torch.no_grad()
-def embed(network, cache, cases, cfg, device, limit=10**9) -> np.ndarray:
+def embed(network, cache, cases, cfg, device, stop, limit=10**9) -> np.ndarray:
     """(N, D) pooled features, each the mean over windows that tile the volume. Split over ranks."""
     rank, world, own = distributed.rank(), distributed.world_size(), []
     size = cfg.crops.global_size
     for case in tqdm(
         cases[rank::world], "embedding", leave=False, disable=not distributed.is_main()
     ):
+        if stop:
+            break
         entry, pooled = cache.get(case), 0.0
         starts = windows(entry, size, limit)
         for start in starts:
@@ -49,6 +53,7 @@ def embed(network, cache, cases, cfg, device, limit=10**9) -> np.ndarray:
             with autocast(device, cfg.precision):
                 pooled = pooled + network.pool(network.backbone.encode(x)[-1])[0].float().cpu()
         own.append((pooled / len(starts)).numpy())
+    stop.raise_if_received()
     parts = distributed.gather_objects(own)
     return np.stack([parts[i % world][i // world] for i in range(len(cases))])
 
@@ -68,7 +73,7 @@ def feature_maps(network, entry, cfg, device) -> tuple[np.ndarray, list[np.ndarr
 
 @torch.no_grad()
 def dense_score(
-    network, cache: VolumeCache, train: Sequence[Case], val: Sequence[Case], cfg, device
+    network, cache: VolumeCache, train: Sequence[Case], val: Sequence[Case], cfg, device, stop
 ) -> float | None:
     """Mean foreground Dice of a ridge regression from all frozen maps to the masks.
 
@@ -93,11 +98,15 @@ def dense_score(
         return None
     dense = DenseProbe([0, *labels])
     for i, case in enumerate(train):
+        if stop:
+            return None  # the caller tells the other ranks
         for maps, seg in labelled_windows(case):
             dense.add(maps, seg, size, seed=i)
     dense.fit()
     scores = []
     for case in val:
+        if stop:
+            return None
         found, truth = [], []
         for maps, seg in labelled_windows(case):
             box = tuple(slice(n) for n in seg.shape)  # a thin volume ends inside the window
@@ -108,22 +117,23 @@ def dense_score(
     return float(np.mean(scores)) if scores else None
 
 
-def probe(teacher, cache, cases, cfg, device) -> dict[str, float | None]:
-    """kNN, linear and dense probes of the frozen teacher, fitted on train and scored on val cases."""
+def probe(teacher, cache, cases, cfg, device, stop) -> dict[str, float | None]:
+    """kNN, linear and dense probes of the frozen teacher, fitted on train, scored on val."""
     if not cases["val"]:
         return {}
     teacher.eval()
     row, few = {}, {name: spread(cases[name], cfg.probe.max_cases) for name in ("train", "val")}
     if cfg.probe_targets:
-        x = {name: embed(teacher, cache, few[name], cfg, device, PROBE_WINDOWS) for name in few}
+        settings = (cfg, device, stop, PROBE_WINDOWS)
+        x = {name: embed(teacher, cache, few[name], *settings) for name in few}
         for target in cfg.probe_targets:
             y = {name: np.array([c.labels[target] for c in few[name]]) for name in few}
             scores = label_probes(x["train"], y["train"], x["val"], y["val"])
             row |= {f"probe_{target}_{name}": value for name, value in scores.items()}
     if distributed.is_main():
-        score = dense_score(teacher, cache, cases["train"], cases["val"], cfg, device)
+        score = dense_score(teacher, cache, cases["train"], cases["val"], cfg, device, stop)
         row |= {} if score is None else {"probe_dense_dice": score}
-    distributed.barrier()
+    stop.raise_if_received()
     teacher.train()
     return row
 
@@ -133,3 +143,30 @@ def spread(items: list, number: int) -> list:
     if len(items) <= number:
         return items
     return [items[i] for i in np.linspace(0, len(items) - 1, number).round().astype(int)]
+
+
+def write_embeddings(network, cache, cases: dict, cfg, device, stop, folder) -> None:
+    """features.npz, features.csv (row i is features[i]) and metrics.json of the test cases.
+
+    Each feature is the mean over all windows of the volume; probes are fitted on the train cases.
+    """
+    x, scores = embed(network, cache, cases["test"], cfg, device, stop), {}
+    if cfg.probe_targets:
+        train_x = embed(network, cache, cases["train"], cfg, device, stop)
+        for target in cfg.probe_targets:
+            y = [np.array([c.labels[target] for c in cases[name]]) for name in ("train", "test")]
+            scores[target] = label_probes(train_x, y[0], x, y[1])
+    if not distributed.is_main():
+        return
+    dense = dense_score(network, cache, cases["train"], cases["test"], cfg, device, stop)
+    scores["dense"] = {"dice": dense}
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [
+        {"PatientID": c.patient, "csv_line": c.row, "fold": c.fold, **c.labels}
+        for c in cases["test"]
+    ]
+    pd.DataFrame(rows).to_csv(folder / "features.csv", index=False)
+    np.savez(folder / "features.npz", features=x, csv_line=[row["csv_line"] for row in rows])
+    text = json.dumps(scores, indent=2)
+    (folder / "metrics.json").write_text(text + "\n")
+    print(text)

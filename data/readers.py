@@ -36,6 +36,6 @@ def read_volume(path: str | os.PathLike, series_uid: str | None = None) -> Volum
             ".nii or .nii.gz"
         ) from None
     except OSError as error:
-        raise VolumeError(f"{path}: {error.strerror or error}") from error
+        raise VolumeError(f"{error.filename or path}: {error.strerror or error}") from error
     except MemoryError:
         raise VolumeError(f"{path}: does not fit into memory") from None

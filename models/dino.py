@@ -55,9 +55,9 @@ class DINOHead(nn.Module):
     """Three-layer MLP, L2 bottleneck, weight-normalised prototypes (DINO, appendix C).
 
     Args:
-        batchnorm: a non-affine BatchNorm before the first and after the two hidden layers. It spreads
-            the samples of a batch before they meet the prototypes; without it small batches of
-            instance-normalised features collapse to the uniform output.
+        batchnorm: a non-affine BatchNorm before the first and after the two hidden layers. It
+            spreads the samples of a batch before they meet the prototypes; without it small
+            batches of instance-normalised features collapse to the uniform output.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class DINOHead(nn.Module):
                 nn.init.zeros_(layer.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(N, in_dim) -> (N, out_dim) logits, the cosines to the prototypes (times their lengths)."""
+        """(N, in_dim) -> (N, out_dim) logits: cosines to the prototypes times their lengths."""
         x = F.normalize(self.mlp(x).float(), dim=-1)
         return self.prototypes(x)
 
@@ -147,7 +147,7 @@ class DINONetwork(nn.Module):
         Args:
             global_crops: (N, C, X, Y, Z); local_crops: (L, C, x, y, z) or None.
             mask: (N, px, py, pz) bool on the grid of feature map `patch_level`, or None.
-            hide: fill the masked parts of the input (student); False only picks the positions (teacher).
+            hide: fill the masked parts of the input (student), or only pick positions (teacher).
         Returns:
             pooled (N + L, D), logits (N + L, K) and, with a mask, patch_logits (mask.sum(), K').
         """
@@ -187,7 +187,7 @@ def build_network(cfg) -> DINONetwork:
 def random_masks(
     rng, num_crops: int, grid: tuple[int, ...], prob: float, ratio: tuple[float, float]
 ):
-    """Block-wise masks: boxes are added until the drawn fraction of the grid is hidden (iBOT, BEiT).
+    """Block-wise masks: boxes are added until the drawn fraction is hidden (iBOT, BEiT).
 
     Args:
         rng: numpy Generator.
@@ -212,6 +212,6 @@ def random_masks(
 
 @torch.no_grad()
 def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
-    """teacher <- momentum * teacher + (1 - momentum) * student, over all parameters (DINO, section 3)."""
+    """teacher <- momentum * teacher + (1 - momentum) * student, for all parameters."""
     for t, s in zip(teacher.parameters(), student.parameters(), strict=True):
         t.lerp_(s.detach(), 1 - momentum)

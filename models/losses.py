@@ -34,9 +34,9 @@ def sinkhorn_knopp(logits: torch.Tensor, temp: float, num_iterations: int = 3) -
 class TeacherTargets(nn.Module):
     """Turns teacher logits into target probabilities, by centering (DINO, eq. 4) or Sinkhorn-Knopp.
 
-    The center is a moving average of the teacher's logits. `forward` uses the center as it stands and
-    remembers the batch; `update_center` moves it, so that a skipped step leaves it untouched. In
-    eval mode targets are always centered and nothing is remembered: no exchange between ranks.
+    The center is a moving average of the teacher's logits. `forward` uses the center as it stands
+    and remembers the batch; `update_center` moves it, so that a skipped step leaves it untouched.
+    In eval mode targets are always centered and nothing is remembered or exchanged by ranks.
     """
 
     def __init__(self, out_dim: int, centering: str, center_momentum: float = 0.9):
@@ -98,11 +98,13 @@ def patch_loss(
         logits: (M, K) student outputs at the same positions.
         mask: (N, P) bool, True where hidden; M = mask.sum(), in row-major order.
     Returns:
-        scalar, averaged over the N crops (a crop without a mask counts as 0, as in DINOv2).
+        scalar, averaged over the masked crops of all ranks (0 if there are none), so that uniform
+        outputs give ln K whatever the share of masked crops.
     """
     loss = -(targets * F.log_softmax(logits.float() / student_temp, dim=-1)).sum(dim=-1)  # (M,)
     weight = 1 / mask.sum(dim=1).clamp(min=1)  # (N,)
-    return (loss * weight[:, None].expand_as(mask)[mask]).sum() / len(mask)
+    num_masked = all_reduce(mask.any(dim=1).sum().float(), "mean")  # DDP then averages over ranks
+    return (loss * weight[:, None].expand_as(mask)[mask]).sum() / num_masked.clamp(min=1e-6)
 
 
 def koleo_loss(features: torch.Tensor, eps: float = 1e-8) -> torch.Tensor:

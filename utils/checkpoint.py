@@ -74,7 +74,7 @@ def save_last(folder: str | Path, state: dict) -> None:
 
 
 def load_last(path: str | Path, warn=print, map_location="cpu") -> dict:
-    """Read a checkpoint; where it is damaged or missing, fall back to previous.pt beside it, saying so."""
+    """Read a checkpoint; where it is damaged or missing, previous.pt beside it, saying so."""
     path = Path(path)
     try:
         return load(path, map_location)

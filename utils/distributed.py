@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 
 def setup() -> torch.device:
-    """Join the process group that torchrun describes in the environment; return this rank's device."""
+    """Join the process group that torchrun describes, if any; return this rank's device."""
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
@@ -81,12 +81,10 @@ def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def concat_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
-    """(B, ...) of each rank -> (world_size * B, ...) with gradients; B must be equal on all ranks."""
+    """(B, ...) of each rank -> (world_size * B, ...) with gradients; B is equal on all ranks."""
     if world_size() == 1:
         return tensor
     # Each rank fills its own slot and leaves zeros elsewhere: the sum is the concatenation.
-    before, after = rank(), world_size() - 1 - rank()
-    slots = torch.stack(
-        [torch.zeros_like(tensor)] * before + [tensor] + [torch.zeros_like(tensor)] * after
-    )
-    return sum_over_ranks(slots).flatten(0, 1)
+    slots = [torch.zeros_like(tensor)] * world_size()
+    slots[rank()] = tensor
+    return sum_over_ranks(torch.stack(slots)).flatten(0, 1)

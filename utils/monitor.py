@@ -14,7 +14,7 @@ def entropy(probabilities: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def feature_std(features: torch.Tensor) -> torch.Tensor:
-    """Spread of L2-normalised features over samples: 0 if all are equal, about 1 if they are isotropic.
+    """Spread of L2-normalised features over samples: 0 if equal, about 1 if isotropic.
 
     (N, D) -> mean over D of the standard deviation over N, times sqrt(D) (SimSiam, section 4.1).
     """
@@ -50,18 +50,18 @@ def collapse_warnings(row: dict, first: dict, out_dim: int) -> list[str]:
     found = []
     if row["teacher_entropy"] > 0.98 * uniform:
         found.append(
-            f"teacher entropy {row['teacher_entropy']:.2f} is at ln(out_dim) = {uniform:.2f}: the teacher's "
-            "output is uniform (collapse). Try dino.head_batchnorm=true, a lower learning_rate, a lower "
-            "dino.teacher_temp, dino.pooling=max or a larger batch"
+            f"teacher entropy {row['teacher_entropy']:.2f} is at ln(out_dim) = {uniform:.2f}: the "
+            "teacher's output is uniform (collapse). Try dino.head_batchnorm=true, a lower "
+            "learning_rate, a lower dino.teacher_temp, dino.pooling=max or a larger batch"
         )
     if row["dino_loss"] > 0.995 * uniform and row["epoch"] > 0:
         found.append(
-            f"the DINO loss {row['dino_loss']:.2f} is stuck at ln(out_dim) = {uniform:.2f}: nothing is learned"
+            f"the DINO loss {row['dino_loss']:.2f} is stuck at ln(out_dim) = {uniform:.2f}"
         )
     if row["feature_std"] < 0.25 * first["feature_std"]:
         found.append(
-            f"feature std fell from {first['feature_std']:.3f} to {row['feature_std']:.3f}: all scans "
-            "get nearly the same features (collapse)"
+            f"feature std fell from {first['feature_std']:.3f} to {row['feature_std']:.3f}: all "
+            "scans get nearly the same features (collapse)"
         )
     if row["target_usage"] < 0.02 * uniform and row["teacher_entropy"] < 0.05 * uniform:
         found.append("all scans are assigned to one prototype (collapse to a point)")

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -9,23 +10,29 @@ from typing import TypeVar
 
 import torch
 
+PATIENCE_S = 10.0  # about what a new process needs to import torch and MONAI
 Item, Result = TypeVar("Item"), TypeVar("Result")
 
 
 def in_processes(
     function: Callable[[Item], Result], items: Sequence[Item], n_workers: int
 ) -> Iterator[tuple[Item, Result]]:
-    """Yield (item, function(item)) as they are done.
+    """Yield (item, function(item)) as they are done: the first ones here, so that a small job does
+    not wait for processes to start; what is left after PATIENCE_S in processes.
 
     Args:
         function: must pickle; what it raises is raised here.
-        n_workers: at most this many processes, and no more than CPUs; up to 1: in this process.
+        n_workers: at most this many processes, and no more than CPUs; up to 1: all in this process.
     Raises:
         RuntimeError: a process was killed.
     """
+    items = list(items)
     n_workers = min(n_workers, len(items), os.cpu_count() or 1)
-    if n_workers <= 1:
-        yield from ((item, function(item)) for item in items)
+    started = time.monotonic()
+    while items and (n_workers <= 1 or time.monotonic() - started < PATIENCE_S):
+        item = items.pop(0)
+        yield item, function(item)
+    if not items:
         return
     # spawned: forks of a process that uses CUDA or threads may hang
     context = multiprocessing.get_context("spawn")

@@ -18,13 +18,11 @@ def label_probes(
     Args:
         train_x, val_x: (N, D) float features. train_y, val_y: (N,) text; "" is a missing label.
     Returns:
-        knn_accuracy, knn_auc, linear_accuracy, linear_balanced_accuracy, linear_auc (binary, or macro
-        one-vs-rest); None where undefined (one class only).
+        knn_accuracy, knn_auc, linear_accuracy, linear_balanced_accuracy, linear_auc (binary, or
+        macro one-vs-rest); None where undefined (one class only).
     """
     train_x, train_y = train_x[train_y != ""], train_y[train_y != ""]
-    keep = np.isin(
-        val_y, train_y
-    )  # a class never seen cannot be predicted, a missing label not scored
+    keep = np.isin(val_y, train_y)  # neither missing nor a class that was never seen
     val_x, val_y = val_x[keep], val_y[keep]
     names = ["knn_accuracy", "knn_auc", "linear_accuracy", "linear_balanced_accuracy", "linear_auc"]
     if len(set(train_y)) < 2 or len(val_y) == 0:
@@ -49,7 +47,7 @@ def label_probes(
 
 
 def auc(truth: np.ndarray, probabilities: np.ndarray, classes: np.ndarray) -> float | None:
-    """Area under the ROC curve: binary, else macro one-vs-rest over the classes present in `truth`."""
+    """Area under the ROC curve: binary, else macro one-vs-rest over the classes in `truth`."""
     areas = [
         roc_auc_score(truth == c, probabilities[:, i])
         for i, c in enumerate(classes)
@@ -61,9 +59,9 @@ def auc(truth: np.ndarray, probabilities: np.ndarray, classes: np.ndarray) -> fl
 class DenseProbe:
     """Ridge regression from frozen, upsampled feature maps to one-hot voxel labels.
 
-    Fitted on voxels drawn from a few cases, half of them background and the other half shared by the
-    classes. Upsampling and regression are both linear, so `predict` applies each map's weights at the
-    map's own resolution and upsamples the few class scores instead of the many features.
+    Fitted on voxels drawn from a few cases, half of them background and the other half shared by
+    the classes. Upsampling and regression are both linear, so `predict` applies each map's weights
+    at the map's own resolution and upsamples the few class scores, not the many features.
 
     Args:
         classes: label values, background (0) first.
@@ -124,7 +122,7 @@ class DenseProbe:
 def _at_voxels(
     maps: list[torch.Tensor], voxels: torch.Tensor, shape: tuple[int, ...]
 ) -> torch.Tensor:
-    """Features (N, sum of C_i), interpolated trilinearly as F.interpolate(align_corners=False) does."""
+    """Features (N, sum of C_i), as F.interpolate(mode="trilinear") would have them there."""
     grid = (2 * voxels.to(maps[0].device) + 1) / torch.tensor(shape, device=maps[0].device) - 1
     grid = grid.flip(-1)[None, :, None, None].float()  # grid_sample wants z, y, x
     columns = [

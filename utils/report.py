@@ -135,3 +135,26 @@ def _flat(values, prefix=""):
             yield from _flat(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
+
+
+def write_training_report(
+    log, title: str, pictures: dict[str, str], warnings: Sequence[str], settings: dict
+) -> None:
+    """<experiment>/report.html of a training run.
+
+    Args:
+        log: the RunLog.
+        pictures: file in plots/ -> caption; those that do not exist are left out.
+        warnings, settings: as they stand.
+    """
+    left_out = [f"{p.patient} (line {p.row} of the CSV): {p.what}" for p in log.skipped]
+    found = [(log.folder / "plots" / name, caption) for name, caption in pictures.items()]
+    sections = [
+        Section("Warnings", [list(warnings)], warning=True),
+        Section("Cases left out", [left_out], warning=True),
+        Section("Last epoch", log.rows[-1:]),
+        Section("Pictures", [item for item in found if item[0].exists()]),
+        Section("Epochs", [log.rows]),
+        Section("Settings", [settings]),
+    ]
+    write_report(log.folder / "report.html", title, sections)

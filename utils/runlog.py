@@ -1,4 +1,4 @@
-"""What a run writes while it goes: metrics.csv, log.jsonl, log.txt and TensorBoard. Main rank only."""
+"""What a run writes while it goes: metrics.csv, log.jsonl, log.txt, TensorBoard; main rank only."""
 
 import csv
 import json

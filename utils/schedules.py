@@ -6,7 +6,7 @@ import numpy as np
 def cosine(
     start: float, end: float, num_steps: int, warmup_steps: int = 0, warmup_from: float = 0.0
 ) -> np.ndarray:
-    """Linear from `warmup_from` to `start`, then half a cosine to `end`, reached at the last step."""
+    """Linear from `warmup_from` to `start`, then half a cosine to `end`, its last value."""
     warmup_steps = min(warmup_steps, num_steps)
     warmup = np.linspace(warmup_from, start, warmup_steps, endpoint=False)
     phase = np.linspace(0, np.pi, num_steps - warmup_steps)

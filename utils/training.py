@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from utils import distributed
+
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -52,24 +54,34 @@ def parameter_groups(model: nn.Module) -> list[dict]:
     ]
 
 
+class Stopped(Exception):
+    """A signal asked to stop; the message names it."""
+
+
 class StopSignal:
-    """Remembers SIGTERM and SIGUSR1 (what schedulers send before they kill), to stop after the step."""
+    """Remembers SIGTERM and SIGUSR1, which schedulers send some time before they kill."""
 
     def __init__(self):
-        self.received = None
+        self.received = ""
         for name in ("SIGTERM", "SIGUSR1"):
-            if hasattr(signal, name):
+            if hasattr(signal, name):  # Windows has no SIGUSR1
                 signal.signal(getattr(signal, name), self._remember)
 
     def _remember(self, number, frame):
         self.received = signal.Signals(number).name
 
     def __bool__(self):
-        return self.received is not None
+        return bool(self.received)
+
+    def raise_if_received(self) -> None:
+        """Raise Stopped on all ranks if any rank was signalled; all ranks must call it together."""
+        received = [name for name in distributed.gather_objects(self.received) if name]
+        if received:
+            raise Stopped(received[0])
 
 
 class Averages:
-    """Running means of named numbers. `state` is JSON, so that a resumed epoch averages as if whole."""
+    """Running means of named numbers. `state` is JSON: a resumed epoch averages as if whole."""
 
     def __init__(self, state: dict | None = None):
         self.state = dict(state or {})

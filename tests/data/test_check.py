@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import data.check
+import utils.parallel
 from data.cache import VolumeCache
 from data.cases import Case, read_cases
 from data.check import check_volumes
@@ -133,7 +134,8 @@ def test_unknown_modality_is_one_problem(tmp_path, build):
     assert check(cases[:1], cache_in(tmp_path, "MR"), build, modality="MR") == []
 
 
-def test_parallel_processes_find_the_same(tmp_path):
+def test_parallel_processes_find_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(utils.parallel, "PATIENCE_S", 0)
     cases = [
         case(write(tmp_path / f"{row}.nii.gz", shape=(9, 9, row)), row) for row in range(6, 10)
     ]

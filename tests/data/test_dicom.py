@@ -218,6 +218,17 @@ def test_enhanced_deflated_and_jpeg2000(tmp_path):
         assert_phantom(volume, (36, 40, 8))
 
 
+def test_enhanced_with_sequences_of_undefined_length(tmp_path):
+    enhanced = make_enhanced(make_series())
+    for keyword in ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"):
+        enhanced[keyword].is_undefined_length = True
+        for groups in enhanced[keyword].value:
+            groups.is_undefined_length_sequence_item = True
+            for macro in groups:
+                macro.is_undefined_length = True
+    assert_phantom(read_volume(save(enhanced, tmp_path / "enhanced.dcm")))
+
+
 def test_stray_files(tmp_path):
     series = make_series()
     folder = save_series(series, tmp_path)
@@ -502,6 +513,23 @@ def test_truncated_slice(tmp_path, syntax, keep):
     refused(folder, path.name)
 
 
+@pytest.mark.parametrize("syntax", COMPRESSED)
+def test_damaged_compressed_frames_raise_nothing_else(tmp_path, syntax):
+    """Decoders fail in ways of their own (the one for RLE panics, past any except Exception)."""
+    path = save(make_enhanced(make_series(**LARGER)), tmp_path / "e.dcm", syntax)
+    data = path.read_bytes()
+    start = data.index(b"\xe0\x7f\x10\0OB") + 100
+    rng = np.random.default_rng(0)
+    for _ in range(40):
+        damaged = bytearray(data)
+        damaged[rng.integers(start, len(data))] ^= 1 << rng.integers(8)
+        path.write_bytes(damaged)
+        try:
+            read_volume(path)
+        except VolumeError as error:
+            assert str(error).startswith(str(path))
+
+
 def test_jpeg2000_stream_cut_within_whole_fragments(tmp_path):
     folder = save_series(make_series(rows=64, columns=64), tmp_path, JPEG2000Lossless)
     path = sorted(folder.iterdir())[0]
@@ -521,6 +549,14 @@ def test_slice_overwritten_with_noise(tmp_path, name):
         assert_phantom(read_volume(folder), (12, 10, 7))
     else:
         refused(folder, name, "damaged")
+
+
+def test_link_to_a_slice_that_is_not_there(tmp_path):
+    folder = save_series(make_series(), tmp_path)
+    path = sorted(folder.iterdir())[0]
+    path.unlink()
+    path.symlink_to(tmp_path / "annex" / "slice")
+    refused(folder, path.name, "link")
 
 
 def test_rows_that_are_not_there(tmp_path):
@@ -605,6 +641,14 @@ def test_single_files_and_empty_folders(tmp_path):
     refused(tmp_path / "one.dcm", "single slice", "folder")
     (tmp_path / "study" / "series").mkdir(parents=True)
     refused(tmp_path / "study", "1 subfolders")
+
+
+def test_unknown_transfer_syntax(tmp_path):
+    folder = save_series(make_series(), tmp_path)
+    for path in folder.iterdir():
+        data = path.read_bytes()
+        path.write_bytes(data.replace(b"1.2.840.10008.1.2.1", b"1.2.840.99999.1.2.1", 1))
+    refused(folder, "transfer syntax '1.2.840.99999.1.2.1'")
 
 
 def test_modality_lut(tmp_path):

