@@ -176,8 +176,9 @@ def report_skipped(state: State, numbers: dict, batches: list[dict], cases, cfg,
     own = [cases[i].patient for batch in batches for i in batch["index"].tolist()]
     names = ", ".join(itertools.chain(*distributed.gather_objects(own)))
     found = f"loss {numbers['loss']}, gradient norm {numbers['grad_norm']}"
-    state.warnings.append(f"step {state.step} skipped: {found}. Patients: {names}")
-    log.message(state.warnings[-1])
+    what = f"step {state.step} skipped: {found}. Patients: {names}"
+    log.message(what)
+    state.warnings[f"step {state.step}"] = what
     if state.bad_steps >= cfg.max_bad_steps:
         raise RuntimeError(
             f"{state.bad_steps} steps in a row were not finite. The last checkpoint is intact; try "
@@ -300,7 +301,9 @@ def draw_progress(state: State, entry, cfg, device, log) -> None:
     log.image("features", plot_feature_pca(plots / "features.png", volume, maps, names), state.step)
     plot_curves(plots / "curves.png", log.rows, cfg.dino.out_dim, cfg.dino.patch_out_dim)
     title = f"DINO pre-training: {cfg.experiment}"
-    write_training_report(log, title, PICTURES, state.warnings, cfg.model_dump(mode="json"))
+    write_training_report(
+        log, title, PICTURES, list(state.warnings.values()), cfg.model_dump(mode="json")
+    )
 
 
 # ---------------------------------------------------------------------------------- main
@@ -431,9 +434,10 @@ def main(argv: list[str]) -> int:
             row = {"epoch": epoch} | row | assess(row["teacher_temp"], probing)
             state.epoch, state.averages, state.first = epoch, {}, state.first or row
             log.epoch(row, state.step)
-            for warning in monitor.collapse_warnings(row, state.first, d.out_dim):
+            found = monitor.collapse_warnings(row, state.first, d.out_dim, cfg.warmup_epochs)
+            for kind, warning in found.items():
                 log.message(f"WARNING: {warning}")
-                state.warnings.append(f"epoch {epoch}: {warning}")
+                state.warnings[kind] = f"epoch {epoch}: {warning}"  # the report has the last
             score = probe_score(row) if state.select_by == "probe" else -row[state.select_by]
             best = score is not None and (state.best is None or score > state.best)
             state.best = score if best else state.best

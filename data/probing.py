@@ -48,10 +48,13 @@ def embed(network, cache, cases, cfg, device, stop, limit=10**9) -> np.ndarray:
             break
         entry, pooled = cache.get(case), 0.0
         starts = windows(entry, size, limit)
-        for start in starts:
-            x = fixed_view(entry, start, size, cfg.data.hu_window)[None].to(device)
+        for i in range(0, len(starts), cfg.batch_size):
+            batch = [
+                fixed_view(entry, s, size, cfg.data.hu_window) for s in starts[i:][: cfg.batch_size]
+            ]
             with autocast(device, cfg.precision):
-                pooled = pooled + network.pool(network.backbone.encode(x)[-1])[0].float().cpu()
+                maps = network.backbone.encode(torch.stack(batch).to(device))
+            pooled = pooled + network.pool(maps[-1]).float().sum(dim=0).cpu()
         own.append((pooled / len(starts)).numpy())
     stop.raise_if_received()
     parts = distributed.gather_objects(own)

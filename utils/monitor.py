@@ -40,29 +40,31 @@ def rankme(features: torch.Tensor) -> float:
     return float(torch.exp(-(p * p.log()).sum()))
 
 
-def collapse_warnings(row: dict, first: dict, out_dim: int) -> list[str]:
-    """What an epoch's metrics say of collapse, in plain words.
+def collapse_warnings(row: dict, first: dict, out_dim: int, warmup_epochs: int) -> dict[str, str]:
+    """What an epoch's metrics say of collapse: {kind: plain words}.
 
     Args:
         row: this epoch's metrics. first: those of the first epoch.
+        out_dim: prototypes; uniform outputs have entropy and loss ln(out_dim).
+        warmup_epochs: until then a loss at ln(out_dim) means nothing.
     """
-    uniform = math.log(out_dim)
-    found = []
-    if row["teacher_entropy"] > 0.98 * uniform:
-        found.append(
-            f"teacher entropy {row['teacher_entropy']:.2f} is at ln(out_dim) = {uniform:.2f}: the "
-            "teacher's output is uniform (collapse). Try dino.head_batchnorm=true, a lower "
-            "learning_rate, a lower dino.teacher_temp, dino.pooling=max or a larger batch"
+    uniform, entropy, found = math.log(out_dim), row["teacher_entropy"], {}
+    if entropy > 0.98 * uniform:
+        found["uniform output"] = (
+            f"teacher entropy {entropy:.2f} is at ln(out_dim) = {uniform:.2f}: the teacher "
+            "is uniform (collapse). Try a lower dino.teacher_temp, views that overlap more (crops, "
+            "augment), dino.head_batchnorm=true, a lower learning_rate or a larger batch"
         )
-    if row["dino_loss"] > 0.995 * uniform and row["epoch"] > 0:
-        found.append(
-            f"the DINO loss {row['dino_loss']:.2f} is stuck at ln(out_dim) = {uniform:.2f}"
+    if row["target_usage"] < 0.1 * uniform:
+        found["one prototype"] = (
+            f"nearly all scans are assigned to one prototype (entropy of the mean target "
+            f"{row['target_usage']:.2f}): collapse to a point. Try a higher dino.teacher_temp"
         )
+    if row["dino_loss"] > 0.995 * uniform and row["epoch"] > warmup_epochs:
+        found["loss"] = f"the DINO loss {row['dino_loss']:.2f} stays at ln(out_dim) = {uniform:.2f}"
     if row["feature_std"] < 0.25 * first["feature_std"]:
-        found.append(
+        found["features"] = (
             f"feature std fell from {first['feature_std']:.3f} to {row['feature_std']:.3f}: all "
             "scans get nearly the same features (collapse)"
         )
-    if row["target_usage"] < 0.02 * uniform and row["teacher_entropy"] < 0.05 * uniform:
-        found.append("all scans are assigned to one prototype (collapse to a point)")
     return found

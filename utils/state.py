@@ -23,7 +23,7 @@ class State:
     averages: of the running epoch's metrics (see `Averages`).
     select_by, best: the metric by which best.pt is chosen, and its best value so far.
     bad_steps: non-finite steps in a row.
-    first: metrics of the first epoch. warnings: for the report.
+    first: metrics of the first epoch. warnings: for the report, by kind.
     """
 
     modules: dict[str, nn.Module]
@@ -37,7 +37,7 @@ class State:
     best: float | None = None
     bad_steps: int = 0
     first: dict | None = None
-    warnings: list[str] = field(default_factory=list)
+    warnings: dict[str, str] = field(default_factory=dict)
 
     def bare(self, name: str) -> nn.Module:
         """A module without its DDP wrapper."""

@@ -1,0 +1,143 @@
+"""Pre-training on the real scans of ../shared/data, on a CPU: is it healthy, is the probe better?
+
+    python -m tests.benchmarks.pretrain [hippocampus] [nodules] [dicom] [-- key=value ...]
+
+Runs dino.py on each data set with labels and masks as probes and prints, from metrics.csv, the
+teacher's entropy, the feature std and the probes before training and after each probe.
+"""
+
+import csv
+import math
+import sys
+from pathlib import Path
+
+import dino
+from utils.runlog import read_metrics
+
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
+COLUMNS = ["PatientID", "path", "seg_path", "fold", "modality"]
+# Small volumes: views that overlap (see README, what the defaults rest on), a small network.
+SMALL = {
+    "backbone": "resunet",
+    "resunet.features": [16, 16, 32, 64],
+    "resunet.blocks": [1, 1, 1, 1],
+    "precision": "fp32",
+    "n_workers": 0,
+    "batch_size": 8,
+    "learning_rate": 0.032,  # 1e-3 at a batch of 8
+    "warmup_epochs": 3,
+    "crops.num_local": 2,
+    "crops.min_body": 0.0,
+    "crops.global_zoom": [0.85, 1.2],
+    "crops.local_zoom": [0.8, 1.2],
+    "dino.out_dim": 1024,
+    "dino.patch_out_dim": 1024,
+    "dino.patch_level": 2,
+    "dino.head_hidden": 512,
+    "dino.head_bottleneck": 128,
+    "dino.momentum": 0.99,
+}
+SETTINGS = {
+    "hippocampus": {
+        "probe_targets": ["hippocampal_volume", "anterior_share"],
+        "train_folds": [0, 1, 2],
+        "val_folds": [3],
+        "test_folds": [4],
+        "n_epochs": 60,
+        "data.modality": "MR",
+        "data.spacing": [1, 1, 1],
+        "crops.region_size": [40, 56, 40],
+        "crops.global_size": [32, 40, 32],
+        "crops.local_size": [24, 32, 24],
+        "probe.every": 15,
+    },
+    "nodules": {  # windowed to 0..255: no longer HU
+        "probe_targets": ["malignancy"],
+        "train_folds": [0, 1, 2],
+        "val_folds": [3],
+        "test_folds": [4],
+        "n_epochs": 24,
+        "data.modality": "OT",
+        "data.spacing": [1, 1, 1],
+        "data.crop_background": "false",
+        "crops.region_size": [48, 48, 48],
+        "crops.global_size": [32, 32, 32],
+        "crops.local_size": [24, 24, 24],
+        "crops.global_zoom": [1.0, 1.4],
+        "probe.every": 6,
+    },
+    "dicom": {
+        "probe_targets": [],
+        "train_folds": ["dicom"],
+        "val_folds": ["nifti"],
+        "test_folds": [],
+        "n_epochs": 20,
+        "batch_size": 4,
+        "learning_rate": 0.064,
+        "data.spacing": [2, 2, 2],
+        "crops.regions_per_case": 16,
+        "crops.region_size": [64, 64, 32],
+        "crops.global_size": [48, 48, 16],
+        "crops.local_size": [32, 32, 16],
+        "probe.every": 5,
+    },
+}
+
+
+def main(argv: list[str]) -> None:
+    split = argv.index("--") if "--" in argv else len(argv)
+    for name in argv[:split] or SETTINGS:
+        folder = Path("results") / "benchmarks"
+        folder.mkdir(parents=True, exist_ok=True)
+        csv_path = folder / f"{name}.csv"
+        write_csv(csv_path, name)
+        values = {"csv_path": csv_path, "experiment": f"bench_{name}"} | SMALL | SETTINGS[name]
+        values |= dict(argument.split("=", 1) for argument in argv[split + 1 :])
+        code = dino.main([f"{key}={value}" for key, value in values.items()])
+        assert code == 0, code
+        show(name, Path("results") / values["experiment"] / "metrics.csv", values)
+
+
+def write_csv(path: Path, name: str) -> None:
+    """One CSV with image, mask and labels, which the shared data keeps in two."""
+    if name == "dicom":
+        folder = SHARED / "dicom"
+        rows = [
+            ["ct", folder / "ct_jpeg2000", folder / "ct_jpeg2000_labels.nii.gz", "dicom", "CT"],
+            ["PGBM-003", folder / "mr_oblique_t1", "", "dicom", "MR"],
+            ["PGBM-003", folder / "mr_oblique_flair", "", "dicom", "MR"],
+            ["hippocampus", folder / "mr_hippocampus_crop", "", "dicom", "MR"],
+            ["abdomen", SHARED / "ct" / "abdomen_3mm.nii.gz", None, "nifti", "CT"],
+        ]
+        rows[-1][2] = SHARED / "ct" / "abdomen_3mm_labels.nii.gz"  # the same classes
+        columns = COLUMNS
+    else:
+        with open(SHARED / name / "segmentation.csv", newline="") as file:
+            masks = {row["PatientID"]: row["seg_path"] for row in csv.DictReader(file)}
+        with open(SHARED / name / "classification.csv", newline="") as file:
+            cases = list(csv.DictReader(file))
+        targets = [c for c in cases[0] if c not in COLUMNS]
+        columns = [*COLUMNS, *targets]
+        rows = [
+            [c["PatientID"], SHARED / name / c["path"], SHARED / name / masks[c["PatientID"]]]
+            + [c["fold"], "", *(c[target] for target in targets)]
+            for c in cases
+        ]
+    with open(path, "w", newline="") as file:
+        csv.writer(file).writerows([columns, *rows])
+
+
+def show(name: str, path: Path, values: dict) -> None:
+    rows = [row for row in read_metrics(path) if row["probe_dense_dice"] is not None]
+    names = ["dino_loss", "patch_loss", "teacher_entropy", "val_teacher_entropy", "val_feature_std"]
+    names += [n for n in rows[0] if n.startswith("probe_") and n.endswith(("_auc", "dice"))]
+    print(f"\n{name}: ln K = {math.log(int(values['dino.out_dim'])):.2f}")
+    for column in ["epoch", "step", *names]:
+        cells = [
+            f"{row.get(column):9.3f}" if row.get(column) is not None else " " * 9 for row in rows
+        ]
+        print(f"{column:36s}", *cells)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,123 @@
+"""An interrupted run of dino.py, resumed, is the uninterrupted run bit for bit."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+import dino
+from tests.conftest import ROOT, equal, result
+from utils import checkpoint
+
+SETTINGS = ("probe.every=5",)  # probes before and after training
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(arguments, tmp_path_factory):
+    """What a run of 8 steps, 4 per epoch, leaves behind."""
+    results = tmp_path_factory.mktemp("uninterrupted")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("draw_crops", "draw_progress"):
+            patch.setattr(dino, name, lambda *args: None)
+        assert dino.main(arguments(results, "experiment=x", *SETTINGS)) == 0
+    return result(results / "x")
+
+
+def stop_at(monkeypatch, name: str, call: int) -> None:
+    """Send this process SIGTERM in that call (0 the first) of a function of dino.py."""
+    calls, function = [], getattr(dino, name)
+
+    def wrapped(*args):
+        calls.append(1)
+        if len(calls) == call + 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return function(*args)
+
+    monkeypatch.setattr(dino, name, wrapped)
+
+
+@pytest.mark.parametrize(
+    ("name", "call", "n_workers", "step"),
+    [
+        pytest.param("train_step", 1, 0, 2, id="in mid-epoch"),
+        pytest.param("train_step", 5, 2, 6, id="in mid-epoch, with workers"),
+        pytest.param("train_step", 3, 2, 4, id="in the last step of an epoch"),
+        pytest.param("validate", 0, 0, 0, id="before training"),
+        pytest.param("validate", 1, 2, 4, id="in the validation"),
+        pytest.param("probe", 1, 0, 8, id="in the last probes"),
+    ],
+)
+def test_interrupted_is_uninterrupted(
+    name, call, n_workers, step, train, monkeypatch, tmp_path, uninterrupted
+):
+    overrides = ("experiment=x", "resume_training_from=auto", f"n_workers={n_workers}", *SETTINGS)
+    with monkeypatch.context() as patch:
+        stop_at(patch, name, call)
+        assert train(*overrides) == dino.EXIT_STOPPED
+    assert checkpoint.load(tmp_path / "x" / "checkpoints" / "last.pt")["step"] == step
+    assert train(*overrides) == 0
+    assert equal(result(tmp_path / "x"), uninterrupted)
+
+
+def test_a_signal_to_all_processes_of_a_run(arguments, train, tmp_path, uninterrupted):
+    """As a scheduler sends it: to the script and to its workers."""
+    overrides = ("experiment=x", "resume_training_from=auto", "n_workers=2", *SETTINGS)
+    command = [sys.executable, "-W", "ignore", "dino.py", *arguments(tmp_path, *overrides)]
+    run = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stderr=subprocess.PIPE)
+    log = tmp_path / "x" / "log.jsonl"
+    while run.poll() is None and not (log.exists() and log.stat().st_size):
+        time.sleep(0.02)
+    os.killpg(run.pid, signal.SIGTERM)
+    errors = run.communicate(timeout=60)[1].decode()
+    assert run.returncode == 75, errors
+    assert train(*overrides) == 0
+    assert equal(result(tmp_path / "x"), uninterrupted)
+
+
+def test_a_crash_loses_what_came_after_the_last_checkpoint(
+    train, monkeypatch, tmp_path, uninterrupted
+):
+    overrides = ("experiment=x", "resume_training_from=auto", "save_every=2", *SETTINGS)
+    with monkeypatch.context() as patch:
+        calls, train_step = [], dino.train_step
+
+        def killed(*args):
+            calls.append(1)
+            if len(calls) == 8:
+                raise KeyboardInterrupt
+            return train_step(*args)
+
+        patch.setattr(dino, "train_step", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(*overrides)
+    assert checkpoint.load(tmp_path / "x" / "checkpoints" / "last.pt")["step"] == 6
+    assert train(*overrides) == 0
+    assert equal(result(tmp_path / "x"), uninterrupted)
+
+
+def test_a_finished_run_can_only_be_made_longer(train, tmp_path, uninterrupted):
+    overrides = ("experiment=x", "resume_training_from=auto", "val_folds=[]")
+    folder = tmp_path / "x" / "checkpoints"
+    assert train(*overrides, "n_epochs=1") == 0
+    before = {p: p.read_bytes() for p in folder.iterdir()}
+    assert train(*overrides, "n_epochs=1") == 0
+    assert before == {p: p.read_bytes() for p in folder.iterdir()}
+    assert train(*overrides, "n_epochs=2") == 0
+    assert checkpoint.load(folder / "last.pt")["step"] == 8
+    assert [row["epoch"] for row in result(tmp_path / "x")["metrics"]] == ["0", "1", "2"]
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(train, tmp_path, capsys, uninterrupted):
+    overrides = ("experiment=x", *SETTINGS)
+    assert train(*overrides) == 0
+    last = tmp_path / "x" / "checkpoints" / "last.pt"
+    content = bytearray(last.read_bytes())
+    content[len(content) // 2] ^= 1
+    last.write_bytes(content)
+    assert train(*overrides, "resume_training_from=auto") == 0
+    shown = capsys.readouterr().out
+    assert "last.pt: damaged" in shown and "previous.pt, step 4" in shown
+    assert equal(result(tmp_path / "x"), uninterrupted)
