@@ -15,6 +15,7 @@ export GLIBC_TUNABLES = glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m data.demo demo_data
+	rm -rf results/demo
 	$(BIN)/python dino.py experiment=demo csv_path=demo_data/demo.csv precision=fp32 n_workers=2 \
 	  n_epochs=6 warmup_epochs=1 batch_size=4 log_every=2 probe.every=2 \
 	  resunet.features=[8,16,32,64] resunet.blocks=[1,1,1,1] \

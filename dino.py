@@ -102,18 +102,23 @@ def forward(student, teacher, targets, batch, teacher_temp: float, cfg, device):
     out = {"dino_loss": loss}
     if mask is not None:
         q_patch = targets["patch"](t["patch_logits"], teacher_temp)
-        out["patch_loss"] = patch_loss(q_patch, s["patch_logits"], mask.flatten(1), d.student_temp)
+        out["patch_loss"] = patch_loss(
+            q_patch, s["patch_logits"], mask.flatten(1), d.student_temp, over_ranks=student.training
+        )
         out["patch_teacher_entropy"] = monitor.entropy(q_patch)
         loss = loss + d.patch_weight * out["patch_loss"]
     if d.koleo_weight > 0 and student.training:  # it compares the samples of all ranks
         global_views = s["pooled"].unflatten(0, views)[:NUM_GLOBAL]
         out["koleo_loss"] = torch.stack([koleo_loss(view) for view in global_views]).mean()
         loss = loss + d.koleo_weight * out["koleo_loss"]
+    usage = q.mean(dim=0, keepdim=True)
+    if student.training:  # in validation some ranks may have no batch
+        usage = distributed.all_reduce(usage, "mean")
     body = torch.cat([batch["global"]["body"], batch["local"]["body"]], dim=1)
     out |= {
         "loss": loss,
         "teacher_entropy": monitor.entropy(q),
-        "target_usage": monitor.entropy(q.mean(dim=0, keepdim=True)),
+        "target_usage": monitor.entropy(usage),
         "center_norm": targets["dino"].center.norm(),
         "body_fraction": body.mean().to(device),
     }
@@ -134,6 +139,9 @@ def train_step(state: State, batches: list[dict], values: dict, cfg, device) -> 
         if group["decay"]:
             group["weight_decay"] = values["weight_decay"]
     state.optimizer.zero_grad(set_to_none=True)
+    # the running statistics of BatchNorm, which move before it is known whether the step counts
+    buffers = [b for network in (student, teacher) for b in network.buffers()]
+    buffers = [(b, b.clone()) for b in buffers if b.is_floating_point()]
     sums, features = {}, []
     for i, batch in enumerate(batches):
         # gradients are averaged over ranks once, in the last backward pass
@@ -152,7 +160,7 @@ def train_step(state: State, batches: list[dict], values: dict, cfg, device) -> 
             p.grad = None
     limit = cfg.clip_grad if cfg.clip_grad > 0 else math.inf
     sums["grad_norm"] = torch.nn.utils.clip_grad_norm_(student.parameters(), limit)
-    sums["feature_std"] = monitor.feature_std(torch.cat(features))
+    sums["feature_std"] = monitor.feature_std(distributed.concat_over_ranks(torch.cat(features)))
     # One exchange between ranks and one wait for the device per step. What is not finite on one
     # rank is not finite in the mean, so that all ranks decide the same.
     means = distributed.all_reduce(torch.stack(list(sums.values())), "mean").tolist()
@@ -161,6 +169,9 @@ def train_step(state: State, batches: list[dict], values: dict, cfg, device) -> 
     if numbers["ok"]:
         state.scaler.step(state.optimizer)
         update_teacher(teacher, state.bare("student"), values["momentum"])
+    else:
+        for buffer, before in buffers:
+            buffer.copy_(before)
     for target in targets.values():
         target.update_center() if numbers["ok"] else target.forget()
     state.scaler.update()
@@ -176,9 +187,11 @@ def report_skipped(state: State, numbers: dict, batches: list[dict], cases, cfg,
     own = [cases[i].patient for batch in batches for i in batch["index"].tolist()]
     names = ", ".join(itertools.chain(*distributed.gather_objects(own)))
     found = f"loss {numbers['loss']}, gradient norm {numbers['grad_norm']}"
-    what = f"step {state.step} skipped: {found}. Patients: {names}"
-    log.message(what)
-    state.warnings[f"step {state.step}"] = what
+    what = f"step {state.step} skipped: {found}."
+    log.message(f"{what} Patients: {names}")
+    state.warnings[f"step {state.step}"] = (
+        f"{what} log.txt names the patients"  # checkpoints do not
+    )
     if state.bad_steps >= cfg.max_bad_steps:
         raise RuntimeError(
             f"{state.bad_steps} steps in a row were not finite. The last checkpoint is intact; try "
@@ -222,7 +235,7 @@ def train_epoch(state, loader, schedule, cases, cfg, device, log, stop) -> dict[
     row = {"step": state.step, **averages.means()}
     row |= {name: array[state.step - 1].item() for name, array in schedule.items()}
     images = (total - start) * cfg.accumulate * cfg.batch_size * distributed.world_size()
-    row |= {"images_per_s": images / watch.total(), "data_wait": watch.share("data")}
+    row |= {"images_per_s": images / max(watch.total(), 1e-9), "data_wait": watch.share("data")}
     if device.type == "cuda":
         row["peak_memory_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
     return row
@@ -438,7 +451,11 @@ def main(argv: list[str]) -> int:
             for kind, warning in found.items():
                 log.message(f"WARNING: {warning}")
                 state.warnings[kind] = f"epoch {epoch}: {warning}"  # the report has the last
-            score = probe_score(row) if state.select_by == "probe" else -row[state.select_by]
+            score = (
+                probe_score(row)
+                if state.select_by == "probe"
+                else -row.get(state.select_by, math.inf)
+            )
             best = score is not None and (state.best is None or score > state.best)
             state.best = score if best else state.best
             keep = best or state.best is None  # until the first probe any backbone beats none
@@ -452,6 +469,7 @@ def main(argv: list[str]) -> int:
         log.message(
             f"{e}: saved at step {state.step}; resume_training_from=auto goes on from there"
         )
+        log.close()
         return EXIT_STOPPED
     log.message(f"done: {folder / 'checkpoints' / 'backbone.pt'}, {folder / 'report.html'}")
     log.close()

@@ -8,7 +8,6 @@ appear under their name only when complete; several processes may build at once.
 import errno
 import hashlib
 import json
-import logging
 import os
 import shutil
 import time
@@ -33,8 +32,6 @@ from utils.parallel import in_processes
 BYTES_PER_VOXEL = 1.2  # in the cache; CT 0.95 to 1.1, MR 1.2 to 1.7
 SAMPLE = 32  # headers read to estimate the size of the cache
 STALE_SECONDS = 24 * 3600  # no volume takes this long to write: its process is dead
-
-log = logging.getLogger(__name__)
 
 
 class VolumeCache:
@@ -132,7 +129,7 @@ class VolumeCache:
                 f"{text}, where only {free / 1e9:.1f} GB are free: make room, or set cache_dir to "
                 "another disk or data.spacing to larger voxels",
             )
-        log.info("%s (%.1f GB free)", text, free / 1e9)
+        print(f"{text} ({free / 1e9:.1f} GB free)")
 
 
 def fingerprint(path: str | Path) -> list[tuple[str, int, int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Sequence
 from itertools import product
 from typing import Any
@@ -159,7 +160,16 @@ def make_loader(
         persistent_workers=n_workers > 0,
         pin_memory=pin_memory,
         generator=torch.Generator().manual_seed(sampler.seed),
+        worker_init_fn=_ignore_signals,
     )
+
+
+def _ignore_signals(worker: int) -> None:
+    """A scheduler signals all processes; the training process finishes its step with its workers,
+    and they end when it does."""
+    for name in ("SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):  # Windows has no SIGUSR1
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def window_starts(shape: Sequence[int], size: Sequence[int]) -> list[Size]:

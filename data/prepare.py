@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data.cache import VolumeCache
-from data.cases import Case, Problem, read_cases, split_bad
+from data.cases import Case, CasesError, Problem, read_cases, split_bad
 from data.check import check_volumes
 from data.demo import make_demo
 from utils import distributed
@@ -24,7 +24,8 @@ def load_cases(
         {"train": cases, "val": cases, "test": cases} in the order of the rows; test is left empty
         unless test_ckpt is set. The problems of the cases that were left out.
     Raises:
-        CasesError: with all problems, when they are more than data.max_bad_cases allows.
+        CasesError: with all problems, when they are more than data.max_bad_cases allows or leave no
+            case to train on.
     """
     if not distributed.is_main():
         distributed.barrier()  # the main rank reads and builds, the others find all done
@@ -40,6 +41,11 @@ def load_cases(
     progress = distributed.is_main()
     problems += check_volumes(cases, cache, not check, workers, cfg.data.modality, progress)
     good, skipped = split_bad(cases, problems, cfg.data.max_bad_cases)
+    cases = {name: [c for c in good if c.fold in wanted] for name, wanted in folds.items()}
+    needed = ["train", "test"] if cfg.test_ckpt else ["train"]
+    empty = [f"{name}_folds: no case is left" for name in needed if not cases[name]]
+    if empty:
+        raise CasesError([*(Problem(0, "", what, "folds") for what in empty), *skipped])
     if distributed.is_main():
         distributed.barrier()
-    return {name: [c for c in good if c.fold in wanted] for name, wanted in folds.items()}, skipped
+    return cases, skipped

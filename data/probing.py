@@ -3,6 +3,7 @@
 A network here is anything with `backbone.encode` and `pool`, such as `models.dino.DINONetwork`.
 """
 
+import itertools
 import json
 from collections.abc import Sequence
 
@@ -20,6 +21,7 @@ from utils.probes import DenseProbe, dice, label_probes
 from utils.training import autocast
 
 PROBE_WINDOWS, DENSE_WINDOWS = 8, 4  # windows of a volume that are looked at during training
+CALIBRATION_WINDOWS = 8  # of all train cases together: each holds a score per class and voxel
 
 
 def windows(entry, size, limit: int, coords=None) -> list[tuple[int, int, int]]:
@@ -106,14 +108,21 @@ def dense_score(
         for maps, seg in labelled_windows(case):
             dense.add(maps, seg, size, seed=i)
     dense.fit()
+
+    def scored_windows(case):
+        for maps, seg in labelled_windows(case):
+            box = (slice(None), *map(slice, seg.shape))  # a thin volume ends inside the window
+            yield dense.scores(maps, size)[box], seg
+
+    few = itertools.chain.from_iterable(map(scored_windows, train))
+    dense.calibrate(*zip(*itertools.islice(few, CALIBRATION_WINDOWS), strict=True))
     scores = []
     for case in val:
         if stop:
             return None
         found, truth = [], []
-        for maps, seg in labelled_windows(case):
-            box = tuple(slice(n) for n in seg.shape)  # a thin volume ends inside the window
-            found.append(dense.predict(maps, size)[box].flatten())
+        for values, seg in scored_windows(case):
+            found.append(dense.label(values).flatten())
             truth.append(seg.flatten())
         scores += [dice(torch.cat(found), torch.cat(truth), label) for label in labels]
     scores = [s for s in scores if s is not None]

@@ -27,15 +27,10 @@ class BatchNorm(nn.Module):
             count = sum_over_ranks(x.new_tensor([float(len(x))])).clamp(min=1)
             mean = sum_over_ranks(x.sum(dim=0)) / count
             var = sum_over_ranks((x - mean).square().sum(dim=0)) / count
-            self._track(self.running_mean, mean)
-            self._track(self.running_var, var * count / (count - 1).clamp(min=1))
+            unbiased = var * count / (count - 1).clamp(min=1)
+            self.running_mean.lerp_(mean.detach(), self.momentum)
+            self.running_var.lerp_(unbiased.detach(), self.momentum)
         return (x - mean) * torch.rsqrt(var + self.eps)
-
-    @torch.no_grad()
-    def _track(self, running: torch.Tensor, batch: torch.Tensor) -> None:
-        """Moving average; a non-finite batch, whose step is skipped, leaves no trace."""
-        moved = running.lerp(batch, self.momentum)
-        running.copy_(torch.where(moved.isfinite(), moved, running))
 
 
 class Prototypes(nn.Module):
@@ -74,12 +69,15 @@ class DINOHead(nn.Module):
         def norm(dim):
             return BatchNorm(dim) if batchnorm else nn.Identity()
 
+        # BatchNorm takes any bias away again; what gradient is left of it is rounding, which Adam
+        # turns into steps as large as any other
+        bias = not batchnorm
         self.mlp = nn.Sequential(
             norm(in_dim),
-            nn.Linear(in_dim, hidden),
+            nn.Linear(in_dim, hidden, bias),
             norm(hidden),
             nn.GELU(),
-            nn.Linear(hidden, hidden),
+            nn.Linear(hidden, hidden, bias),
             norm(hidden),
             nn.GELU(),
             nn.Linear(hidden, bottleneck),
@@ -88,7 +86,8 @@ class DINOHead(nn.Module):
         for layer in self.mlp:
             if isinstance(layer, nn.Linear):
                 nn.init.trunc_normal_(layer.weight, std=0.02)
-                nn.init.zeros_(layer.bias)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(N, in_dim) -> (N, out_dim) logits: cosines to the prototypes times their lengths."""

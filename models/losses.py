@@ -89,7 +89,11 @@ def dino_loss(targets: torch.Tensor, logits: torch.Tensor, student_temp: float) 
 
 
 def patch_loss(
-    targets: torch.Tensor, logits: torch.Tensor, mask: torch.Tensor, student_temp: float
+    targets: torch.Tensor,
+    logits: torch.Tensor,
+    mask: torch.Tensor,
+    student_temp: float,
+    over_ranks: bool = True,
 ) -> torch.Tensor:
     """Cross-entropy at the masked positions, each masked crop weighing the same (iBOT, eq. 2).
 
@@ -97,13 +101,16 @@ def patch_loss(
         targets: (M, K) teacher probabilities at the M masked positions of all crops.
         logits: (M, K) student outputs at the same positions.
         mask: (N, P) bool, True where hidden; M = mask.sum(), in row-major order.
+        over_ranks: all ranks call this together; False: this one alone, as in validation.
     Returns:
         scalar, averaged over the masked crops of all ranks (0 if there are none), so that uniform
         outputs give ln K whatever the share of masked crops.
     """
     loss = -(targets * F.log_softmax(logits.float() / student_temp, dim=-1)).sum(dim=-1)  # (M,)
     weight = 1 / mask.sum(dim=1).clamp(min=1)  # (N,)
-    num_masked = all_reduce(mask.any(dim=1).sum().float(), "mean")  # DDP then averages over ranks
+    num_masked = mask.any(dim=1).sum().float()
+    if over_ranks:
+        num_masked = all_reduce(num_masked, "mean")  # DDP then averages the gradients over ranks
     return (loss * weight[:, None].expand_as(mask)[mask]).sum() / num_masked.clamp(min=1e-6)
 
 

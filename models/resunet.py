@@ -151,10 +151,10 @@ def _merge(x, skip, up, convs):
 
 
 def _initialize(module: nn.Module) -> None:
-    """He initialization; the last norm of each residual block starts at 0 (as nnU-Net does)."""
+    """He initialization. nnU-Net also starts the last norm of each residual block at 0, so that a
+    new network is its skip path alone; self-distillation then learns nothing for hundreds of steps.
+    """
     if isinstance(module, nn.Conv3d | nn.ConvTranspose3d):
         nn.init.kaiming_normal_(module.weight, a=NEGATIVE_SLOPE)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
-    if isinstance(module, ResidualBlock):
-        nn.init.zeros_(module.conv2.norm.weight)

@@ -13,6 +13,8 @@ import dino
 from utils import checkpoint
 
 ROOT = Path(dino.__file__).parent
+THREADS = torch.get_num_threads()
+HANDLERS = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1)}
 CANARY = "CANARY"  # in every PatientID, so that one can search for it
 FOLDS = [0, 1, 2, 0, 1, 2, 0, 1, 3, 3, 3, 3, 3, 4, 4, 4, 4]  # 8 train, 5 val, 4 test
 SMALL = {
@@ -81,6 +83,7 @@ def arguments(scans, tmp_path_factory):
     def command_line(results, *overrides: str) -> list[str]:
         changed = dict(text.split("=", 1) for text in overrides)
         values = SMALL | places | {"results_dir": str(results)} | changed
+        torch.set_num_threads(1)
         return [f"{key}={value}" for key, value in values.items()]
 
     return command_line
@@ -100,11 +103,11 @@ def train(arguments, tmp_path, no_pictures):
 
 
 @pytest.fixture(autouse=True)
-def signal_handlers():
-    """As before the test: a run replaces them."""
-    handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1)}
+def as_before():
+    """A run replaces signal handlers; tests of runs use one thread, enough for small tensors."""
     yield
-    for number, handler in handlers.items():
+    torch.set_num_threads(THREADS)
+    for number, handler in HANDLERS.items():
         signal.signal(number, handler)
 
 

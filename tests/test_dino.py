@@ -51,7 +51,8 @@ def observed_steps(monkeypatch):
 
     def snapshot(state):
         modules = {name: module.state_dict() for name, module in state.modules.items()}
-        return copy.deepcopy({"modules": modules, "optimizer": state.optimizer.state_dict()})
+        moments = state.optimizer.state_dict()["state"]
+        return copy.deepcopy({"modules": modules, "optimizer": moments})
 
     def observed(state, batches, values, cfg, device):
         before = snapshot(state)
@@ -77,7 +78,6 @@ def test_a_run_writes_all_its_files(trained):
     assert written == boards | checkpoints | plots | texts
     page = (trained / "report.html").read_text()
     assert page.count("data:image/png") == 3 and "val_loss" in page
-    assert (trained.parent / "whole").parent.joinpath("whole") in trained.parent.iterdir()
     assert len(list(trained.parent.iterdir())) == 1  # nothing outside the experiment
 
 
@@ -113,13 +113,15 @@ def test_the_backbone_file_is_the_best_teachers_encoder(trained):
 def test_swinunetr_trains(train, tmp_path):
     sizes = [f"crops.{name}_size=[32,32,32]" for name in ("region", "global", "local")]
     network = ["backbone=swinunetr", "swinunetr.feature_size=12", "grad_checkpointing=true"]
-    assert train(*network, *sizes, "experiment=x", "n_epochs=1", "train_folds=[0]") == 0
+    few = ["train_folds=[2]", "val_folds=[]", "crops.num_local=1", "n_epochs=1"]
+    assert train(*network, *sizes, *few, "experiment=x") == 0
     settings = checkpoint.load(tmp_path / "x" / "checkpoints" / "backbone.pt")["settings"]
     assert settings["swinunetr"] == {"feature_size": 12, "use_v2": False}
 
 
 def test_without_val_folds_labels_masks_and_local_crops(train, tmp_path):
-    assert train("experiment=x", "val_folds=[]", "probe_targets=[]", "crops.num_local=0") == 0
+    nothing = ("val_folds=[]", "probe_targets=[]", "crops.num_local=0", "dino.patch_weight=0")
+    assert train("experiment=x", "precision=bf16", *nothing) == 0
     assert (tmp_path / "x" / "checkpoints" / "backbone.pt").exists()
 
 
@@ -203,7 +205,7 @@ def test_a_step_that_is_not_finite_leaves_no_trace(
     assert [call["numbers"].get("ok") for call in observed_steps] == [True, False, True, True]
     for i, call in enumerate(observed_steps):
         unchanged = [equal(call["before"][k], call["after"][k]) for k in ("modules", "optimizer")]
-        assert unchanged == [i == 1] * 2 or (i == 0 and unchanged == [False, False])
+        assert unchanged == [i == 1] * 2
     log = (tmp_path / "x" / "log.txt").read_text()
     assert "step 1 skipped" in log and log.count(CANARY) == 2
     assert files_naming_patients(tmp_path / "x") == {"log.txt"}
@@ -342,7 +344,7 @@ def test_embeddings_of_the_test_cases(trained, train, tmp_path, scans):
     source = pd.read_csv(scans / "cases.csv", dtype=str)[-4:]
     for column in ("PatientID", "fold", "lesion"):
         assert rows[column].tolist() == source[column].tolist()
-    assert saved["features"].shape == (4, 8) and len(np.unique(saved["features"], axis=0)) == 4
+    assert len(saved["features"]) == len(np.unique(saved["features"], axis=0)) == 4
     scores = json.loads((folder / "metrics.json").read_text())
     assert 0 <= scores["lesion"]["linear_auc"] <= 1 and 0 <= scores["lesion"]["knn_accuracy"] <= 1
     assert 0 <= scores["dense"]["dice"] <= 1

@@ -1,9 +1,12 @@
 """Several processes, one per GPU (torchrun). Every function is the identity on one process."""
 
 import os
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+
+PATIENCE = timedelta(hours=24)  # the main rank may build a large cache while the others wait
 
 
 def setup() -> torch.device:
@@ -16,7 +19,8 @@ def setup() -> torch.device:
     else:
         device = torch.device("cpu")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=PATIENCE)
     return device
 
 

@@ -1,6 +1,7 @@
 """Small pieces that the training loops share."""
 
 import hashlib
+import math
 import random
 import signal
 import time
@@ -81,15 +82,19 @@ class StopSignal:
 
 
 class Averages:
-    """Running means of named numbers. `state` is JSON: a resumed epoch averages as if whole."""
+    """Running means of named numbers. `state` is JSON: a resumed epoch averages as if whole.
+
+    A number that is not finite is left out: some are undefined for some batches.
+    """
 
     def __init__(self, state: dict | None = None):
         self.state = dict(state or {})
 
     def add(self, values: dict[str, float]) -> None:
         for name, value in values.items():
-            total, count = self.state.get(name, (0.0, 0))
-            self.state[name] = (total + value, count + 1)
+            if math.isfinite(value):
+                total, count = self.state.get(name, (0.0, 0))
+                self.state[name] = (total + value, count + 1)
 
     def means(self) -> dict[str, float]:
         return {name: total / count for name, (total, count) in self.state.items() if count}

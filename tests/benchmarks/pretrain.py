@@ -24,7 +24,7 @@ SMALL = {
     "precision": "fp32",
     "n_workers": 0,
     "batch_size": 8,
-    "learning_rate": 0.032,  # 1e-3 at a batch of 8
+    "learning_rate": 0.064,  # 2e-3 at a batch of 8
     "warmup_epochs": 3,
     "crops.num_local": 2,
     "crops.min_body": 0.0,
@@ -49,7 +49,8 @@ SETTINGS = {
         "crops.region_size": [40, 56, 40],
         "crops.global_size": [32, 40, 32],
         "crops.local_size": [24, 32, 24],
-        "probe.every": 15,
+        "probe.every": 20,
+        "probe.max_cases": 40,
     },
     "nodules": {  # windowed to 0..255: no longer HU
         "probe_targets": ["malignancy"],
@@ -64,7 +65,8 @@ SETTINGS = {
         "crops.global_size": [32, 32, 32],
         "crops.local_size": [24, 24, 24],
         "crops.global_zoom": [1.0, 1.4],
-        "probe.every": 6,
+        "probe.every": 8,
+        "probe.max_cases": 60,
     },
     "dicom": {
         "probe_targets": [],
@@ -73,7 +75,7 @@ SETTINGS = {
         "test_folds": [],
         "n_epochs": 20,
         "batch_size": 4,
-        "learning_rate": 0.064,
+        "learning_rate": 0.128,
         "data.spacing": [2, 2, 2],
         "crops.regions_per_case": 16,
         "crops.region_size": [64, 64, 32],

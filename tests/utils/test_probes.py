@@ -43,7 +43,9 @@ def test_dense_probe_is_ridge_on_upsampled_maps():
     probe = probes.DenseProbe([0, 7])
     probe.add([fine, coarse], labels, (8, 8, 8), seed=0)
     probe.fit()
-    found = probe.predict([fine, coarse], (8, 8, 8))
+    scores = probe.scores([fine, coarse], (8, 8, 8))
+    probe.calibrate([scores], [labels])
+    found = probe.label(probe.scores([fine, coarse], (8, 8, 8)))
     assert set(found.unique().tolist()) <= {0, 7}
     assert probes.dice(found, labels, 7) > 0.85
 
