@@ -16,12 +16,13 @@ export GLIBC_TUNABLES = glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim
 demo: $(VENV)/.installed
 	$(BIN)/python -m data.demo demo_data
 	rm -rf results/demo
-	$(BIN)/python dino.py experiment=demo csv_path=demo_data/demo.csv precision=fp32 n_workers=2 \
-	  n_epochs=6 warmup_epochs=1 batch_size=4 log_every=2 probe.every=2 \
-	  resunet.features=[8,16,32,64] resunet.blocks=[1,1,1,1] \
-	  data.spacing=[4,4,4] crops.region_size=[48,48,48] crops.global_size=[32,32,32] \
-	  crops.local_size=[16,16,16] crops.num_local=4 \
-	  dino.out_dim=512 dino.patch_out_dim=512 dino.head_hidden=256 dino.head_bottleneck=64 dino.patch_level=2
+	$(BIN)/python dino.py experiment=demo csv_path=demo_data/demo.csv precision=fp32 n_workers=1 \
+	  n_epochs=10 warmup_epochs=1 batch_size=4 learning_rate=0.1 probe.every=5 probe.dense_cases=4 \
+	  resunet.features=[16,16,32,64] resunet.blocks=[1,1,1,1] \
+	  data.spacing=[4,4,4] data.hu_window=[-200,300] crops.regions_per_case=4 crops.num_local=2 \
+	  crops.region_size=[48,48,48] crops.global_size=[32,32,32] crops.local_size=[24,24,24] \
+	  dino.out_dim=256 dino.patch_out_dim=256 dino.head_hidden=256 dino.head_bottleneck=64 \
+	  dino.patch_level=2 dino.momentum=0.98
 	@echo "Report: results/demo/report.html"
 
 test: $(VENV)/.installed

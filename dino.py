@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data.cache import VolumeCache
-from data.cases import CasesError
+from data.cases import CasesError, format_problems
 from data.datasets import EpochSampler, RegionDataset, make_loader
 from data.prepare import load_cases
 from data.probing import feature_maps, probe, write_embeddings
@@ -106,19 +106,17 @@ def forward(student, teacher, targets, batch, teacher_temp: float, cfg, device):
             q_patch, s["patch_logits"], mask.flatten(1), d.student_temp, over_ranks=student.training
         )
         out["patch_teacher_entropy"] = monitor.entropy(q_patch)
+        out["patch_target_usage"] = monitor.usage(q_patch, student.training)
         loss = loss + d.patch_weight * out["patch_loss"]
     if d.koleo_weight > 0 and student.training:  # it compares the samples of all ranks
         global_views = s["pooled"].unflatten(0, views)[:NUM_GLOBAL]
         out["koleo_loss"] = torch.stack([koleo_loss(view) for view in global_views]).mean()
         loss = loss + d.koleo_weight * out["koleo_loss"]
-    usage = q.mean(dim=0, keepdim=True)
-    if student.training:  # in validation some ranks may have no batch
-        usage = distributed.all_reduce(usage, "mean")
     body = torch.cat([batch["global"]["body"], batch["local"]["body"]], dim=1)
     out |= {
         "loss": loss,
         "teacher_entropy": monitor.entropy(q),
-        "target_usage": monitor.entropy(usage),
+        "target_usage": monitor.usage(q, student.training),
         "center_norm": targets["dino"].center.norm(),
         "body_fraction": body.mean().to(device),
     }
@@ -296,6 +294,28 @@ def probe_score(row: dict) -> float | None:
     return float(np.mean(scores)) if scores else None
 
 
+def is_best(state: State, row: dict) -> bool:
+    """Whether this epoch is the best so far, by the probes, else by the val or train loss."""
+    if state.select_by == "probe":
+        score = probe_score(row)
+    else:
+        score = -row.get(state.select_by, math.inf)
+    if score is None or (state.best is not None and score <= state.best):
+        return False
+    state.best = score
+    return True
+
+
+def note_collapse(state: State, row: dict, cfg, log) -> None:
+    """Warn in the log; the report shows the last warning of each kind."""
+    found = monitor.collapse_warnings(
+        row, state.first, cfg.dino.out_dim, cfg.dino.patch_out_dim, cfg.warmup_epochs
+    )
+    for kind, warning in found.items():
+        log.message(f"WARNING: {warning}")
+        state.warnings[kind] = f"epoch {row['epoch']}: {warning}"
+
+
 def draw_crops(batch: dict, cfg, device, log) -> None:
     """plots/crops.png: what the networks see of the first batch."""
     views = {}
@@ -354,34 +374,13 @@ def test(cfg, cache, cases, device, folder: Path) -> None:
     write_embeddings(teacher, cache, cases, cfg, device, StopSignal(), folder)
 
 
-def main(argv: list[str]) -> int:
-    # ---- setup
-    cfg, check_only = parse_command_line(argv, CONFIG, DinoConfig, impossible_dino)
-    device = distributed.setup()
-    folder = Path(cfg.results_dir) / cfg.experiment
-    resume_from = checkpoint.find(folder / "checkpoints", cfg.resume_training_from)
-    if not (resume_from or check_only or cfg.test_ckpt):
-        checkpoint.refuse_existing(folder)
-    seed_everything(cfg.seed)
-
+def train(cfg, cache, cases, skipped, device, folder: Path, resume_from, stop: StopSignal) -> int:
+    """Pre-train on the train cases; returns the exit code."""
     # ---- data
-    spacing = None if cfg.data.spacing == "native" else cfg.data.spacing
-    form = StandardForm(spacing, cfg.data.modality, cfg.data.percentiles, cfg.data.crop_background)
-    cache = VolumeCache(cfg.cache_dir, form)
-    columns = ("path", "img_path")  # a segmentation CSV will do
-    cases, skipped = load_cases(cfg, cache, cfg.probe_targets, columns, check_only)
-    counts = ", ".join(f"{len(found)} {name}" for name, found in cases.items())
-    if check_only:
-        print(f"{cfg.csv_path}: {counts} cases, {len(skipped)} problems")
-        return 0
-    if cfg.test_ckpt:
-        test(cfg, cache, cases, device, folder / "test")
-        return 0
     views = ViewSettings.from_config(
         cfg.crops.model_dump(), cfg.augment.model_dump(), cfg.data.hu_window
     )
-    rank, world = distributed.rank(), distributed.world_size()
-    loaders = {}
+    rank, world, loaders = distributed.rank(), distributed.world_size(), {}
     for name in [name for name in ("train", "val") if cases[name]]:
         order = (cfg.batch_size, cfg.seed, cfg.crops.regions_per_case, name == "train", rank, world)
         dataset = RegionDataset(cases[name], cache, views, cfg.seed)
@@ -395,9 +394,9 @@ def main(argv: list[str]) -> int:
     targets = nn.ModuleDict({"dino": TeacherTargets(d.out_dim, d.centering, d.center_momentum)})
     if d.patch_weight > 0:
         targets["patch"] = TeacherTargets(d.patch_out_dim, d.centering, d.center_momentum)
-    if cfg.compile:
+    if cfg.compile:  # once per crop size: dynamic shapes take minutes to trace
         for network in (student, teacher):
-            network.backbone.encode = torch.compile(network.backbone.encode)
+            network.backbone.encode = torch.compile(network.backbone.encode, dynamic=False)
     if world > 1:
         student = DistributedDataParallel(student, broadcast_buffers=False)
     modules = {"student": student, "teacher": teacher, "targets": targets.to(device)}
@@ -416,24 +415,23 @@ def main(argv: list[str]) -> int:
     if distributed.is_main():
         (folder / "plots").mkdir(exist_ok=True)
         save_resolved(cfg, folder / "config.yaml")
-    num_parameters = sum(p.numel() for p in teacher.backbone.parameters())
     log.message(
-        f"{counts} cases, {len(skipped)} left out; {cfg.backbone}, {num_parameters / 1e6:.1f} M "
-        f"parameters, on {world} x {device.type}; {steps_per_epoch} steps per epoch, from step "
-        f"{state.step}"
+        f"{', '.join(f'{len(found)} {name}' for name, found in cases.items())} cases, "
+        f"{len(skipped)} problems; {cfg.backbone}, "
+        f"{sum(p.numel() for p in teacher.backbone.parameters()) / 1e6:.1f} M parameters, on "
+        f"{world} x {device.type}; {steps_per_epoch} steps per epoch, from step {state.step}"
     )
     for problem in skipped:
         log.message(f"left out {problem.patient} (line {problem.row}): {problem.what}")
 
     # ---- train
-    stop = StopSignal()
-
     def assess(teacher_temp: float, probing: bool) -> dict:
         row = {}
         if "val" in loaders:
             row |= validate(state, loaders["val"], teacher_temp, cfg, device, stop)
         return row | (probe(teacher, cache, cases, cfg, device, stop) if probing else {})
 
+    stop.immediate = False
     try:
         if state.step == 0:
             row = {"epoch": 0, "step": 0} | assess(d.teacher_temp_start, probing=True)
@@ -447,40 +445,61 @@ def main(argv: list[str]) -> int:
             row = {"epoch": epoch} | row | assess(row["teacher_temp"], probing)
             state.epoch, state.averages, state.first = epoch, {}, state.first or row
             log.epoch(row, state.step)
-            found = monitor.collapse_warnings(row, state.first, d.out_dim, cfg.warmup_epochs)
-            for kind, warning in found.items():
-                log.message(f"WARNING: {warning}")
-                state.warnings[kind] = f"epoch {epoch}: {warning}"  # the report has the last
-            score = (
-                probe_score(row)
-                if state.select_by == "probe"
-                else -row.get(state.select_by, math.inf)
-            )
-            best = score is not None and (state.best is None or score > state.best)
-            state.best = score if best else state.best
+            note_collapse(state, row, cfg, log)
+            best = is_best(state, row)
             keep = best or state.best is None  # until the first probe any backbone beats none
             files = {"backbone": teacher.backbone} if keep else None
             save(state, folder / "checkpoints", about(cfg, cases), files)
             if probing and distributed.is_main():
                 shown = cache.get((cases["val"] or cases["train"])[0])
                 draw_progress(state, shown, cfg, device, log)
+        log.message(f"done: {folder / 'checkpoints' / 'backbone.pt'}, {folder / 'report.html'}")
+        return 0
     except Stopped as e:
         save(state, folder / "checkpoints", about(cfg, cases))
-        log.message(
-            f"{e}: saved at step {state.step}; resume_training_from=auto goes on from there"
-        )
-        log.close()
+        distributed.barrier()  # torchrun ends all ranks when the first one exits
+        log.message(f"{e}: saved at step {state.step}; resume_training_from=auto goes on from it")
         return EXIT_STOPPED
-    log.message(f"done: {folder / 'checkpoints' / 'backbone.pt'}, {folder / 'report.html'}")
-    log.close()
-    return 0
+    finally:
+        log.close()
+
+
+def main(argv: list[str]) -> int:
+    # ---- setup
+    cfg, check_only = parse_command_line(argv, CONFIG, DinoConfig, impossible_dino)
+    device, stop = distributed.setup(), StopSignal()
+    folder = Path(cfg.results_dir) / cfg.experiment
+    resume_from = checkpoint.find(folder / "checkpoints", cfg.resume_training_from)
+    if not (resume_from or check_only or cfg.test_ckpt):
+        checkpoint.refuse_existing(folder)
+    seed_everything(cfg.seed)
+
+    # ---- data
+    spacing = None if cfg.data.spacing == "native" else cfg.data.spacing
+    form = StandardForm(spacing, cfg.data.modality, cfg.data.percentiles, cfg.data.crop_background)
+    cache = VolumeCache(cfg.cache_dir, form)
+    columns = ("path", "img_path")  # a segmentation CSV will do
+    cases, skipped = load_cases(cfg, cache, cfg.probe_targets, columns, check_only)
+    if check_only:
+        counts = ", ".join(f"{len(found)} {name}" for name, found in cases.items())
+        print(f"{cfg.csv_path}: {counts} cases, {len(skipped)} problems")
+        print(format_problems(skipped, None))
+        return 0
+    if cfg.test_ckpt:
+        test(cfg, cache, cases, device, folder / "test")
+        return 0
+    return train(cfg, cache, cases, skipped, device, folder, resume_from, stop)
 
 
 if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
     except (ConfigError, CasesError, CheckpointError) as e:
-        print(e, file=sys.stderr)
+        if distributed.is_main():
+            print(e, file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
+    except Stopped as e:
+        print(f"{e}: stopped before training began", file=sys.stderr)
+        sys.exit(EXIT_STOPPED)
     finally:
         distributed.teardown()

@@ -36,7 +36,7 @@ class CasesError(ValueError):
 
     def __str__(self) -> str:
         heading = self.heading or f"{len(self.problems)} problem" + "s" * (len(self.problems) != 1)
-        return f"{heading}\n{format_problems(self.problems)}"
+        return f"{heading}\n{format_problems(self.problems, None)}"
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,20 @@ def load_cases(
         CasesError: with all problems, when they are more than data.max_bad_cases allows or leave no
             case to train on.
     """
-    if not distributed.is_main():
-        distributed.barrier()  # the main rank reads and builds, the others find all done
+    found, error = None, None
+    if distributed.is_main():
+        try:
+            found = _load(cfg, cache, label_columns, path_columns, check, cfg.n_workers)
+        except CasesError as e:
+            error = e
+    error = distributed.gather_objects(error)[0]  # the others wait here until all is built
+    if error is not None:
+        raise error
+    return found or _load(cfg, cache, label_columns, path_columns, check, 0)
+
+
+def _load(cfg, cache, label_columns, path_columns, check, n_workers):
+    """What `load_cases` says, on one rank."""
     if Path(cfg.csv_path) == DEMO_CSV:
         make_demo(DEMO_CSV.parent)
     folds = {"train": cfg.train_folds, "val": cfg.val_folds, "test": cfg.test_folds}
@@ -37,15 +49,12 @@ def load_cases(
         unused = [] if cfg.test_ckpt else cfg.test_folds
         wanted = {fold for name in folds.values() for fold in name} - set(unused)
         cases = [case for case in cases if case.fold in wanted]
-    workers = cfg.n_workers if distributed.is_main() else 0
     progress = distributed.is_main()
-    problems += check_volumes(cases, cache, not check, workers, cfg.data.modality, progress)
+    problems += check_volumes(cases, cache, not check, n_workers, cfg.data.modality, progress)
     good, skipped = split_bad(cases, problems, cfg.data.max_bad_cases)
     cases = {name: [c for c in good if c.fold in wanted] for name, wanted in folds.items()}
     needed = ["train", "test"] if cfg.test_ckpt else ["train"]
     empty = [f"{name}_folds: no case is left" for name in needed if not cases[name]]
     if empty:
         raise CasesError([*(Problem(0, "", what, "folds") for what in empty), *skipped])
-    if distributed.is_main():
-        distributed.barrier()
     return cases, skipped

@@ -110,6 +110,8 @@ def check_settings(path: str | Path, state: dict, expected: dict) -> None:
     Raises:
         CheckpointError: listing each setting that differs.
     """
+    if "modules" not in state:
+        raise CheckpointError(f"{path}: holds a backbone only; take best.pt or last.pt beside it")
     found, wanted = _flat(state.get("settings", {})), _flat(expected)
     different = [
         f"  {key}: {found.get(key, 'absent')} in the checkpoint, {wanted.get(key, 'absent')} here"

@@ -1,15 +1,29 @@
 """Numbers that tell a healthy self-supervised run from a collapsed one."""
 
 import math
+from collections import defaultdict
 
 import torch
 import torch.nn.functional as F
+
+from utils.distributed import all_reduce
 
 
 @torch.no_grad()
 def entropy(probabilities: torch.Tensor) -> torch.Tensor:
     """Mean entropy in nats of the rows of (N, K). Uniform rows give ln K."""
     return -(probabilities * probabilities.clamp(min=1e-12).log()).sum(dim=-1).mean()
+
+
+@torch.no_grad()
+def usage(probabilities: torch.Tensor, over_ranks: bool) -> torch.Tensor:
+    """Entropy in nats of the mean of the rows of (N, K): near 0 if all have one prototype.
+
+    over_ranks: all ranks call this together, each with its N, which may be 0.
+    """
+    total = torch.cat([probabilities.sum(dim=0), probabilities.new_tensor([len(probabilities)])])
+    total = all_reduce(total) if over_ranks else total
+    return entropy(total[None, :-1] / total[-1])
 
 
 @torch.no_grad()
@@ -42,34 +56,42 @@ def rankme(features: torch.Tensor) -> float:
     return float(torch.exp(-(p * p.log()).sum()))
 
 
-def collapse_warnings(row: dict, first: dict, out_dim: int, warmup_epochs: int) -> dict[str, str]:
+def collapse_warnings(
+    row: dict, first: dict, out_dim: int, patch_out_dim: int, warmup_epochs: int
+) -> dict[str, str]:
     """What an epoch's metrics say of collapse: {kind: plain words}.
 
     Args:
-        row: this epoch's metrics, a missing one warns of nothing. first: those of the first epoch.
-        out_dim: prototypes; uniform outputs have entropy and loss ln(out_dim).
-        warmup_epochs: until then a loss at ln(out_dim) means nothing.
+        row: this epoch's metrics. first: those of the first epoch.
+        out_dim, patch_out_dim: prototypes K; uniform outputs have entropy and loss ln K.
+        warmup_epochs: until then a loss at ln K means nothing.
     """
-    names = ("teacher_entropy", "target_usage", "dino_loss", "feature_std")
-    entropy, usage, loss, std = (row.get(name, math.nan) for name in names)
-    first_std = first.get("feature_std", math.nan)
-    uniform, found = math.log(out_dim), {}
-    if entropy > 0.98 * uniform:
-        found["uniform output"] = (
-            f"teacher entropy {entropy:.2f} is at ln(out_dim) = {uniform:.2f}: its output "
-            "is uniform (collapse). Try a lower dino.teacher_temp, views that overlap more (crops, "
-            "augment), dino.head_batchnorm=true, a lower learning_rate or a larger batch"
-        )
-    if usage < 0.1 * uniform:
-        found["one prototype"] = (
-            f"nearly all scans are assigned to one prototype (entropy of the mean target "
-            f"{usage:.2f}): collapse to a point. Try a higher dino.teacher_temp"
-        )
-    if loss > 0.995 * uniform and row["epoch"] > warmup_epochs:
-        found["loss"] = f"the DINO loss {loss:.2f} stays at ln(out_dim) = {uniform:.2f}"
-    if std < 0.25 * first_std:
+    row = defaultdict(lambda: math.nan, row)  # what was undefined in all steps is no warning
+    found = {}
+    for prefix, loss, num_prototypes in (
+        ("", "dino_loss", out_dim),
+        ("patch_", "patch_loss", patch_out_dim),
+    ):
+        if loss not in row:
+            continue
+        uniform, name = math.log(num_prototypes), f"{prefix}out_dim"
+        entropy, used = row[f"{prefix}teacher_entropy"], row[f"{prefix}target_usage"]
+        if entropy > 0.98 * uniform:
+            found[f"{prefix}uniform"] = (
+                f"{prefix}teacher_entropy {entropy:.2f} is at ln({name}) = {uniform:.2f}: the "
+                "teacher's output is uniform (collapse). Try a lower dino.teacher_temp, views that "
+                "overlap more (crops, augment), dino.head_batchnorm=true or a larger batch"
+            )
+        if used < 0.1 * uniform:
+            found[f"{prefix}point"] = (
+                f"{prefix}target_usage {used:.2f} is near 0: all inputs are assigned to one "
+                "prototype (collapse). Try a higher dino.teacher_temp or a lower learning_rate"
+            )
+        if row[loss] > 0.995 * uniform and row["epoch"] > warmup_epochs:
+            found[loss] = f"{loss} {row[loss]:.2f} stays at ln({name}) = {uniform:.2f}"
+    if row["feature_std"] < 0.25 * first.get("feature_std", math.nan):
         found["features"] = (
-            f"feature std fell from {first_std:.3f} to {std:.3f}: all scans get nearly the same "
-            "features (collapse)"
+            f"feature_std fell from {first['feature_std']:.3f} to {row['feature_std']:.3f}: all "
+            "scans get nearly the same features (collapse)"
         )
     return found

@@ -60,16 +60,21 @@ class Stopped(Exception):
 
 
 class StopSignal:
-    """Remembers SIGTERM and SIGUSR1, which schedulers send some time before they kill."""
+    """Remembers SIGTERM and SIGUSR1, which schedulers send some time before they kill.
+
+    immediate: raise Stopped at once, for as long as there is nothing to save.
+    """
 
     def __init__(self):
-        self.received = ""
+        self.received, self.immediate = "", True
         for name in ("SIGTERM", "SIGUSR1"):
             if hasattr(signal, name):  # Windows has no SIGUSR1
                 signal.signal(getattr(signal, name), self._remember)
 
     def _remember(self, number, frame):
         self.received = signal.Signals(number).name
+        if self.immediate:
+            raise Stopped(self.received)
 
     def __bool__(self):
         return bool(self.received)

@@ -33,22 +33,36 @@ def test_rankme_counts_directions():
 
 
 def test_a_healthy_run_is_not_warned_of():
-    assert monitor.collapse_warnings(HEALTHY, HEALTHY, 1024, 0) == {}
+    assert monitor.collapse_warnings(HEALTHY, HEALTHY, 1024, 64, 0) == {}
 
 
 @pytest.mark.parametrize(
     "change, kind",
     [
-        ({"teacher_entropy": 6.92}, "uniform output"),
-        ({"dino_loss": 6.93}, "loss"),
+        ({"teacher_entropy": 6.92}, "uniform"),
+        ({"dino_loss": 6.93}, "dino_loss"),
         ({"feature_std": 0.1}, "features"),
-        ({"teacher_entropy": 0.01, "target_usage": 0.02}, "one prototype"),
+        ({"teacher_entropy": 0.01, "target_usage": 0.02}, "point"),
+        (
+            {"patch_loss": 3.0, "patch_teacher_entropy": 4.15, "patch_target_usage": 4.1},
+            "patch_uniform",
+        ),
+        (
+            {"patch_loss": 0.1, "patch_teacher_entropy": 0.1, "patch_target_usage": 0.1},
+            "patch_point",
+        ),
     ],
 )
 def test_collapse_is_named(change, kind):
-    assert list(monitor.collapse_warnings(HEALTHY | change, HEALTHY, 1024, 0)) == [kind]
+    assert list(monitor.collapse_warnings(HEALTHY | change, HEALTHY, 1024, 64, 0)) == [kind]
 
 
 def test_a_high_loss_means_nothing_during_warmup():
     row = HEALTHY | {"dino_loss": 7.2}
-    assert monitor.collapse_warnings(row, HEALTHY, 1024, warmup_epochs=3) == {}
+    assert monitor.collapse_warnings(row, HEALTHY, 1024, 64, warmup_epochs=3) == {}
+
+
+def test_usage_is_the_entropy_of_the_mean():
+    assert monitor.usage(torch.eye(8), over_ranks=True).item() == pytest.approx(math.log(8))
+    assert monitor.usage(torch.eye(8)[:1].expand(5, 8), True).item() == pytest.approx(0, abs=1e-6)
+    assert monitor.usage(torch.zeros(0, 8), over_ranks=False).isnan()

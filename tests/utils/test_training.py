@@ -44,12 +44,19 @@ def test_vectors_get_no_weight_decay():
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
 def test_a_signal_is_remembered(name):
     stop = StopSignal()
+    stop.immediate = False
     assert not stop
     stop.raise_if_received()
     os.kill(os.getpid(), getattr(signal, name))
     assert stop
     with pytest.raises(Stopped, match=name):
         stop.raise_if_received()
+
+
+def test_before_there_is_anything_to_save_a_signal_stops_at_once():
+    StopSignal()
+    with pytest.raises(Stopped, match="SIGTERM"):
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def test_averages_go_on_from_saved_ones_and_leave_out_what_is_undefined():
