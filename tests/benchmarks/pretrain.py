@@ -11,10 +11,14 @@ import math
 import sys
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
+
 import dino
 from utils.runlog import read_metrics
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
+ORGANS = [1, 5, 6, 20, 86, 87]  # spleen, liver, stomach, colon, muscles of the back
 COLUMNS = ["PatientID", "path", "seg_path", "fold", "modality"]
 # Small volumes: views that overlap (see README, what the defaults rest on), a small network.
 SMALL = {
@@ -103,15 +107,16 @@ def main(argv: list[str]) -> None:
 def write_csv(path: Path, name: str) -> None:
     """One CSV with image, mask and labels, which the shared data keeps in two."""
     if name == "dicom":
-        folder = SHARED / "dicom"
+        folder, ct = SHARED / "dicom", SHARED / "ct" / "abdomen_3mm.nii.gz"
+        masks = [folder / "ct_jpeg2000_labels.nii.gz", SHARED / "ct" / "abdomen_3mm_labels.nii.gz"]
+        masks = [large_organs(mask, path.parent) for mask in masks]
         rows = [
-            ["ct", folder / "ct_jpeg2000", folder / "ct_jpeg2000_labels.nii.gz", "dicom", "CT"],
+            ["ct", folder / "ct_jpeg2000", masks[0], "dicom", "CT"],
             ["PGBM-003", folder / "mr_oblique_t1", "", "dicom", "MR"],
             ["PGBM-003", folder / "mr_oblique_flair", "", "dicom", "MR"],
             ["hippocampus", folder / "mr_hippocampus_crop", "", "dicom", "MR"],
-            ["abdomen", SHARED / "ct" / "abdomen_3mm.nii.gz", None, "nifti", "CT"],
+            ["abdomen", ct, masks[1], "nifti", "CT"],
         ]
-        rows[-1][2] = SHARED / "ct" / "abdomen_3mm_labels.nii.gz"  # the same classes
         columns = COLUMNS
     else:
         with open(SHARED / name / "segmentation.csv", newline="") as file:
@@ -127,6 +132,16 @@ def write_csv(path: Path, name: str) -> None:
         ]
     with open(path, "w", newline="") as file:
         csv.writer(file).writerows([columns, *rows])
+
+
+def large_organs(mask: Path, folder: Path) -> Path:
+    """A copy of a TotalSegmentator mask with only the classes that both CTs show well."""
+    image = nib.load(mask)
+    labels = np.asarray(image.dataobj).astype(np.int16)
+    labels[~np.isin(labels, ORGANS)] = 0
+    path = folder.absolute() / mask.name
+    nib.save(nib.Nifti1Image(labels, image.affine), path)
+    return path
 
 
 def show(name: str, path: Path, values: dict) -> None:
