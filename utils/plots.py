@@ -31,11 +31,11 @@ PANELS = [  # title, columns of metrics.csv; a column goes to the first panel it
     ("DINO loss", ["*dino_loss"]),
     ("patch loss", ["*patch_loss"]),
     ("other losses", ["*loss"]),
-    ("patch teacher entropy (nats)", ["*patch*entropy"]),
+    ("patch teacher entropy (nats)", ["*patch*entropy", "patch_target_usage"]),
     ("teacher entropy (nats)", ["*entropy", "*target_usage"]),
     ("feature std", ["*feature_std", "*spread"]),
     ("effective rank (RankMe)", ["*rank*"]),
-    ("label probes", ["*knn*", "*linear*", "probe_score"]),
+    ("label probes (AUC)", ["*knn_auc", "*linear_auc"]),
     ("dense probe (Dice)", ["*dense*", "*dice*"]),
     ("gradient norm", ["*grad_norm"]),
     ("center norm", ["*center_norm"]),
@@ -47,6 +47,7 @@ PANELS = [  # title, columns of metrics.csv; a column goes to the first panel it
     ("share of time waiting for data", ["*wait*"]),
     ("images per second", ["*images_per_s*", "*images/s*"]),
 ]
+LEFT_OUT = ["epoch", "step", "prototypes_move", "probe_*accuracy"]  # are in metrics.csv
 WITH_LN_K = {  # panels that get a line at the entropy of the uniform output
     "DINO loss": "out_dim",
     "teacher entropy (nats)": "out_dim",
@@ -218,7 +219,7 @@ def _series(rows):
     names = dict.fromkeys(name for row in rows for name in row)
     series = {}
     for name in names:
-        if name in ("epoch", "step"):
+        if any(fnmatch(name, pattern) for pattern in LEFT_OUT):
             continue
         points = [(row.get("epoch", i), row.get(name)) for i, row in enumerate(rows)]
         points = [(e, v) for e, v in points if isinstance(v, int | float) and np.isfinite(v)]

@@ -77,15 +77,16 @@ SETTINGS = {
         "train_folds": ["dicom"],
         "val_folds": ["nifti"],
         "test_folds": [],
-        "n_epochs": 20,
+        "n_epochs": 30,
         "batch_size": 4,
         "learning_rate": 0.128,
         "data.spacing": [2, 2, 2],
+        "data.hu_window": [-200, 300],
         "crops.regions_per_case": 16,
         "crops.region_size": [64, 64, 32],
         "crops.global_size": [48, 48, 16],
         "crops.local_size": [32, 32, 16],
-        "probe.every": 5,
+        "probe.every": 10,
     },
 }
 
