@@ -3,7 +3,6 @@
 A network here is anything with `backbone.encode` and `pool`, such as `models.dino.DINONetwork`.
 """
 
-import itertools
 import json
 from collections.abc import Sequence
 
@@ -21,7 +20,7 @@ from utils.probes import DenseProbe, dice, label_probes
 from utils.training import autocast
 
 PROBE_WINDOWS, DENSE_WINDOWS = 8, 4  # windows of a volume that are looked at during training
-CALIBRATION_WINDOWS = 8  # of all train cases together: each holds a score per class and voxel
+CALIBRATION_CASES = 16
 
 
 def windows(entry, size, limit: int, coords=None) -> list[tuple[int, int, int]]:
@@ -114,8 +113,9 @@ def dense_score(
             box = (slice(None), *map(slice, seg.shape))  # a thin volume ends inside the window
             yield dense.scores(maps, size)[box], seg
 
-    few = itertools.chain.from_iterable(map(scored_windows, train))
-    dense.calibrate(*zip(*itertools.islice(few, CALIBRATION_WINDOWS), strict=True))
+    # one window of each case: those of one case are alike, and scores take much memory
+    few = [next(scored_windows(case)) for case in train[:CALIBRATION_CASES]]
+    dense.calibrate(*zip(*few, strict=True))
     scores = []
     for case in val:
         if stop:
