@@ -222,10 +222,10 @@ def test_traces_into_one_graph(case):
         torch.testing.assert_close(a, b)
 
 
-def test_resunet_starts_as_nnunet_does():
+def test_resunet_starts_with_he_weights_and_all_branches_in_use():
     backbone = small("resunet")
     block = backbone.encoder["stages"][1]["blocks"][0]
-    assert not block.conv2.norm.weight.any() and block.conv1.norm.weight.eq(1).all()
+    assert block.conv2.norm.weight.eq(1).all() and block.conv1.norm.weight.eq(1).all()
     assert not block.conv1.conv.bias.any()
     fan_in = block.conv2.conv.weight[0].numel()
     assert abs(block.conv2.conv.weight.std() * (fan_in / 2) ** 0.5 - 1) < 0.05

@@ -179,7 +179,7 @@ def test_all_problems_together_with_lines(tmp_path):
         ("  global_size: [96, 96, 96]", "  global_size: [96, 100, 96]"),
         ("  spacing: [1.5, 1.5, 1.5]", "  spacing: [1.5, '1.5', true]"),
         ("test_folds: [4]", "test_folds: ['2']"),
-        ("  pooling: max", "  pooling: mex"),
+        ("  pooling: meanmax ", "  pooling: mex "),
     )
     found = problems(config=config)
     assert found["batchsize"] == "unknown key; nearest: batch_size"
