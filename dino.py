@@ -307,13 +307,14 @@ def is_best(state: State, row: dict) -> bool:
 
 
 def note_collapse(state: State, row: dict, cfg, log) -> None:
-    """Warn in the log; the report shows the last warning of each kind."""
+    """Warn in the log; the report shows what the last epoch still warns of."""
     found = monitor.collapse_warnings(
         row, state.first, cfg.dino.out_dim, cfg.dino.patch_out_dim, cfg.warmup_epochs
     )
-    for kind, warning in found.items():
+    skipped = {k: v for k, v in state.warnings.items() if k.startswith("step ")}
+    state.warnings = skipped | {k: f"epoch {row['epoch']}: {v}" for k, v in found.items()}
+    for warning in found.values():
         log.message(f"WARNING: {warning}")
-        state.warnings[kind] = f"epoch {row['epoch']}: {warning}"
 
 
 def draw_crops(batch: dict, cfg, device, log) -> None:

@@ -2,6 +2,9 @@
 
     python -m tests.benchmarks.pretrain [hippocampus] [nodules] [dicom] [-- key=value ...]
 
+hippocampus: 78 NIfTI MR crops and the four DICOM series, together. nodules: 180 NIfTI CT crops.
+dicom: the four DICOM series alone, with probes on organs of another CT.
+
 Runs dino.py on each data set with labels and masks as probes and prints, from metrics.csv, the
 teacher's entropy, the feature std and the probes before training and after each probe.
 """
@@ -18,6 +21,7 @@ import dino
 from utils.runlog import read_metrics
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
+DICOM = SHARED / "dicom"
 ORGANS = [1, 5, 6, 20, 86, 87]  # spleen, liver, stomach, colon, muscles of the back
 COLUMNS = ["PatientID", "path", "seg_path", "fold", "modality"]
 # Small volumes: views that overlap (see README, what the defaults rest on), a small network.
@@ -47,8 +51,7 @@ SETTINGS = {
         "train_folds": [0, 1, 2],
         "val_folds": [3],
         "test_folds": [4],
-        "n_epochs": 60,
-        "data.modality": "MR",
+        "n_epochs": 40,
         "data.spacing": [1, 1, 1],
         "crops.region_size": [40, 56, 40],
         "crops.global_size": [32, 40, 32],
@@ -61,14 +64,15 @@ SETTINGS = {
         "train_folds": [0, 1, 2],
         "val_folds": [3],
         "test_folds": [4],
-        "n_epochs": 24,
+        "n_epochs": 16,
         "data.modality": "OT",
-        "data.spacing": [1, 1, 1],
+        "data.spacing": [1.5, 1.5, 1.5],
         "data.crop_background": "false",
-        "crops.region_size": [48, 48, 48],
+        "crops.region_size": [32, 32, 32],
         "crops.global_size": [32, 32, 32],
         "crops.local_size": [24, 24, 24],
-        "crops.global_zoom": [1.0, 1.4],
+        "crops.global_zoom": [0.75, 1.0],
+        "probe.dense_cases": 16,
         "probe.every": 8,
         "probe.max_cases": 60,
     },
@@ -107,32 +111,39 @@ def main(argv: list[str]) -> None:
 
 def write_csv(path: Path, name: str) -> None:
     """One CSV with image, mask and labels, which the shared data keeps in two."""
+    rows, targets = [], []
     if name == "dicom":
-        folder, ct = SHARED / "dicom", SHARED / "ct" / "abdomen_3mm.nii.gz"
-        masks = [folder / "ct_jpeg2000_labels.nii.gz", SHARED / "ct" / "abdomen_3mm_labels.nii.gz"]
+        ct = SHARED / "ct"
+        masks = [DICOM / "ct_jpeg2000_labels.nii.gz", ct / "abdomen_3mm_labels.nii.gz"]
         masks = [large_organs(mask, path.parent) for mask in masks]
         rows = [
-            ["ct", folder / "ct_jpeg2000", masks[0], "dicom", "CT"],
-            ["PGBM-003", folder / "mr_oblique_t1", "", "dicom", "MR"],
-            ["PGBM-003", folder / "mr_oblique_flair", "", "dicom", "MR"],
-            ["hippocampus", folder / "mr_hippocampus_crop", "", "dicom", "MR"],
-            ["abdomen", ct, masks[1], "nifti", "CT"],
+            ["ct", DICOM / "ct_jpeg2000", masks[0], "dicom", "CT"],
+            *dicom_series("dicom"),
+            ["abdomen", ct / "abdomen_3mm.nii.gz", masks[1], "nifti", "CT"],
         ]
-        columns = COLUMNS
     else:
         with open(SHARED / name / "segmentation.csv", newline="") as file:
             masks = {row["PatientID"]: row["seg_path"] for row in csv.DictReader(file)}
         with open(SHARED / name / "classification.csv", newline="") as file:
             cases = list(csv.DictReader(file))
         targets = [c for c in cases[0] if c not in COLUMNS]
-        columns = [*COLUMNS, *targets]
-        rows = [
-            [c["PatientID"], SHARED / name / c["path"], SHARED / name / masks[c["PatientID"]]]
-            + [c["fold"], "", *(c[target] for target in targets)]
-            for c in cases
-        ]
+        for c in cases:
+            paths = [SHARED / name / c["path"], SHARED / name / masks[c["PatientID"]]]
+            labels = [c[target] for target in targets]
+            modality = "MR" if name == "hippocampus" else ""
+            rows.append([c["PatientID"], *paths, c["fold"], modality, *labels])
+    if name == "hippocampus":  # trained on together with all DICOM series
+        series = [["ct", DICOM / "ct_jpeg2000", "", "0", "CT"], *dicom_series("0")]
+        rows += [[*row, *[""] * len(targets)] for row in series]
     with open(path, "w", newline="") as file:
-        csv.writer(file).writerows([columns, *rows])
+        csv.writer(file).writerows([[*COLUMNS, *targets], *rows])
+
+
+def dicom_series(fold: str) -> list[list]:
+    """Rows of the MR series, one folder each."""
+    folders = {"mr_oblique_t1": "PGBM-003", "mr_oblique_flair": "PGBM-003"}
+    folders["mr_hippocampus_crop"] = "hippocampus_dicom"
+    return [[patient, DICOM / name, "", fold, "MR"] for name, patient in folders.items()]
 
 
 def large_organs(mask: Path, folder: Path) -> Path:
