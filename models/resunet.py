@@ -152,7 +152,7 @@ def _merge(x, skip, up, convs):
 
 def _initialize(module: nn.Module) -> None:
     """He initialization. nnU-Net also starts the last norm of each residual block at 0, so that a
-    new network is its skip path alone; self-distillation then learns nothing for hundreds of steps.
+    new network is its skip path alone: a teacher that has little to teach.
     """
     if isinstance(module, nn.Conv3d | nn.ConvTranspose3d):
         nn.init.kaiming_normal_(module.weight, a=NEGATIVE_SLOPE)
