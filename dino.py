@@ -34,7 +34,7 @@ from utils.config import ConfigError, parse_command_line, save_resolved
 from utils.plots import plot_crops, plot_curves, plot_feature_pca
 from utils.report import write_training_report
 from utils.runlog import RunLog
-from utils.schema import DinoConfig, impossible_dino
+from utils.schema_dino import DinoConfig, impossible_dino
 from utils.state import State, resume, save
 from utils.training import (
     Averages,

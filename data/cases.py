@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import NamedTuple, get_args
 
 from utils.config import nearest
+from utils.fields import Modality
 from utils.files import expand_path, read_text
-from utils.schema import Modality
 
 MODALITIES = get_args(Modality)
 # Kinds of problem that belong to one volume: such a case can be left out. The others (a patient in

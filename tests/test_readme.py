@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from utils.config import read_yaml, schema_keys
-from utils.schema import DinoConfig
+from utils.schema_dino import DinoConfig
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

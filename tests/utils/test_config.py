@@ -16,7 +16,7 @@ from utils.config import (
     save_resolved,
     schema_keys,
 )
-from utils.schema import DinoConfig, impossible_dino
+from utils.schema_dino import DinoConfig, impossible_dino
 
 ROOT = Path(__file__).resolve().parents[2]
 DEFAULT = ROOT / "dino_config.yaml"

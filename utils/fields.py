@@ -1,0 +1,105 @@
+"""Types of the values in the config files: each checks one value and says what it expects."""
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    Strict,
+    WrapValidator,
+)
+
+from utils.files import expand_path
+
+STRICT = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+Modality = Literal["CT", "MR", "PT", "NM", "US", "XA", "OT"]  # DICOM (0008,0060) of volumes
+WINDOWS_DEVICES = r"(CON|PRN|AUX|NUL|COM[0-9]|LPT[0-9])(\..*)?"
+
+
+def as_text(value: Any) -> Any:
+    """Text as it is, a number as text (fold 0 is "0"); true and false are left for an error."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return str(value) if number else value.strip() if isinstance(value, str) else value
+
+
+def not_empty(value: str) -> str:
+    if not value:
+        raise ValueError("empty text")
+    return value
+
+
+def quoted_if_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        word = str(value).lower()
+        raise ValueError(f"expected text; if the word {word} is meant, write '\"{word}\"'")
+    return as_text(value)
+
+
+def no_repeats(values: list[str]) -> list[str]:
+    twice = sorted({value for value in values if values.count(value) > 1})
+    if twice:
+        raise ValueError(f"listed twice: {', '.join(twice)}")
+    return values
+
+
+def folder_name(name: str) -> str:
+    """A name that is one folder inside results_dir on every system."""
+    if len(name) > 100 or len(name.encode(errors="replace")) > 250:
+        raise ValueError("at most 100 characters")
+    if not name.isprintable() or re.search(r'[/\\:*?"<>|]', name):
+        raise ValueError('one folder name, without / \\ : * ? " < > | and control characters')
+    if name.endswith("."):
+        raise ValueError("one folder name, not . or .. and without a dot at its end")
+    if re.fullmatch(WINDOWS_DEVICES, name, re.IGNORECASE):
+        raise ValueError("a reserved name on Windows")
+    return name
+
+
+def rising(pair: tuple[float, float]) -> tuple[float, float]:
+    if pair[0] > pair[1]:
+        raise ValueError(f"expected the lower value first: [{pair[1]:g}, {pair[0]:g}]")
+    return pair
+
+
+def not_equal(pair: tuple[float, float]) -> tuple[float, float]:
+    if pair[0] == pair[1]:
+        raise ValueError("the two values must differ")
+    return pair
+
+
+def native_or_mm(value: Any, check: Any) -> Any:
+    if isinstance(value, str) and value != "native":
+        raise ValueError("expected three numbers in mm, or native")
+    return value if value == "native" else check(value)
+
+
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+NotNegative = Annotated[float, Field(ge=0)]
+AboveZero = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Angle = Annotated[float, Field(ge=0, le=180)]
+Percent = Annotated[float, Field(ge=0, le=100)]
+Size = Annotated[tuple[Positive, Positive, Positive], Strict(False)]  # voxels
+Text = Annotated[str, BeforeValidator(quoted_if_bool), AfterValidator(not_empty)]
+Texts = Annotated[list[Text], AfterValidator(no_repeats)]
+PathText = Annotated[Text, AfterValidator(expand_path)]
+Name = Annotated[Text, AfterValidator(folder_name)]
+Range = Annotated[
+    tuple[float, float], Strict(False), AfterValidator(rising), AfterValidator(not_equal)
+]
+Percentiles = Annotated[
+    tuple[Percent, Percent], Strict(False), AfterValidator(rising), AfterValidator(not_equal)
+]
+Factors = Annotated[tuple[AboveZero, AboveZero], Strict(False), AfterValidator(rising)]
+Fractions = Annotated[tuple[Fraction, Fraction], Strict(False), AfterValidator(rising)]
+Spacing = Annotated[  # mm, or the word native
+    tuple[AboveZero, AboveZero, AboveZero],
+    Strict(False),
+    WrapValidator(native_or_mm),
+    PlainSerializer(lambda value: value),
+]
