@@ -3,6 +3,7 @@
 A network here is anything with `backbone.encode` and `pool`, such as `models.dino.DINONetwork`.
 """
 
+import itertools
 import json
 from collections.abc import Sequence
 
@@ -16,11 +17,11 @@ from data.cases import Case
 from data.datasets import fixed_view, window_starts
 from data.views import body_fraction
 from utils import distributed
-from utils.probes import DenseProbe, dice, label_probes
+from utils.probes import DenseProbe, label_probes
 from utils.training import autocast
 
-PROBE_WINDOWS, DENSE_WINDOWS = 8, 4  # windows of a volume that are looked at during training
-CALIBRATION_CASES = 16
+PROBE_WINDOWS = 8  # windows of a volume that are looked at during training
+DENSE_WINDOWS = 4  # of each of probe.dense_cases volumes; more of each where there are fewer
 
 
 def windows(entry, size, limit: int, coords=None) -> list[tuple[int, int, int]]:
@@ -87,46 +88,44 @@ def dense_score(
     train = spread([c for c in train if c.seg_path], cfg.probe.dense_cases)
     val = spread([c for c in val if c.seg_path], 4 * cfg.probe.dense_cases)
     size = cfg.crops.global_size
+    labels = sorted({label for c in train for label in cache.get(c).class_coords if label > 0})
+    if not labels or not val:
+        return None
 
-    def labelled_windows(case):
+    def labelled_windows(case, num_cases):
         entry = cache.get(case)
         coords = np.concatenate([np.zeros((0, 3), np.int32), *entry.class_coords.values()])
-        for start in windows(entry, size, DENSE_WINDOWS, coords):
+        limit = DENSE_WINDOWS * -(-cfg.probe.dense_cases // num_cases)
+        for start in windows(entry, size, limit, coords):
             x = fixed_view(entry, start, size, cfg.data.hu_window)[None].to(device)
             with autocast(device, cfg.precision):
                 maps = [m[0] for m in network.backbone.encode(x)]
             yield maps, torch.from_numpy(entry.read_seg(start, size)).long()
 
-    labels = sorted({label for c in train for label in cache.get(c).class_coords if label > 0})
-    if not labels or not val:
-        return None
+    def count(cases):
+        """`DenseProbe.counts` of each case."""
+        for case in cases:
+            total = 0
+            for maps, seg in labelled_windows(case, len(cases)):
+                scores = dense.scores(maps, size)
+                box = tuple(map(slice, seg.shape))  # a thin volume ends inside the window
+                total = total + dense.counts(scores[(slice(None), *box)], seg)
+            yield total
+
     dense = DenseProbe([0, *labels])
     for i, case in enumerate(train):
         if stop:
             return None  # the caller tells the other ranks
-        for maps, seg in labelled_windows(case):
+        for maps, seg in labelled_windows(case, len(train)):
             dense.add(maps, seg, size, seed=i)
     dense.fit()
-
-    def scored_windows(case):
-        for maps, seg in labelled_windows(case):
-            box = (slice(None), *map(slice, seg.shape))  # a thin volume ends inside the window
-            yield dense.scores(maps, size)[box], seg
-
-    # one window of each case: those of one case are alike, and scores take much memory
-    few = [next(scored_windows(case)) for case in train[:CALIBRATION_CASES]]
-    dense.calibrate(*zip(*few, strict=True))
-    scores = []
-    for case in val:
-        if stop:
-            return None
-        found, truth = [], []
-        for values, seg in scored_windows(case):
-            found.append(dense.label(values).flatten())
-            truth.append(seg.flatten())
-        scores += [dice(torch.cat(found), torch.cat(truth), label) for label in labels]
-    scores = [s for s in scores if s is not None]
-    return float(np.mean(scores)) if scores else None
+    fitted = sum(itertools.takewhile(lambda _: not stop, count(train)))
+    if stop:
+        return None
+    dense.calibrate(fitted)
+    scores = [d for c in itertools.takewhile(lambda _: not stop, count(val)) for d in dense.dice(c)]
+    scores = [d for d in scores if d is not None]
+    return float(np.mean(scores)) if scores and not stop else None
 
 
 def probe(teacher, cache, cases, cfg, device, stop) -> dict[str, float | None]:

@@ -56,12 +56,18 @@ def auc(truth: np.ndarray, probabilities: np.ndarray, classes: np.ndarray) -> fl
     return float(np.mean(areas[1:] if len(classes) == 2 else areas)) if areas else None
 
 
+THRESHOLDS = torch.linspace(-0.2, 1.2, 57)  # one-hot targets are regressed: scores around 0 and 1
+
+
 class DenseProbe:
     """Ridge regression from frozen, upsampled feature maps to one-hot voxel labels.
 
     Fitted on voxels drawn from a few cases, half of them background and the other half shared by
-    the classes. Upsampling and regression are both linear, so `predict` applies each map's weights
-    at the map's own resolution and upsamples the few class scores, not the many features.
+    the classes. A class is then where its score is above its own threshold, chosen by Dice on the
+    windows it was fitted on: voxels were drawn evenly, while some organs fill a window and others
+    hardly show in it, so that neither one threshold nor the largest score would find both.
+    Upsampling and regression are both linear, so each map's weights are applied at the map's own
+    resolution, and the few class scores are upsampled, not the many features.
 
     Args:
         classes: label values, background (0) first.
@@ -115,26 +121,33 @@ class DenseProbe:
             total = total + F.interpolate(coarse, size=shape, mode="trilinear")[0]
         return total.cpu() + self.bias[:, None, None, None]
 
-    def calibrate(self, scores: list[torch.Tensor], truth: list[torch.Tensor]) -> None:
-        """Choose the background's offset by the mean Dice on the windows it was fitted on: where
-        voxels were drawn evenly, the regression alone finds far too much foreground; where a
-        lesion is so small that all its voxels were drawn, it finds none."""
+    def counts(self, scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """(3, classes without background, thresholds) int64: voxels of the class that are found,
+        all that are found, all of the class. Sums over windows; scores as of `scores`."""
+        out = torch.zeros(3, len(self.classes) - 1, len(THRESHOLDS), dtype=torch.int64)
+        for k, label in enumerate(self.classes[1:]):
+            passed = torch.bucketize(scores[k + 1].flatten(), THRESHOLDS, right=True)
+            truth = (labels == label).flatten()
+            for row, voxels in ((0, passed[truth]), (1, passed)):
+                number = torch.bincount(voxels, minlength=len(THRESHOLDS) + 1)
+                out[row, k] = number.flip(0).cumsum(0).flip(0)[1:]  # that pass it or a higher one
+            out[2, k] = truth.sum()
+        return out
 
-        def mean_dice(offset: float) -> float:
-            found = [
-                dice(self.label(s + offset * background), t, c)
-                for s, t in zip(scores, truth, strict=True)
-                for c in self.classes[1:]
-            ]
-            found = [d for d in found if d is not None]
-            return sum(found) / max(len(found), 1)
+    def calibrate(self, counts: torch.Tensor) -> None:
+        """Choose the thresholds, by the `counts` of the windows that were fitted."""
+        self.chosen = dice(counts).nan_to_num(-1).argmax(dim=1)
 
-        background = (torch.arange(len(self.classes)) == 0).float()[:, None, None, None]
-        self.bias[0] += max(torch.linspace(-1.0, 0.6, 33).tolist(), key=mean_dice)
+    def dice(self, counts: torch.Tensor) -> list[float | None]:
+        """Dice of each class at its threshold; None where the labels have none of it."""
+        at = dice(counts)[torch.arange(len(self.chosen)), self.chosen].tolist()
+        return [d if n else None for d, n in zip(at, counts[2, :, 0].tolist(), strict=True)]
 
-    def label(self, scores: torch.Tensor) -> torch.Tensor:
-        """Label values (X, Y, Z) of scores (classes, X, Y, Z)."""
-        return torch.tensor(self.classes)[scores.argmax(dim=0)]
+
+def dice(counts: torch.Tensor) -> torch.Tensor:
+    """2 |found and true| / (|found| + |true|) of (3, ...) counts; NaN where there is neither."""
+    both, found, true = counts.double()
+    return 2 * both / (found + true)
 
 
 def _at_voxels(
@@ -150,10 +163,3 @@ def _at_voxels(
         for m in maps
     ]
     return torch.cat(columns, dim=1).cpu()
-
-
-def dice(prediction: torch.Tensor, truth: torch.Tensor, label: int) -> float | None:
-    """Dice of one label; None where neither has it."""
-    p, t = prediction == label, truth == label
-    total = p.sum() + t.sum()
-    return float(2 * (p & t).sum() / total) if total else None

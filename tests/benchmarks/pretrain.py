@@ -3,7 +3,8 @@
     python -m tests.benchmarks.pretrain [hippocampus] [nodules] [dicom] [-- key=value ...]
 
 hippocampus: 78 NIfTI MR crops and the four DICOM series, together. nodules: 180 NIfTI CT crops.
-dicom: the four DICOM series alone, with probes on organs of another CT.
+dicom: the four DICOM series alone; the dense probe is fitted on the one that has a mask, a CT, and
+scored on the CT of another patient.
 
 Runs dino.py on each data set with labels and masks as probes and prints, from metrics.csv, the
 teacher's entropy, the feature std and the probes before training and after each probe.
@@ -22,7 +23,15 @@ from utils.runlog import read_metrics
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 DICOM = SHARED / "dicom"
-ORGANS = [1, 5, 6, 20, 86, 87]  # spleen, liver, stomach, colon, muscles of the back
+TISSUES = {  # of TotalSegmentator's labels; features of small windows know neither side nor level
+    1: [1],  # spleen
+    2: [5],  # liver
+    3: [6],  # stomach
+    4: [52],  # aorta
+    5: [86, 87],  # muscles of the back
+    6: range(25, 51),  # sacrum and vertebrae
+    7: range(92, 117),  # ribs, sternum
+}
 COLUMNS = ["PatientID", "path", "seg_path", "fold", "modality"]
 # Small volumes: views that overlap (see README, what the defaults rest on), a small network.
 SMALL = {
@@ -81,16 +90,17 @@ SETTINGS = {
         "train_folds": ["dicom"],
         "val_folds": ["nifti"],
         "test_folds": [],
-        "n_epochs": 20,
-        "batch_size": 4,
-        "learning_rate": 0.128,
-        "data.spacing": [4, 4, 4],
+        "n_epochs": 12,
+        "warmup_epochs": 2,
+        "data.spacing": [3, 3, 3],
         "data.hu_window": [-200, 300],
-        "crops.regions_per_case": 16,
-        "crops.region_size": [80, 64, 16],
-        "crops.global_size": [64, 48, 16],
-        "crops.local_size": [48, 32, 16],
-        "probe.every": 10,
+        "crops.regions_per_case": 32,
+        "crops.region_size": [64, 64, 16],
+        "crops.global_size": [48, 48, 16],
+        "crops.local_size": [32, 32, 16],
+        "dino.patch_level": 1,
+        "probe.every": 4,
+        "probe.dense_cases": 16,
     },
 }
 
@@ -115,7 +125,7 @@ def write_csv(path: Path, name: str) -> None:
     if name == "dicom":
         ct = SHARED / "ct"
         masks = [DICOM / "ct_jpeg2000_labels.nii.gz", ct / "abdomen_3mm_labels.nii.gz"]
-        masks = [large_organs(mask, path.parent) for mask in masks]
+        masks = [tissues(mask, path.parent) for mask in masks]
         rows = [
             ["ct", DICOM / "ct_jpeg2000", masks[0], "dicom", "CT"],
             *dicom_series("dicom"),
@@ -146,11 +156,13 @@ def dicom_series(fold: str) -> list[list]:
     return [[patient, DICOM / name, "", fold, "MR"] for name, patient in folders.items()]
 
 
-def large_organs(mask: Path, folder: Path) -> Path:
-    """A copy of a TotalSegmentator mask with only the classes that both CTs show well."""
+def tissues(mask: Path, folder: Path) -> Path:
+    """A copy of a TotalSegmentator mask with the classes of `TISSUES`."""
     image = nib.load(mask)
-    labels = np.asarray(image.dataobj).astype(np.int16)
-    labels[~np.isin(labels, ORGANS)] = 0
+    found = np.asarray(image.dataobj).astype(np.int16)
+    labels = np.zeros_like(found)
+    for label, members in TISSUES.items():
+        labels[np.isin(found, members)] = label
     path = folder.absolute() / mask.name
     nib.save(nib.Nifti1Image(labels, image.affine), path)
     return path

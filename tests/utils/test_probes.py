@@ -43,11 +43,26 @@ def test_dense_probe_is_ridge_on_upsampled_maps():
     probe = probes.DenseProbe([0, 7])
     probe.add([fine, coarse], labels, (8, 8, 8), seed=0)
     probe.fit()
-    scores = probe.scores([fine, coarse], (8, 8, 8))
-    probe.calibrate([scores], [labels])
-    found = probe.label(probe.scores([fine, coarse], (8, 8, 8)))
-    assert set(found.unique().tolist()) <= {0, 7}
-    assert probes.dice(found, labels, 7) > 0.85
+    counts = probe.counts(probe.scores([fine, coarse], (8, 8, 8)), labels)
+    probe.calibrate(counts)
+    assert probe.dice(counts)[0] > 0.85
+
+
+def test_each_class_has_its_own_threshold():
+    """Two classes whose scores are on different scales, and one that the labels lack."""
+    torch.manual_seed(0)
+    labels = torch.randint(0, 3, (6, 6, 6))
+    scores = torch.stack([torch.zeros(6, 6, 6), (labels == 1) * 0.1, (labels == 2) * 0.5 + 0.4])
+    scores = torch.cat([scores, torch.rand(1, 6, 6, 6)])
+    probe = probes.DenseProbe([0, 1, 2, 5])
+    counts = probe.counts(scores, labels)
+    probe.calibrate(counts)
+    assert probe.dice(counts) == [1, 1, None]
+    for k, label in enumerate((1, 2)):  # against a plain count at one threshold
+        for t in (10, 30):
+            found, true = scores[k + 1] >= probes.THRESHOLDS[t], labels == label
+            plain = torch.stack([(found & true).sum(), found.sum(), true.sum()])
+            assert torch.equal(counts[:, k, t], plain)
 
 
 def test_features_at_voxels_are_those_of_interpolate():
@@ -59,6 +74,6 @@ def test_features_at_voxels_are_those_of_interpolate():
 
 
 def test_dice():
-    a, b = torch.tensor([1, 1, 0, 0]), torch.tensor([1, 0, 0, 0])
-    assert probes.dice(a, b, 1) == pytest.approx(2 / 3)
-    assert probes.dice(a, b, 5) is None
+    counts = torch.tensor([[1, 0], [2, 0], [1, 0]])
+    assert probes.dice(counts)[0] == pytest.approx(2 / 3)
+    assert probes.dice(counts)[1].isnan()
