@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.backbones import build_backbone
+from models.backbones import from_config
 from utils.distributed import sum_over_ranks
 
 
@@ -166,9 +166,7 @@ class DINONetwork(nn.Module):
 
 def build_network(cfg) -> DINONetwork:
     """Network of a dino_config: backbone (encoder only), DINO head and, if used, patch head."""
-    options = {"resunet": cfg.resunet, "swinunetr": cfg.swinunetr}[cfg.backbone].model_dump()
-    options["grad_checkpointing"] = cfg.grad_checkpointing
-    backbone = build_backbone(cfg.backbone, decoder=False, **options)
+    backbone = from_config(cfg, decoder=False)
     d = cfg.dino
     head = {
         "hidden": d.head_hidden,

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+
+from models.common import check_size, run
 
 NEGATIVE_SLOPE = 0.01
 
@@ -57,6 +58,7 @@ class ResUNet(nn.Module):
 
     Attributes:
         feature_channels, strides: of the maps of `encode`, finest first.
+        decoder_channels, decoder_strides: of the maps of `decode_all`, finest first.
         stride: the largest; input sizes must be divisible by it.
         min_size: the smallest cube, in voxels, that `encode` and `decode` take. Instance
             normalization needs more than one voxel in the deepest map.
@@ -79,6 +81,7 @@ class ResUNet(nn.Module):
         self.grad_checkpointing = grad_checkpointing
         self.feature_channels = list(features)
         self.strides = [2**i for i in range(len(features))]
+        self.decoder_channels, self.decoder_strides = self.feature_channels[:-1], self.strides[:-1]
         self.stride = self.strides[-1]
         self.min_size = 2 * self.stride
 
@@ -112,37 +115,35 @@ class ResUNet(nn.Module):
         Raises:
             ValueError: for a size that `stride` does not divide.
         """
-        if any(size % self.stride for size in x.shape[2:]):
-            raise ValueError(f"resunet: size {tuple(x.shape[2:])} not divisible by {self.stride}")
-        x = self._run(self.encoder["stem"]["convs"], x)
+        check_size("resunet", x, self.stride)
+        x = run(self.encoder["stem"]["convs"], x, recompute=self.grad_checkpointing)
         maps = []
         for stage in self.encoder["stages"]:
             for block in stage["blocks"]:
-                x = self._run(block, x)
+                x = run(block, x, recompute=self.grad_checkpointing)
             maps.append(x)
         return maps
 
-    def decode(self, x: torch.Tensor, features: list[torch.Tensor]) -> torch.Tensor:
-        """Finest decoder features, before the output layer.
+    def decode_all(self, x: torch.Tensor, features: list[torch.Tensor]) -> list[torch.Tensor]:
+        """The decoder's maps.
 
         Args:
             x: the image (not used here; other backbones have a skip from it).
             features: what `encode(x)` returned.
         Returns:
-            (B, feature_channels[0], X, Y, Z).
+            Maps (B, decoder_channels[i], X / decoder_strides[i], ...), finest first.
         """
-        x = features[-1]
+        deep, maps = features[-1], []
         steps = zip(self.decoder["transpconvs"], self.decoder["stages"], strict=True)
         for (up, stage), skip in zip(steps, features[-2::-1], strict=True):
-            x = self._run(_merge, x, skip, up, stage["convs"])
-        return x
+            parts = (up, stage["convs"])
+            deep = run(_merge, deep, skip, *parts, recompute=self.grad_checkpointing)
+            maps.append(deep)
+        return maps[::-1]
 
-    def _run(self, module, *args):
-        """Call a part of the network, keeping its activations or not."""
-        if self.grad_checkpointing and torch.is_grad_enabled():
-            # There is no dropout, so the state of the random generators need not be kept.
-            return checkpoint(module, *args, use_reentrant=False, preserve_rng_state=False)
-        return module(*args)
+    def decode(self, x: torch.Tensor, features: list[torch.Tensor]) -> torch.Tensor:
+        """Finest decoder features, before the output layer: the first map of `decode_all`."""
+        return self.decode_all(x, features)[0]
 
 
 def _merge(x, skip, up, convs):

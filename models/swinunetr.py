@@ -1,7 +1,8 @@
 """Swin UNETR from MONAI's blocks, with the parameter names and numbers of MONAI's SwinUNETR.
 
 Hatamizadeh et al., https://arxiv.org/abs/2201.01266. The forward pass is written out here because
-MONAI's keeps several copies of every attention matrix and rebuilds the window mask in each call.
+MONAI's keeps several copies of every attention matrix, rebuilds the window mask in each call and
+merges patches in an order that no published weights were trained with.
 """
 
 from functools import lru_cache
@@ -16,10 +17,20 @@ from monai.networks.nets.swin_unetr import (
     get_window_size,
 )
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+
+from models.common import check_size, run
 
 DEPTHS = (2, 2, 2, 2)
 NUM_HEADS = (3, 6, 12, 24)
+# The 2x2x2 neighbours in the order in which patch merging concatenates their channels. Up to 1.4
+# MONAI took two of them twice and two never; all weights published until then are used to that.
+MERGE_ORDERS = {
+    name: [[int(offset) for offset in neighbour] for neighbour in neighbours.split()]
+    for name, neighbours in {
+        "monai1.5": "000 100 010 001 110 101 011 111",
+        "published": "000 100 010 001 101 010 001 111",
+    }.items()
+}
 
 
 class FusedWindowAttention(WindowAttention):
@@ -69,6 +80,10 @@ class SwinUNETR(nn.Module):
 
     Attributes:
         feature_channels, strides: of the maps of `encode`, finest first.
+        decoder_channels, decoder_strides: of the maps of `decode_all`, finest first.
+        merge_order: a key of MERGE_ORDERS. Parameters have the same names and shapes in either, so
+            whoever loads weights from elsewhere sets it. It is part of the state_dict, as
+            `merge_order`, where it is not monai1.5; loading a state_dict without it means that.
         stride: the largest; input sizes must be divisible by it.
         min_size: the smallest cube, in voxels, that the parts which were built take. The decoder
             has an instance normalization of the deepest map, which needs more than one voxel.
@@ -90,6 +105,9 @@ class SwinUNETR(nn.Module):
         self.grad_checkpointing = grad_checkpointing
         self.feature_channels = [feature_size * 2**i for i in range(5)]
         self.strides = [2, 4, 8, 16, 32]
+        self.decoder_channels = [feature_size, *self.feature_channels[:-1]]
+        self.decoder_strides = [1, 2, 4, 8, 16]
+        self.merge_order = "monai1.5"
         self.stride = self.strides[-1]
         self.min_size = 2 * self.stride if decoder else self.stride
 
@@ -134,8 +152,7 @@ class SwinUNETR(nn.Module):
         Raises:
             ValueError: for a size that `stride` does not divide.
         """
-        if any(size % self.stride for size in x.shape[2:]):
-            raise ValueError(f"swinunetr: size {tuple(x.shape[2:])} not divisible by {self.stride}")
+        check_size("swinunetr", x, self.stride)
         vit = self.swinViT
         x = vit.patch_embed(x)
         maps = [x]
@@ -147,21 +164,53 @@ class SwinUNETR(nn.Module):
             maps.append(x)
         return [_channel_norm(x) for x in maps]
 
-    def decode(self, x: torch.Tensor, features: list[torch.Tensor]) -> torch.Tensor:
-        """Finest decoder features, before the output layer.
+    def decode_all(self, x: torch.Tensor, features: list[torch.Tensor]) -> list[torch.Tensor]:
+        """The decoder's maps.
 
         Args:
             x: the image that was encoded.
             features: what `encode(x)` returned.
         Returns:
-            (B, feature_channels[0], X, Y, Z).
+            Maps (B, decoder_channels[i], X / decoder_strides[i], ...), finest first.
         """
         deep = self._run(self.encoder10, features[4])
-        deep = self._run(self.decoder5, deep, features[3])
-        deep = self._run(self.decoder4, deep, self._run(self.encoder4, features[2]))
-        deep = self._run(self.decoder3, deep, self._run(self.encoder3, features[1]))
-        deep = self._run(self.decoder2, deep, self._run(self.encoder2, features[0]))
-        return self._run(self.decoder1, deep, self._run(self.encoder1, x))
+        map16 = self._run(self.decoder5, deep, features[3])
+        map8 = self._run(self.decoder4, map16, self._run(self.encoder4, features[2]))
+        map4 = self._run(self.decoder3, map8, self._run(self.encoder3, features[1]))
+        map2 = self._run(self.decoder2, map4, self._run(self.encoder2, features[0]))
+        map1 = self._run(self.decoder1, map2, self._run(self.encoder1, x))
+        return [map1, map2, map4, map8, map16]
+
+    def decode(self, x: torch.Tensor, features: list[torch.Tensor]) -> torch.Tensor:
+        """Finest decoder features, before the output layer: the first map of `decode_all`."""
+        return self.decode_all(x, features)[0]
+
+    @property
+    def merge_order(self) -> str:
+        return self._merge_order
+
+    @merge_order.setter
+    def merge_order(self, name: str) -> None:
+        if name not in MERGE_ORDERS:
+            choices = " or ".join(MERGE_ORDERS)
+            raise ValueError(f"swinunetr: merge_order {name!r} is unknown; choose {choices}")
+        self._merge_order = name
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.merge_order != "monai1.5":  # MONAI's own names and no other, where they say it all
+            destination[prefix + "merge_order"] = torch.tensor(MERGE_ORDERS[self.merge_order])
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        """Take the merge order out: torch knows of no parameter or buffer of that name."""
+        found = state_dict.pop(prefix + "merge_order", None)
+        order = MERGE_ORDERS["monai1.5"] if found is None else found.tolist()
+        names = [name for name in MERGE_ORDERS if MERGE_ORDERS[name] == order]
+        if names:
+            self.merge_order = names[0]
+        else:
+            args[-1].append(f"{prefix}merge_order: unknown order {order}")  # error_msgs
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _stages(self):
         vit = self.swinViT
@@ -175,14 +224,13 @@ class SwinUNETR(nn.Module):
         mask = _shift_mask(size, window, shift, x.device) if any(shift) else None
         for block in stage.blocks:
             x = self._run(block, x, mask)
-        return stage.downsample(x).permute(0, 4, 1, 2, 3)
+        neighbours = [x[:, i::2, j::2, k::2] for i, j, k in MERGE_ORDERS[self.merge_order]]
+        x = torch.cat(neighbours, dim=-1)  # (B, X / 2, Y / 2, Z / 2, 8 C)
+        x = stage.downsample.reduction(stage.downsample.norm(x))
+        return x.permute(0, 4, 1, 2, 3)
 
     def _run(self, module, *args):
-        """Call a part of the network, keeping its activations or not."""
-        if self.grad_checkpointing and torch.is_grad_enabled():
-            # There is no dropout, so the state of the random generators need not be kept.
-            return checkpoint(module, *args, use_reentrant=False, preserve_rng_state=False)
-        return module(*args)
+        return run(module, *args, recompute=self.grad_checkpointing)
 
 
 def _channel_norm(x):

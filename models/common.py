@@ -1,0 +1,48 @@
+"""What all backbones do: check the size of their input, and save memory by recomputing."""
+
+import contextlib
+from functools import partial
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+def check_size(name: str, x: torch.Tensor, stride: int) -> None:
+    """Raise a ValueError where `stride` does not divide the size of x, (B, C, X, Y, Z)."""
+    if any(size % stride for size in x.shape[2:]):
+        raise ValueError(f"{name}: size {tuple(x.shape[2:])} not divisible by {stride}")
+
+
+def run(module, *args, recompute: bool):
+    """module(*args), a part of a network.
+
+    Args:
+        recompute: keep no activations for the backward pass but compute them again there. The
+            module must have no dropout: the state of the random generators is not kept.
+    """
+    if not (recompute and torch.is_grad_enabled()):
+        return module(*args)
+    parts = module.modules() if isinstance(module, nn.Module) else ()
+    norms = [part for part in parts if type(part) is nn.BatchNorm3d]
+    # Only where needed: torch.compile cannot trace a context_fn, not even torch's own default.
+    options = {"context_fn": partial(_move_statistics_once, norms)} if norms else {}
+    return checkpoint(module, *args, use_reentrant=False, preserve_rng_state=False, **options)
+
+
+def _move_statistics_once(norms):
+    """Contexts of the forward pass and of computing it again."""
+    return contextlib.nullcontext(), _statistics_kept(norms)
+
+
+@contextlib.contextmanager
+def _statistics_kept(norms):
+    """Running statistics do not move."""
+    before = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        for norm, momentum, count in before:
+            norm.momentum, norm.num_batches_tracked = momentum, count

@@ -1,0 +1,138 @@
+"""SegResNet and SegResNetDS from MONAI's blocks, with the parameter names and numbers of MONAI's.
+
+Myronenko, 3D MRI brain tumor segmentation using autoencoder regularization,
+https://arxiv.org/abs/1810.11654. SuPreM publishes weights of the former, CT-FM of the latter.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from monai.networks import nets
+from torch import nn
+
+from models.common import check_size, run
+
+# variant: feature_size and blocks as published (SuPreM, CT-FM)
+PUBLISHED = {"standard": (16, (1, 2, 2, 4)), "ds": (32, (1, 2, 2, 4, 4))}
+
+
+class SegResNet(nn.Module):
+    """Residual encoder and an additive decoder without its output layer.
+
+    Args:
+        in_channels: channels of the input.
+        decoder: build the decoder; without it only `encode` works.
+        variant: standard (MONAI's SegResNet: GroupNorm, trilinear upsampling; SuPreM) or ds
+            (SegResNetDS: BatchNorm, transposed convolutions; CT-FM).
+        feature_size: channels of the finest map, doubled with each stage; a multiple of 8. None: as
+            published (standard 16, ds 32).
+        blocks: residual blocks per stage of the encoder; the decoder has one per stage. None: as
+            published (standard 1, 2, 2, 4; ds 1, 2, 2, 4, 4).
+        grad_checkpointing: recompute activations in the backward pass.
+
+    Attributes:
+        feature_channels, strides: of the maps of `encode`, finest first.
+        decoder_channels, decoder_strides: of the maps of `decode_all`, finest first.
+        stride: the largest; input sizes must be divisible by it.
+        min_size: the smallest cube, in voxels, that can be a batch of its own: BatchNorm in
+            training needs more than one voxel in the deepest map.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 1,
+        decoder: bool = True,
+        variant: str = "standard",
+        feature_size: int | None = None,
+        blocks: Sequence[int] | None = None,
+        grad_checkpointing: bool = False,
+    ):
+        super().__init__()
+        if variant not in PUBLISHED:
+            raise ValueError(f"segresnet: variant {variant!r} is unknown; choose standard or ds")
+        feature_size = PUBLISHED[variant][0] if feature_size is None else feature_size
+        blocks = tuple(PUBLISHED[variant][1] if blocks is None else blocks)
+        if feature_size < 8 or feature_size % 8:
+            raise ValueError(f"segresnet: feature_size must be a multiple of 8, got {feature_size}")
+        if len(blocks) < 2 or min(blocks) < 1:
+            raise ValueError(f"segresnet: blocks must be at least 2 counts, got {list(blocks)}")
+        self.variant, self.grad_checkpointing = variant, grad_checkpointing
+        self.feature_channels = [feature_size * 2**i for i in range(len(blocks))]
+        self.strides = [2**i for i in range(len(blocks))]
+        self.decoder_channels, self.decoder_strides = self.feature_channels[:-1], self.strides[:-1]
+        self.stride = self.strides[-1]
+        self.min_size = 2 * self.stride if variant == "ds" else self.stride
+
+        sizes = {"in_channels": in_channels, "init_filters": feature_size, "blocks_down": blocks}
+        sizes["blocks_up"] = (1,) * (len(blocks) - 1)
+        if variant == "ds":
+            whole = nets.SegResNetDS(**sizes)
+            self.encoder = whole.encoder
+        else:
+            whole = nets.SegResNet(**sizes)
+            self.convInit, self.down_layers = whole.convInit, whole.down_layers
+        if decoder:
+            self.up_layers = whole.up_layers  # deepest first
+            if variant == "ds":
+                for stage in self.up_layers:
+                    del stage["head"]
+            else:
+                self.up_samples = whole.up_samples
+                self.conv_final = whole.conv_final[:2]  # normalization and ReLU
+
+    def encode(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """Feature maps of an image.
+
+        Args:
+            x: (B, in_channels, X, Y, Z), each size divisible by `stride`, at least `min_size`.
+        Returns:
+            Maps (B, feature_channels[i], X / strides[i], ...), finest first.
+        Raises:
+            ValueError: for a size that `stride` does not divide.
+        """
+        check_size("segresnet", x, self.stride)
+        if self.variant == "ds":
+            first = self.encoder.conv_init
+            downs = [nn.Identity(), *(layer["downsample"] for layer in self.encoder.layers[:-1])]
+            stages = [layer["blocks"] for layer in self.encoder.layers]
+        else:
+            first = self.convInit
+            downs = [layer[0] for layer in self.down_layers]
+            stages = [layer[1:] for layer in self.down_layers]
+        x, maps = first(x), []
+        for down, blocks in zip(downs, stages, strict=True):
+            x = self._run_blocks(blocks, down(x))
+            maps.append(x)
+        return maps
+
+    def decode_all(self, x: torch.Tensor, features: list[torch.Tensor]) -> list[torch.Tensor]:
+        """The decoder's maps.
+
+        Args:
+            x: the image (not used here; other backbones have a skip from it).
+            features: what `encode(x)` returned.
+        Returns:
+            Maps (B, decoder_channels[i], X / decoder_strides[i], ...), finest first. The finest of
+            the standard variant is normalised and rectified, as its output layer wants it.
+        """
+        if self.variant == "ds":
+            ups = [stage["upsample"] for stage in self.up_layers]
+            stages = [stage["blocks"] for stage in self.up_layers]
+        else:
+            ups, stages = self.up_samples, self.up_layers
+        deep, maps = features[-1], []
+        for up, blocks, skip in zip(ups, stages, features[-2::-1], strict=True):
+            deep = self._run_blocks(blocks, up(deep) + skip)
+            maps.append(deep)
+        if self.variant == "standard":
+            maps[-1] = self.conv_final(maps[-1])
+        return maps[::-1]
+
+    def decode(self, x: torch.Tensor, features: list[torch.Tensor]) -> torch.Tensor:
+        """Finest decoder features, before the output layer: the first map of `decode_all`."""
+        return self.decode_all(x, features)[0]
+
+    def _run_blocks(self, blocks, x):
+        for block in blocks:
+            x = run(block, x, recompute=self.grad_checkpointing)
+        return x
