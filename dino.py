@@ -9,6 +9,7 @@ Volumes are (B, C, X, Y, Z) in RAS+ throughout; views are stacked view-major, (v
 import contextlib
 import copy
 import itertools
+import json
 import math
 import sys
 from pathlib import Path
@@ -35,7 +36,7 @@ from utils.plots import plot_crops, plot_curves, plot_feature_pca
 from utils.report import write_training_report
 from utils.runlog import RunLog
 from utils.schema_dino import DinoConfig, impossible_dino
-from utils.state import State, resume, save
+from utils.state import State, report_skipped, resume, save
 from utils.training import (
     Averages,
     Stopped,
@@ -46,6 +47,7 @@ from utils.training import (
     parameter_groups,
     seed_everything,
 )
+from utils.weights import LoadReport, WeightsError, compare_input, load_backbone
 
 CONFIG = Path(__file__).with_name("dino_config.yaml")
 EXIT_BAD_INPUT, EXIT_STOPPED = 2, 75
@@ -174,27 +176,6 @@ def train_step(state: State, batches: list[dict], values: dict, cfg, device) -> 
         target.update_center() if numbers["ok"] else target.forget()
     state.scaler.update()
     return numbers
-
-
-def report_skipped(state: State, numbers: dict, batches: list[dict], cases, cfg, log) -> None:
-    """Count and report a step that was not finite; raise when there were too many in a row."""
-    overflow = cfg.precision == "fp16" and math.isfinite(numbers["loss"])
-    if overflow and state.scaler.get_scale() >= 1:
-        return  # of the scaled gradients only: the scaler has lowered its scale
-    state.bad_steps += 1
-    own = [cases[i].patient for batch in batches for i in batch["index"].tolist()]
-    names = ", ".join(itertools.chain(*distributed.gather_objects(own)))
-    found = f"loss {numbers['loss']}, gradient norm {numbers['grad_norm']}"
-    what = f"step {state.step} skipped: {found}."
-    log.message(f"{what} Patients: {names}")
-    state.warnings[f"step {state.step}"] = (
-        f"{what} log.txt names the patients"  # checkpoints do not
-    )
-    if state.bad_steps >= cfg.max_bad_steps:
-        raise RuntimeError(
-            f"{state.bad_steps} steps in a row were not finite. The last checkpoint is intact; try "
-            "a lower learning_rate, clip_grad=1 or precision=fp32, and look at the patients named"
-        )
 
 
 # ---------------------------------------------------------------------------------- one epoch
@@ -334,10 +315,11 @@ def draw_progress(state: State, entry, cfg, device, log) -> None:
     names = [f"stride {stride}" for stride in teacher.backbone.strides]
     log.image("features", plot_feature_pca(plots / "features.png", volume, maps, names), state.step)
     plot_curves(plots / "curves.png", log.rows, cfg.dino.out_dim, cfg.dino.patch_out_dim)
-    title = f"DINO pre-training: {cfg.experiment}"
-    write_training_report(
-        log, title, PICTURES, list(state.warnings.values()), cfg.model_dump(mode="json")
-    )
+    title, settings = f"DINO pre-training: {cfg.experiment}", cfg.model_dump(mode="json")
+    report = LoadReport(**state.weights) if state.weights else None
+    warnings = [*(report.warnings if report else []), *state.warnings.values()]
+    weights = report.rows() if report else None
+    write_training_report(log, title, PICTURES, warnings, settings, weights)
 
 
 # ---------------------------------------------------------------------------------- main
@@ -390,7 +372,10 @@ def train(cfg, cache, cases, skipped, device, folder: Path, resume_from, stop: S
 
     # ---- model
     d = cfg.dino
-    student = build_network(cfg).to(device)
+    student, report = build_network(cfg).to(device), None
+    if cfg.suprem_weights and not resume_from:
+        report = load_backbone(student.backbone, cfg.suprem_weights)
+        report.warnings += compare_input(report, cfg)
     teacher = copy.deepcopy(student).requires_grad_(False)
     targets = nn.ModuleDict({"dino": TeacherTargets(d.out_dim, d.centering, d.center_momentum)})
     if d.patch_weight > 0:
@@ -408,6 +393,7 @@ def train(cfg, cache, cases, skipped, device, folder: Path, resume_from, stop: S
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.precision == "fp16")
     schedule = build_schedule(cfg, steps_per_epoch)
     state = State(modules, optimizer, scaler, steps_per_epoch)
+    state.weights = report.to_dict() if report else None
 
     # ---- resume
     if resume_from:
@@ -416,6 +402,10 @@ def train(cfg, cache, cases, skipped, device, folder: Path, resume_from, stop: S
     if distributed.is_main():
         (folder / "plots").mkdir(exist_ok=True)
         save_resolved(cfg, folder / "config.yaml")
+        if state.weights:
+            (folder / "weights.json").write_text(json.dumps(state.weights, indent=1))
+    if report:
+        log.message(str(report))
     log.message(
         f"{', '.join(f'{len(found)} {name}' for name, found in cases.items())} cases, "
         f"{len(skipped)} problems; {cfg.backbone}, "
@@ -473,6 +463,8 @@ def main(argv: list[str]) -> int:
     resume_from = checkpoint.find(folder / "checkpoints", cfg.resume_training_from)
     if not (resume_from or check_only or cfg.test_ckpt):
         checkpoint.refuse_existing(folder)
+    if cfg.suprem_weights and not resume_from:  # a wrong file fails before hours of reading scans
+        load_backbone(build_network(cfg).backbone, cfg.suprem_weights)
     seed_everything(cfg.seed)
 
     # ---- data
@@ -495,7 +487,7 @@ def main(argv: list[str]) -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
-    except (ConfigError, CasesError, CheckpointError) as e:
+    except (ConfigError, CasesError, CheckpointError, WeightsError) as e:
         if distributed.is_main():
             print(e, file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)

@@ -12,6 +12,7 @@ import torch
 
 import dino
 from data.cases import CasesError
+from models.backbones import build_backbone
 from tests.conftest import CANARY, ROOT, equal, read_cases, write_cases
 from utils import checkpoint
 from utils.checkpoint import CheckpointError
@@ -110,13 +111,24 @@ def test_the_backbone_file_is_the_best_teachers_encoder(trained):
     assert backbone["settings"]["backbone"] == "resunet" and backbone["step"] == best["step"]
 
 
-def test_swinunetr_trains(train, tmp_path):
-    sizes = [f"crops.{name}_size=[32,32,32]" for name in ("region", "global", "local")]
-    network = ["backbone=swinunetr", "swinunetr.feature_size=12", "grad_checkpointing=true"]
-    few = ["train_folds=[2]", "val_folds=[]", "crops.num_local=1", "n_epochs=1"]
-    assert train(*network, *sizes, *few, "experiment=x") == 0
-    settings = checkpoint.load(tmp_path / "x" / "checkpoints" / "backbone.pt")["settings"]
-    assert settings["swinunetr"] == {"feature_size": 12, "use_v2": False}
+@pytest.mark.parametrize(
+    "backbone, size, options",
+    [
+        ("swinunetr", 32, {"feature_size": 12, "use_v2": False}),
+        ("unet", 16, {"feature_size": 4}),
+        ("segresnet", 8, {"variant": "standard", "feature_size": 8, "blocks": [1, 1]}),
+        ("segresnet", 8, {"variant": "ds", "feature_size": 8, "blocks": [1, 1, 1]}),
+    ],
+)
+def test_other_backbones_train(backbone, size, options, train, tmp_path):
+    crops = ["crops.region_size=[32,32,32]", "crops.global_size=[32,32,32]"]
+    crops += [f"crops.local_size=[{size},{size},{size}]", "crops.num_local=1"]
+    network = [f"{backbone}.{key}={json.dumps(value)}" for key, value in options.items()]
+    few = ["train_folds=[2]", "val_folds=[]", "n_epochs=1", "grad_checkpointing=true"]
+    assert train(f"backbone={backbone}", *network, *crops, *few, "experiment=x") == 0
+    saved = checkpoint.load(tmp_path / "x" / "checkpoints" / "backbone.pt")
+    assert saved["settings"][backbone] == options
+    build_backbone(backbone, decoder=False, **options).load_state_dict(saved["backbone"])
 
 
 def test_without_val_folds_labels_masks_and_local_crops(train, tmp_path):

@@ -5,10 +5,12 @@ renamed. torch.save stores a CRC-32 of every record, which torch.load ignores an
 """
 
 import os
-import zipfile
 from pathlib import Path
 
 import torch
+
+from utils import weight_files
+from utils.weight_files import WeightsError
 
 FORMAT = 1
 
@@ -40,22 +42,17 @@ def load(path: str | Path, map_location="cpu") -> dict:
     Raises:
         CheckpointError: missing, truncated or damaged file, or one that `save` did not write.
     """
-    path = Path(path)
-    if not path.is_file():
+    if not Path(path).exists():
         raise CheckpointError(f"{path}: no such checkpoint")
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-    except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError) as e:
-        raise CheckpointError(f"{path}: not a checkpoint, or one cut short ({e})") from e
-    if damaged is not None:
-        raise CheckpointError(f"{path}: damaged, checksum of {damaged} does not match")
-    try:
-        state = torch.load(path, map_location=map_location, weights_only=True)
-    except Exception as e:  # torch raises many kinds; each means that the file is not ours
-        raise CheckpointError(f"{path}: cannot be read ({str(e).splitlines()[0]})") from e
+        state = weight_files.read(path, map_location).content
+    except WeightsError as e:
+        raise CheckpointError(str(e)) from e
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: not a checkpoint of this repository, format {FORMAT}")
+        raise CheckpointError(
+            f"{path}: not a checkpoint of this repository (format {FORMAT}); weights from "
+            "elsewhere go into suprem_weights"
+        )
     return state
 
 
@@ -110,15 +107,21 @@ def check_settings(path: str | Path, state: dict, expected: dict) -> None:
     Raises:
         CheckpointError: listing each setting that differs.
     """
-    if "modules" not in state:
-        raise CheckpointError(f"{path}: holds a backbone only; take best.pt or last.pt beside it")
     found, wanted = _flat(state.get("settings", {})), _flat(expected)
+    key = "suprem_weights" if wanted.get("stage") == "dino" else "dino_weights"
+    if "modules" not in state:
+        raise CheckpointError(
+            f"{path}: holds a backbone only; to start from it set {key}, to go on with its run "
+            "take last.pt beside it"
+        )
     different = [
-        f"  {key}: {found.get(key, 'absent')} in the checkpoint, {wanted.get(key, 'absent')} here"
-        for key in dict.fromkeys([*wanted, *found])
-        if found.get(key) != wanted.get(key)
+        f"  {k}: {found.get(k, 'absent')} in the checkpoint, {wanted.get(k, 'absent')} here"
+        for k in dict.fromkeys([*wanted, *found])
+        if found.get(k) != wanted.get(k)
     ]
     if different:
+        if found.get("stage") != wanted.get("stage"):
+            different.append(f"  weights of another stage go into {key}")
         raise CheckpointError("\n".join([f"{path}: does not fit the config", *different]))
 
 

@@ -25,14 +25,15 @@ Schema = TypeVar("Schema", bound=BaseModel)
 Impossible = Callable[[Mapping[str, Any]], list[tuple[str, str]]]
 COMMAND_LINE = "command line"
 OPTIONS = ("--config", "--check", "--help")
+NO_OPTIONS: Mapping[str, str] = {}
 PACKAGES = ("torch", "monai", "numpy", "scipy", "nibabel", "pydicom", "blosc2", "scikit-learn")
 USAGE = """\
-usage: python {script} [key=value | section.key=value ...] [--config FILE] [--check] [--help]
+usage: python {script} [key=value | section.key=value ...] [--config FILE] {flags}
 
   key=value       override a key of the config file; values are written as there
   --config FILE   read FILE in place of {default}
   --check         read every row of the CSV, list all problems, train nothing
-  --help          this text
+{more}  --help          this text
 
 The keys, with their defaults in {default}:"""
 
@@ -58,7 +59,11 @@ class ConfigError(ValueError):
 
 
 def parse_command_line(
-    argv: list[str], default_config: str | Path, schema: type[Schema], impossible: Impossible
+    argv: list[str],
+    default_config: str | Path,
+    schema: type[Schema],
+    impossible: Impossible,
+    more_options: Mapping[str, str] = NO_OPTIONS,
 ) -> tuple[Schema, bool]:
     """Read the config file, apply the overrides, check everything.
 
@@ -67,15 +72,17 @@ def parse_command_line(
         default_config: the YAML file that is read unless --config names another.
         schema: the pydantic model.
         impossible: finds values that are valid by themselves but not together.
+        more_options: {"--option": its line of --help} of options that this script has besides.
     Returns:
         the config; whether --check was given.
     Raises:
         ConfigError: with every problem of the file and the command line.
         SystemExit: 0, after printing --help.
     """
-    path, flags, overrides, problems = _split_arguments(argv, default_config)
+    options = [*OPTIONS, *more_options]
+    path, flags, overrides, problems = _split_arguments(argv, default_config, options)
     if flags & {"--help", "-h"}:
-        print(help_text(default_config))
+        print(help_text(default_config, more_options))
         raise SystemExit(0)
     try:
         values, lines, found = read_yaml(path)
@@ -124,7 +131,7 @@ def read_yaml(path: str | Path) -> tuple[dict[str, Any], dict[str, int], list[Co
     )
 
 
-def _split_arguments(argv: list[str], default_config: str | Path):
+def _split_arguments(argv: list[str], default_config: str | Path, options: list[str]):
     """(config file, options given, [(key, text of the value)], problems)."""
     path, flags, overrides, problems = Path(default_config), set(), [], []
 
@@ -142,11 +149,11 @@ def _split_arguments(argv: list[str], default_config: str | Path):
                 wrong(name, "given twice")
             path = Path(text or path)
             flags.add(name)
-        elif argument in (*OPTIONS, "-h"):
+        elif argument in (*options, "-h"):
             flags.add(argument)
         elif argument.startswith("-"):
             key = name.lstrip("-").replace("-", "_")
-            near = nearest(name, list(OPTIONS))
+            near = nearest(name, options)
             what = f"unknown option; nearest: {near}" if near else "unknown option"
             wrong(argument, f"{what}; to override a key, write {key}=value")
         elif not equals:
@@ -265,11 +272,14 @@ def nearest(word: str, choices: list[str]) -> str | None:
 
 
 # ---- help and the resolved config
-def help_text(path: str | Path) -> str:
+def help_text(path: str | Path, more_options: Mapping[str, str] = NO_OPTIONS) -> str:
     """Usage, and every key of a YAML file with its value and comment under the file's headings."""
     text = read_text(path)
     lines = text.splitlines()
-    result = [USAGE.format(script=Path(sys.argv[0]).name, default=Path(path).name)]
+    flags = " ".join(f"[{name}]" for name in ("--check", *more_options, "--help"))
+    more = "".join(f"  {name:<14}  {what}\n" for name, what in more_options.items())
+    script, default = Path(sys.argv[0]).name, Path(path).name
+    result = [USAGE.format(script=script, default=default, flags=flags, more=more)]
     section = ""
     for key, key_node, value_node in strict_yaml.walk(yaml.compose(text, strict_yaml.Loader)):
         line = key_node.start_mark.line

@@ -138,7 +138,12 @@ def _flat(values, prefix=""):
 
 
 def write_training_report(
-    log, title: str, pictures: dict[str, str], warnings: Sequence[str], settings: dict
+    log,
+    title: str,
+    pictures: dict[str, str],
+    warnings: Sequence[str],
+    settings: dict,
+    weights: dict | None = None,
 ) -> None:
     """<experiment>/report.html of a training run.
 
@@ -146,6 +151,7 @@ def write_training_report(
         log: the RunLog.
         pictures: file in plots/ -> caption; those that do not exist are left out.
         warnings, settings: as they stand.
+        weights: the table of the weights it started from; None: random ones.
     """
     left_out = [f"{p.patient} (line {p.row} of the CSV): {p.what}" for p in log.skipped]
     found = [(log.folder / "plots" / name, caption) for name, caption in pictures.items()]
@@ -155,6 +161,7 @@ def write_training_report(
         Section("Last epoch", log.rows[-1:]),
         Section("Pictures", [item for item in found if item[0].exists()]),
         Section("Epochs", [log.rows]),
+        Section("Weights it started from", [weights or {}]),
         Section("Settings", [settings]),
     ]
     write_report(log.folder / "report.html", title, sections)

@@ -18,3 +18,13 @@ def linear_then_constant(start: float, end: float, num_steps: int, ramp_steps: i
     ramp_steps = min(ramp_steps, num_steps)
     ramp = np.linspace(start, end, ramp_steps, endpoint=False)
     return np.concatenate([ramp, np.full(num_steps - ramp_steps, end)])
+
+
+def poly(
+    start: float, end: float, num_steps: int, warmup_steps: int = 0, power: float = 0.9
+) -> np.ndarray:
+    """Linear from 0 to `start`, then (1 - part of the rest)^power towards `end` (nnU-Net)."""
+    warmup_steps = min(warmup_steps, num_steps)
+    warmup = np.linspace(0, start, warmup_steps, endpoint=False)
+    part = np.arange(num_steps - warmup_steps) / max(num_steps - warmup_steps, 1)
+    return np.concatenate([warmup, end + (start - end) * (1 - part) ** power])

@@ -30,6 +30,7 @@ from utils.fields import (
 WEIGHTS = ("suprem_weights", "dino_weights", "resume_training_from", "test_ckpt")
 FOLDS = ("train_folds", "val_folds", "test_folds")
 SWINUNETR_STRIDE, SWINUNETR_MAPS = 32, 5  # patch embedding / 2, then four stages to / 32
+UNET_STAGES, SEGRESNET_STAGES = 4, {"standard": 4, "ds": 5}  # each after the first halves
 Values = Mapping[str, Any]  # {dotted key: valid value}
 Wrong = Iterator[tuple[str, str]]  # dotted key, what is wrong with it
 
@@ -44,6 +45,18 @@ class SwinUNETR(BaseModel):
     model_config = STRICT
     feature_size: Annotated[int, Field(ge=12, multiple_of=12)]
     use_v2: bool
+
+
+class UNet(BaseModel):
+    model_config = STRICT
+    feature_size: Annotated[int, Field(ge=2, multiple_of=2)]
+
+
+class SegResNet(BaseModel):
+    model_config = STRICT
+    variant: Literal["standard", "ds"]
+    feature_size: Annotated[int, Field(ge=8, multiple_of=8)] | None
+    blocks: Annotated[list[Positive], Field(min_length=2)] | None
 
 
 class Data(BaseModel):
@@ -62,14 +75,17 @@ class Run(BaseModel):
     results_dir: PathText
     cache_dir: PathText
     csv_path: PathText
-    train_folds: Annotated[Texts, Field(min_length=1)]
+    train_folds: Texts
     val_folds: Texts
     test_folds: Texts
+    suprem_weights: PathText | None
     resume_training_from: PathText | None
     test_ckpt: PathText | None
-    backbone: Literal["resunet", "swinunetr"]
+    backbone: Literal["resunet", "swinunetr", "unet", "segresnet"]
     resunet: ResUNet
     swinunetr: SwinUNETR
+    unet: UNet
+    segresnet: SegResNet
     grad_checkpointing: bool
     compile: bool
     n_epochs: Positive
@@ -93,6 +109,8 @@ class Run(BaseModel):
 def impossible_run(values: Values) -> Wrong:
     """Two sources of weights, a fold in two parts, a schedule longer than the run."""
     chosen = [key for key in WEIGHTS if values.get(key) is not None]
+    if values.get("resume_training_from") == "auto" and values.get("test_ckpt") is None:
+        chosen.remove("resume_training_from")  # a requeued run's first start may need weights
     for key in chosen[1:]:
         yield key, f"set, and so is {chosen[0]}: at most one source of weights may be"
     used = {}
@@ -101,6 +119,8 @@ def impossible_run(values: Values) -> Wrong:
             if fold in used:
                 yield key, f"fold {fold} is in {used[fold]} too"
             used.setdefault(fold, key)
+    if values.get("test_ckpt") is None and values.get("train_folds") == []:
+        yield "train_folds", "empty: nothing to train on"
     if values.get("test_ckpt") is not None and values.get("test_folds") == []:
         yield "test_folds", "empty, but test_ckpt is set"
     yield from longer_than_run("warmup_epochs", values)
@@ -118,8 +138,12 @@ def longer_than_run(key: str, values: Values) -> Wrong:
         yield key, f"{values[key]}: more than n_epochs {values['n_epochs']}"
 
 
-def impossible_size(key: str, values: Values, largest: tuple[int, ...] | None = None) -> Wrong:
-    """An input size that the backbone cannot take; the nearest one is at most `largest`."""
+def impossible_size(
+    key: str, values: Values, largest: tuple[int, ...] | None = None, decoder: bool = False
+) -> Wrong:
+    """An input size that the backbone, with its decoder or without, cannot take; the nearest one
+    is at most `largest`.
+    """
     size, (stride, _) = values.get(key), stride_and_maps(values)
     if size is None or stride is None:
         return
@@ -130,16 +154,29 @@ def impossible_size(key: str, values: Values, largest: tuple[int, ...] | None = 
     if any(n % stride for n in size):
         what = f"{size}: must be divisible by {stride} for {values['backbone']}"
         yield key, f"{what}; nearest: {rounded}"
-    elif values["backbone"] == "resunet" and max(size) == stride:
-        what = f"{size}: leaves one voxel at the deepest stage, which InstanceNorm cannot take"
+    elif max(size) == stride and _normalizes_deepest_map(values, decoder):
+        what = f"{size}: leaves one voxel at the deepest stage, too little for its normalization"
         yield key, f"{what}; nearest: {[2 * stride] * 3}"
+
+
+def _normalizes_deepest_map(values: Values, decoder: bool) -> bool:
+    """Whether a norm takes its statistics over the voxels of the deepest map."""
+    if values["backbone"] == "swinunetr":
+        return decoder
+    return values["backbone"] != "segresnet" or values.get("segresnet.variant") == "ds"
 
 
 def stride_and_maps(values: Values) -> tuple[int | None, int | None]:
     """The backbone's stride and the number of maps `encode` returns; None where not known."""
-    if values.get("backbone") == "swinunetr":
+    backbone, stages = values.get("backbone"), None
+    if backbone == "swinunetr":
         return SWINUNETR_STRIDE, SWINUNETR_MAPS
-    if values.get("backbone") == "resunet" and "resunet.features" in values:
+    if backbone == "resunet" and "resunet.features" in values:
         stages = len(values["resunet.features"])
-        return 2 ** (stages - 1), stages
-    return None, None
+    elif backbone == "unet":
+        stages = UNET_STAGES
+    elif backbone == "segresnet" and values.get("segresnet.blocks"):
+        stages = len(values["segresnet.blocks"])
+    elif backbone == "segresnet" and "segresnet.blocks" in values:
+        stages = SEGRESNET_STAGES.get(values.get("segresnet.variant"))
+    return (None, None) if stages is None else (2 ** (stages - 1), stages)

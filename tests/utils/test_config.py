@@ -84,7 +84,8 @@ def test_code_reads_every_key():
     for key in schema_keys(DinoConfig):
         section, _, name = key.rpartition(".")
         # the sections of the backbones are passed on as **options
-        read = parameters if section in ("resunet", "swinunetr") else attributes
+        backbones = ("resunet", "swinunetr", "unet", "segresnet")
+        read = parameters if section in backbones else attributes
         if name not in read:
             unread.append(key)
     assert unread == []

@@ -1,0 +1,203 @@
+"""Where in a file of weights a backbone's tensors are.
+
+Every name is looked up from its end: the names that fit with the same shape vote for the containers
+and prefixes they stand below, and the most votes win, so that no layout needs a rule of its own.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+ENOUGH = 0.95  # of the encoder's tensors
+WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+RENAMES = (
+    (r"\.mlp\.fc([12])\.", r".mlp.linear\1."),  # model_swinvit.pt: Swin before it came to MONAI
+    (r"(^|\.)layers([1-4])\.0\.0\.", r"\1layers\2.0."),  # ssl_pretrained_weights.pth
+    (r"\.all_modules\.0\.", ".conv."),  # the second name of each layer in nnU-Net's networks
+    (r"\.all_modules\.1\.", ".norm."),
+)
+ENCODERS = ("swinViT.", "encoder.", "down_tr", "convInit.", "down_layers.")  # what `encode` needs
+ROOTS = ("", "swinViT.", "encoder.")  # parts of ours that files of an encoder alone leave out
+LAYERS = ("swinViT.layers", "encoder.stages.", "encoder.layers.", "down_layers.", "down_tr")
+INPUT_LAYERS = {  # weights whose second axis is the image's channels
+    "swinViT.patch_embed.proj.weight",
+    "encoder1.layer.conv1.conv.weight",
+    "encoder1.layer.conv3.conv.weight",
+    "encoder.stem.convs.0.conv.weight",
+    "down_tr64.ops.0.conv1.weight",
+    "convInit.conv.weight",
+    "encoder.conv_init.weight",
+}
+INDEX = "relative_position_index"  # a function of the window's size: the network's own is used
+BOOKKEEPING = (INDEX, "num_batches_tracked")  # no weights: may be missing
+Tensors = Mapping[str, torch.Tensor]
+
+
+@dataclass
+class Match:
+    """used: {tensor of ours: name in the file}. adapted: those of them with other input channels.
+
+    container: what stands before the encoder's names in the file.
+    other_shape: {tensor of ours: name in the file} where the shapes differ.
+    extra: layers in the file that ours does not have, such as more blocks: another network's.
+    """
+
+    used: dict[str, str] = field(default_factory=dict)
+    container: str = ""
+    adapted: list[str] = field(default_factory=list)
+    other_shape: dict[str, str] = field(default_factory=dict)
+    extra: list[str] = field(default_factory=list)
+
+
+# ---- names
+def leaves(content: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Tensors, and all else, by dotted names through nested dicts and lists."""
+    tensors, others, stack, seen = {}, {}, [("", content)], set()
+    while stack:
+        name, value = stack.pop()
+        if isinstance(value, Mapping | list | tuple):
+            if id(value) in seen:  # the same dict under two names, or within itself
+                continue
+            seen.add(id(value))
+            items = value.items() if isinstance(value, Mapping) else _nested_items(value)
+            stack += [(f"{name}.{key}" if name else str(key), x) for key, x in reversed(items)]
+        elif isinstance(value, torch.Tensor) and _is_plain(value):
+            tensors[name] = value
+        else:
+            others[name] = value
+    return tensors, others
+
+
+def _nested_items(values: list | tuple) -> list[tuple[int, Any]]:
+    """What may hold tensors of a list, which may be a long one of numbers."""
+    kinds = (Mapping, list, tuple, torch.Tensor)
+    return [(i, x) for i, x in enumerate(values) if isinstance(x, kinds)]
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    dense = tensor.layout == torch.strided and not tensor.is_nested
+    return dense and not (tensor.is_quantized or tensor.is_complex() or tensor.is_meta)
+
+
+def unwrapped(name: str) -> str:
+    """A name without the parts that DDP, torch.compile, FSDP and the like put into it."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
+def plain(name: str) -> str:
+    """A name without wrapper parts, and with the names of ours."""
+    name = unwrapped(name)
+    for pattern, replacement in RENAMES:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _splits(name: str) -> Iterator[tuple[str, str]]:
+    """a.b.c -> ("", a.b.c), (a, b.c), (a.b, c)"""
+    parts = name.split(".")
+    return ((".".join(parts[:i]), ".".join(parts[i:])) for i in range(len(parts)))
+
+
+# ---- matching
+def find(tensors: Tensors, targets: Tensors) -> Match:
+    """Where in the file the encoder and the decoder are, and which tensor goes where.
+
+    Of a student and a teacher the teacher is taken. The decoder is looked for where the encoder is
+    and in the containers around it.
+
+    Args:
+        tensors: of the file, by their full names.
+        targets: of the backbone.
+    """
+    places = {}  # (prefix in the file, prefix of ours that it leaves out) -> {target: name in file}
+    by_name = {}
+    for raw in sorted(tensors, key=lambda raw: plain(raw) != raw):  # not renamed: first choice
+        name = plain(raw)
+        by_name.setdefault(name, raw)
+        for head, tail in _splits(name):
+            for root in ROOTS:
+                target = targets.get(root + tail)
+                if target is not None and _fits(tensors[raw], target, tail):
+                    places.setdefault((head, root), {}).setdefault(root + tail, raw)
+    encoders = {p: sum(x.startswith(ENCODERS) for x in found) for p, found in places.items()}
+    decoders = {p: len(found) - encoders[p] for p, found in places.items()}
+    most = max(encoders.values(), default=0)
+    if most == 0:
+        return Match()
+
+    def decoder_of(head):
+        """Of the places at or above `head`, the one with most of the decoder; else the nearest."""
+        above = [p for p in places if f"{head}.".startswith(f"{p[0]}." if p[0] else "")]
+        return max(above, key=lambda p: (decoders[p], len(p[0])))
+
+    def preference(place):
+        head = place[0]
+        network = ("teacher" in head) - ("student" in head)
+        return network, encoders[place], decoders[decoder_of(head)], -len(head)
+
+    encoder = max((p for p in places if encoders[p] >= ENOUGH * most), key=preference)
+    decoder = decoder_of(encoder[0])
+    match = Match(container=encoder[0])
+    match.used = {x: raw for x, raw in places[encoder].items() if x.startswith(ENCODERS)}
+    match.used |= {x: raw for x, raw in places[decoder].items() if not x.startswith(ENCODERS)}
+    for name in [x for x in targets if x not in match.used and not x.endswith(BOOKKEEPING)]:
+        head, root = encoder if name.startswith(ENCODERS) else decoder
+        raw = by_name.get(f"{head}.{name.removeprefix(root)}".removeprefix("."))
+        if raw is None:
+            continue
+        if name in INPUT_LAYERS and _differ_in_channels(tensors[raw], targets[name]):
+            match.used[name] = raw
+            match.adapted.append(name)
+        else:
+            match.other_shape[name] = raw
+    head, root = encoder
+    inside = [x.removeprefix(f"{head}.") for x in by_name if not head or x.startswith(f"{head}.")]
+    match.extra = [root + x for x in inside if (root + x).startswith(LAYERS)]
+    match.extra = [x for x in match.extra if x not in targets]
+    # The strides of nnU-Net's encoder show in the kernels of its decoder only; ours are all 2.
+    ups = [x for x in by_name if re.search(r"(^|\.)decoder\.transpconvs\.\d+\.weight$", x)]
+    match.extra += [x for x in ups if tensors[by_name[x]].shape[2:] != (2, 2, 2)]
+    return match
+
+
+def _fits(tensor: torch.Tensor, target: torch.Tensor, name: str) -> bool:
+    same_kind = tensor.is_floating_point() == target.is_floating_point() or name.endswith(INDEX)
+    return tensor.shape == target.shape and same_kind
+
+
+def _differ_in_channels(tensor: torch.Tensor, target: torch.Tensor) -> bool:
+    one, two = list(tensor.shape), list(target.shape)
+    return len(one) == len(two) and one[:1] + one[2:] == two[:1] + two[2:] and one[1] > 0
+
+
+def to_channels(weight: torch.Tensor, channels: int) -> torch.Tensor:
+    """(out, C, x, y, z) for another number of input channels: repeated and divided, or added up, so
+    that an image with equal channels gives what it gave before.
+    """
+    given = weight.shape[1]
+    if channels < given:
+        shape = (weight.shape[0], channels, *weight.shape[2:])
+        return weight.new_zeros(shape).index_add_(1, torch.arange(given) % channels, weight)
+    source = torch.arange(channels) % given
+    repeats = torch.bincount(source)[source].view(1, -1, *[1] * (weight.ndim - 2))
+    return weight[:, source] / repeats
+
+
+def unused(tensors: Tensors, match: Match) -> tuple[list[str], list[str]]:
+    """Names in the file of tensors that hold a used one again, and of all others not used."""
+    duplicates, ignored, used = [], [], set(match.used.values())
+    for raw in [raw for raw in tensors if raw not in used]:
+        targets = [root + tail for _, tail in _splits(plain(raw)) for root in ROOTS]
+        again = [tensors[match.used[x]] for x in targets if x in match.used]
+        same = any(_same(tensors[raw], tensor) for tensor in again)
+        (duplicates if same else ignored).append(raw)
+    return duplicates, ignored
+
+
+def _same(one: torch.Tensor, two: torch.Tensor) -> bool:
+    if one.shape != two.shape or one.dtype != two.dtype:
+        return False
+    return one.data_ptr() == two.data_ptr() or torch.equal(one, two)
