@@ -5,9 +5,10 @@
 <folder>/demo.csv          PatientID,path,fold,lesion,sex,seg_path    for DINO and classification
 <folder>/segmentation.csv  PatientID,img_path,seg_path,fold
 <folder>/dicom/<PatientID>/  one axial series, about 50 slices of 128 x 128, 3 x 3 x 5 mm
-<folder>/masks/<PatientID>.nii.gz  1 liver, 2 kidneys, 3 spleen, 4 lesion (metastases in the liver)
+<folder>/masks/<PatientID>.nii.gz  1 liver, 2 kidneys, 3 spleen, 4 lesion (tumours in the liver)
 
-Half of the patients have lesions; sex shows in the amount of muscle and fat. The same seed gives
+Half of the patients have lesions, full of iodised oil as after chemoembolisation: 14 patients are
+enough to learn what they look like; sex shows in the amount of muscle and fat. The same seed gives
 the same bytes.
 """
 

@@ -66,7 +66,7 @@ def make_phantom(rng, male, lesion, shape=(128, 128, 48), spacing_mm=(3.0, 3.0, 
     """Draw one patient.
 
     rng: numpy Generator. male: more muscle and visceral fat, less under the skin. lesion: one to
-    four hypodense metastases in the liver.
+    four tumours in the liver.
     Returns hu (X, Y, Z) int16 and labels (X, Y, Z) uint8 (see LABELS); index order and axes are
     those of axial DICOM slices: x to the patient's left, y to the back, z to the head.
     """
@@ -242,16 +242,14 @@ def _great_vessels(c, enhancement, lungs):
 
 
 def _lesions(c, rng, liver):
-    """One to four metastases of 8-20 mm radius, darkest in the middle."""
+    """One to four tumours of 8-20 mm radius full of iodised oil, as after chemoembolisation."""
     candidates = np.argwhere(binary_erosion(liver, iterations=2))
-    parenchyma = np.median(c.hu[liver])
     for _ in range(rng.integers(1, 5)):
         i = tuple(candidates[rng.integers(len(candidates))])
         radii = rng.uniform(9, 18) * rng.uniform(0.85, 1.15, 3)
         r = c.blob((c.x[i], c.y[i], c.z[i]), radii)
         where = (r < 1) & liver
-        depth = rng.uniform(45, 70)
-        c.fill(where, (parenchyma - depth * (1 - 0.35 * r**2))[where], "lesion")
+        c.fill(where, (rng.uniform(450, 850) * (1 - 0.35 * r**2))[where], "lesion")
 
 
 def _table(c, rng, shape, spacing_mm):

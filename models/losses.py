@@ -118,10 +118,14 @@ def koleo_loss(features: torch.Tensor, eps: float = 1e-8) -> torch.Tensor:
     """-log of the distance to the nearest other sample of the batch, over all ranks.
 
     Args:
-        features: (B, D) of one view; samples of the same case must not be in it twice.
+        features: (B, D) of one view. Two samples of the same case are pushed apart like others.
+    Returns:
+        scalar; 0 for one sample, which has no neighbour.
     """
     features = F.normalize(features.float(), dim=-1, eps=eps)
     everyone = concat_over_ranks(features)  # (world_size * B, D)
+    if len(everyone) == 1:
+        return 0.0 * features.sum()
     own = rank() * len(features) + torch.arange(len(features))
     with torch.no_grad():
         similarity = features @ everyone.T

@@ -108,6 +108,7 @@ def test_koleo_is_minus_log_distance_to_the_nearest_other():
     distances = torch.cdist(x, x) + 10 * torch.eye(5)
     expected = -distances.min(dim=1).values.log().mean()
     torch.testing.assert_close(koleo_loss(x), expected, rtol=1e-4, atol=1e-4)
+    assert koleo_loss(x[:1]) == 0, "one sample has no neighbour"
 
 
 def test_losses_are_in_fp32_under_autocast():
