@@ -16,17 +16,18 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
-import pydicom
-from nibabel.filebasedimages import ImageFileError
-from pydicom.errors import InvalidDicomError
 from tqdm import tqdm
 
 from data.cases import Case
+from data.dicom_elements import NotDicom
+from data.dicom_header import read_header
+from data.dicom_pixels import check_pixels
 from data.entry import FORMAT, CacheEntry, write_entry
+from data.nifti import read_nifti_grid
 from data.readers import VolumeError
 from data.standard import StandardForm, standard_transform
+from data.volume import spacing_of
 from utils.parallel import in_processes
 
 BYTES_PER_VOXEL = 1.2  # in the cache; CT 0.95 to 1.1, MR 1.2 to 1.7
@@ -117,7 +118,7 @@ class VolumeCache:
         sample = [cases[i] for i in np.linspace(0, len(cases) - 1, SAMPLE).round().astype(int)]
         sample = list({case.path: case for case in sample}.values())
         with ThreadPoolExecutor(16) as threads:
-            sizes = list(threads.map(partial(_estimate, spacing=self.form.spacing), sample))
+            sizes = list(threads.map(partial(_estimate, form=self.form), sample))
         return int(np.mean(sizes) * len(cases))
 
     def _check_space(self, cases: list[Case]) -> None:
@@ -202,22 +203,32 @@ def _report(case: Case, error: VolumeError, on_error: Callable | None) -> None:
     on_error(case, error)
 
 
-def _estimate(case: Case, spacing: tuple | None) -> float:
+def _estimate(case: Case, form: StandardForm) -> float:
     """Roughly the bytes of one case in the cache, from a header; failing that, its size on disk."""
+    if form.size is not None:
+        return float(np.prod(form.size, dtype=float)) * BYTES_PER_VOXEL
     sources = fingerprint(case.path)
     try:
-        if case.path.endswith((".nii", ".nii.gz")):
-            header = nib.load(case.path).header
-            shape, zooms = header.get_data_shape()[:3], header.get_zooms()[:3]
-        else:
-            header = pydicom.dcmread(sources[len(sources) // 2][0], stop_before_pixels=True)
-            slices = int(header.get("NumberOfFrames") or len(sources))
-            shape = (int(header.Rows), int(header.Columns), slices)
-            zooms = (*header.PixelSpacing, header.get("SliceThickness") or 1)
-    except (OSError, ValueError, AttributeError, InvalidDicomError, ImageFileError):
+        shape, spacing = _read_grid(Path(case.path), [Path(path) for path, _, _ in sources])
+    except (VolumeError, NotDicom, OSError):
         return float(sum(size for _, size, _ in sources))
-    scale = 1.0 if spacing is None else float(np.prod(zooms, dtype=float) / np.prod(spacing))
-    return float(np.prod(shape, dtype=float)) * scale * BYTES_PER_VOXEL
+    voxels = np.prod(shape, dtype=float)
+    if form.spacing is not None:
+        voxels *= np.prod(spacing, dtype=float) / np.prod(form.spacing)
+    return float(voxels) * BYTES_PER_VOXEL
+
+
+def _read_grid(path: Path, sources: list[Path]) -> tuple[tuple, tuple]:
+    """Shape and spacing by one header; of a DICOM folder that of a file from its middle."""
+    if path.name.lower().endswith((".nii", ".nii.gz")):
+        shape, affine = read_nifti_grid(path)
+        return shape, tuple(spacing_of(affine))
+    image = read_header(sources[len(sources) // 2])
+    if image is None or not image.frames or not image.frames[0].spacing:
+        raise VolumeError(f"{path}: no image with a spacing")
+    check_pixels(image)
+    frame, slices = image.frames[0], max(image.num_frames, len(sources))
+    return (image.rows, image.columns, slices), (*frame.spacing, *(frame.thickness or [1.0]))
 
 
 def _remove_stale_files(cache_dir: Path) -> None:

@@ -3,6 +3,7 @@
 import csv
 import io
 import os
+import unicodedata
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from utils.files import expand_path, read_text
 MODALITIES = get_args(Modality)
 # Kinds of problem that belong to one volume: such a case can be left out. The others (a patient in
 # train and val, a misspelt column) would make the run's results wrong or are quickly mended.
-SKIPPABLE = ("paths", "unreadable volumes", "geometry")
+SKIPPABLE = ("paths", "unreadable volumes", "geometry", "masks")
 SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
 
 
@@ -41,7 +42,8 @@ class CasesError(ValueError):
 
 @dataclass(frozen=True)
 class Case:
-    """One row of the CSV. labels: {column: text}, "" where missing, only the columns asked for."""
+    """One row of the CSV. labels: {column: text}, "" where missing, of those columns asked for
+    that there are."""
 
     patient: str
     path: str  # absolute
@@ -58,6 +60,7 @@ def read_cases(
     folds: Mapping[str, Sequence[str]],
     label_columns: Sequence[str] = (),
     path_columns: Sequence[str] = ("path",),
+    optional_columns: Sequence[str] = (),
 ) -> tuple[list[Case], list[Problem]]:
     """Read all rows, of whatever fold.
 
@@ -67,6 +70,7 @@ def read_cases(
         folds: {"train": fold values, "val": ..., "test": ...}.
         label_columns: columns kept as `Case.labels`.
         path_columns: names of the image column, the first that the CSV has is taken.
+        optional_columns: kept as labels too, where the CSV has them.
     Returns:
         the cases whose rows could be used; all problems, in the order of the rows.
     """
@@ -76,9 +80,10 @@ def read_cases(
         return [], [Problem(0, "", f"{csv_path}: {e}")]
     path_column = next((name for name in path_columns if name in header), path_columns[0])
     problems += _check_header(header, ["PatientID", path_column, "fold", *label_columns])
+    columns = [name for name in (*label_columns, *optional_columns) if name in header]
     folder, cases = Path(csv_path).resolve().parent, []
     for line, cells in rows:
-        case, wrong = _read_case(line, cells, path_column, label_columns, folder)
+        case, wrong = _read_case(line, cells, path_column, columns, folder)
         problems += wrong
         if case is not None:
             cases.append(case)
@@ -148,6 +153,9 @@ def _read_case(
     for name in ("PatientID", "fold"):
         if cells.get(name) == "":
             problems.append(Problem(line, patient, f"empty {name}"))
+        elif not cells.get(name, "").isprintable():
+            what = f"{name} {cells[name]!a} holds characters that do not show"
+            problems.append(Problem(line, patient, what))
     if modality and modality not in MODALITIES:
         near = nearest(modality, list(MODALITIES))
         choices = f"nearest: {near}" if near else f"one of {', '.join(MODALITIES)}"
@@ -174,7 +182,7 @@ def _read_case(
         series_uid=cells.get("series_uid") or None,
         modality=modality or None,
         seg_path=paths.get("seg_path"),
-        labels={name: cells.get(name, "") for name in label_columns},
+        labels={name: cells[name] for name in label_columns},
     )
     return case, []
 
@@ -201,7 +209,9 @@ def _check_patients(
     part_of_fold = {fold: name for name, wanted in folds.items() for fold in wanted}
     lines = defaultdict(dict)  # patient -> {part: line of its first row}
     for line, cells in rows:
-        patient, part = cells.get("PatientID"), part_of_fold.get(cells.get("fold"))
+        # one name may be written in several ways: an umlaut as one character or as two
+        patient = unicodedata.normalize("NFKC", cells.get("PatientID", ""))
+        part = part_of_fold.get(cells.get("fold"))
         if patient and part:
             lines[patient].setdefault(part, line)
     problems = []

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 from monai.transforms import Orientationd
 from tqdm import tqdm
 
@@ -17,10 +18,12 @@ from data.readers import VolumeError
 from data.standard import CheckMaskd, ReadVolumed, spacing_of
 from utils.parallel import in_processes
 
-VERSION = 1  # of what is remembered: raise it when the readers refuse more than before
+VERSION = 2  # of what is remembered: raise it when the readers refuse more than before
 SPACING_MM = (0.05, 20.0)  # outside, the header is in a wrong unit or the volume is a localizer
 MIN_VOXELS = 8  # along each axis
-Facts = dict  # {"shape": of the file, "spacing": mm, "series": hash of SeriesInstanceUID or None}
+# {"shape": of the file, "spacing": mm, "series": hash of SeriesInstanceUID or None,
+#  "labels": label values of the mask but 0}
+Facts = dict
 
 
 def check_volumes(
@@ -67,6 +70,20 @@ def check_volumes(
                 problems.append(Problem(case.row, case.patient, what, "geometry"))
     problems += _shared_series(cases, facts)
     return sorted(problems, key=lambda problem: problem.row)
+
+
+def mask_labels(cases: Sequence[Case], cache: VolumeCache) -> dict[int, list[int]]:
+    """Label values but 0 in the masks of cases that `check_volumes` found good, by row.
+
+    Nothing is read but what the cache or that check has noted; cases without a mask are left out.
+    """
+    known, found = _recall(cache.cache_dir / "checked.jsonl"), {}
+    for case in cases:
+        if case.seg_path and cache.has(case):
+            found[case.row] = cache.get(case).labels
+        elif case.seg_path:
+            found[case.row] = known[_source_key(case)]["labels"]
+    return found
 
 
 def _lacks_modality(case: Case, default_modality: str) -> bool:
@@ -132,6 +149,7 @@ def _read(case: Case, default_modality: str) -> Facts | VolumeError:
             "shape": list(item["original_shape"]),
             "spacing": spacing_of(item["original_affine"]).tolist(),
             "series": hashlib.sha256(uid.encode()).hexdigest()[:16] if uid else None,
+            "labels": _label_values(item["seg"].numpy()) if case.seg_path else [],
         }
     except VolumeError as e:
         return e
@@ -141,7 +159,20 @@ def _read(case: Case, default_modality: str) -> Facts | VolumeError:
 
 def _facts_of_entry(entry) -> Facts:
     spacing = spacing_of(entry.original_affine).tolist()
-    return {"shape": list(entry.original_shape), "spacing": spacing, "series": entry.series_hash}
+    return {
+        "shape": list(entry.original_shape),
+        "spacing": spacing,
+        "series": entry.series_hash,
+        "labels": entry.labels,
+    }
+
+
+def _label_values(mask: np.ndarray) -> list[int]:
+    """Values of a mask (1, X, Y, Z) int16 but 0, ascending; none is negative."""
+    seen = np.zeros(2**15, bool)
+    for plane in mask[0]:  # indexing makes int64 of what it is given
+        seen[plane] = True
+    return (np.flatnonzero(seen[1:]) + 1).tolist()
 
 
 def _source_key(case: Case) -> str | None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from typing import Any
 
@@ -84,7 +85,9 @@ class EpochSampler(Sampler):
     processes see together what one process with W times the batch sees.
 
     Training: all (case, draw) pairs in an order that is a function of (seed, epoch); the ragged
-    last global batch is dropped; pairs that do not fill one global batch are drawn again.
+    last global batch is dropped; pairs that do not fill one global batch are drawn again. With
+    `weights` as many keys, but a case comes as often as its share of the weights says, to within
+    one.
     Otherwise: every case once, in order, with the same key in every epoch; the last batch may be
     shorter, or absent on some ranks.
     """
@@ -98,11 +101,12 @@ class EpochSampler(Sampler):
         train: bool = True,
         rank: int = 0,
         world_size: int = 1,
+        weights: Sequence[float] | None = None,
     ):
         if num_cases < 1:
             raise ValueError("no cases to sample from")
         self.num_cases, self.batch_size, self.seed, self.draws = num_cases, batch_size, seed, draws
-        self.train, self.rank, self.world_size = train, rank, world_size
+        self.train, self.rank, self.world_size, self.weights = train, rank, world_size, weights
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
@@ -124,6 +128,12 @@ class EpochSampler(Sampler):
         pairs = self.num_cases * self.draws
         wanted = self.num_batches * self.batch_size * self.world_size
         rng = np.random.Generator(np.random.PCG64([self.seed, self.epoch]))
+        if self.weights is not None:
+            keys, draws = [], Counter()
+            for index in rng.permutation(balanced(rng, self.weights, wanted)).tolist():
+                keys.append((self.epoch, index, draws[index]))
+                draws[index] += 1
+            return keys
         keys = []
         for again in range(-(-wanted // pairs)):  # once, unless the data set is less than a batch
             for pair in rng.permutation(pairs).tolist():
@@ -144,8 +154,21 @@ class EpochSampler(Sampler):
         return len(self.rank_keys())
 
 
+def balanced(rng: np.random.Generator, weights: Sequence[float], number: int) -> np.ndarray:
+    """`number` indices, each as often as its share of the weights says, rounded up or down at
+    random (systematic sampling; Madow 1949)."""
+    order = rng.permutation(len(weights))
+    ends = np.cumsum(np.asarray(weights, float)[order])
+    at = (rng.random() + np.arange(number)) / number * ends[-1]
+    return order[np.searchsorted(ends, at, side="right").clip(max=len(order) - 1)]
+
+
 def make_loader(
-    dataset: Dataset, sampler: EpochSampler, n_workers: int, pin_memory: bool = False
+    dataset: Dataset,
+    sampler: EpochSampler,
+    n_workers: int,
+    pin_memory: bool = False,
+    collate_fn: Callable | None = None,
 ) -> DataLoader:
     """Batches in the sampler's order. Call sampler.set_epoch before each pass.
 
@@ -159,6 +182,7 @@ def make_loader(
         num_workers=n_workers,
         persistent_workers=n_workers > 0,
         pin_memory=pin_memory,
+        collate_fn=collate_fn,
         generator=torch.Generator().manual_seed(sampler.seed),
         worker_init_fn=_ignore_signals,
     )

@@ -21,7 +21,7 @@ import numpy as np
 
 from data.standard import spacing_of
 
-FORMAT = 1  # part of every key: raise it when the content of a file changes its meaning
+FORMAT = 2  # part of every key: raise it when the content of a file changes its meaning
 CHUNK, BLOCK = 64, 16  # voxels per axis: unit of checksums, unit of decompression
 # LZ4HC: half of zstd's reading time for 2 % more bytes on noisy CT. Never add Filter.DELTA: blosc2
 # 4.3.3 then returns wrong values for slices.
@@ -33,6 +33,7 @@ COMPRESSION = {
     "typesize": 2,
     "nthreads": 1,
 }
+ATTEMPTS = 5  # to read an entry that is damaged, or replaced by another process, meanwhile
 MAX_COORDS = 10_000  # voxels remembered per class
 # After the array: where each chunk lies in the file (size 0: all of one value, not stored), then
 # magic, start and end of the chunks, end of the array, checksum of all but the chunks.
@@ -63,6 +64,7 @@ class CacheEntry:
         through_plane: the axis on which that is largest; 2 where all are equal.
         body: uint8 (ceil(X/8), ceil(Y/8), ceil(Z/8)), body fraction of each block, 0..255.
         has_seg: whether there is a mask.
+        labels: its label values but 0, ascending; read at each access.
         class_coords: label -> int32 (n <= 10000, 3), voxels that have it; read at each access.
         series_hash: first 16 hex digits of the SeriesInstanceUID's SHA-256, or None.
     """
@@ -93,6 +95,8 @@ class CacheEntry:
         self._spans = _check_structure(self.path)
         self._checked = self._spans["size"] == 0
         facts = self._read_meta("facts")
+        if facts["key"] != self.path.stem:
+            raise DamagedEntry(f"{self.path}: another volume's file")
         for name in ("scale", "offset", "background", "kind", "modality", "series_hash"):
             setattr(self, name, facts[name])
         self.shape = tuple(facts["shape"])
@@ -108,6 +112,13 @@ class CacheEntry:
         body = np.frombuffer(facts["body"], np.uint8)
         self.body = body.reshape([-(-n // 8) for n in self.shape])
         self._loaded, self._stamp = True, stamp
+
+    @property
+    def labels(self) -> list[int]:
+        def read() -> list[int]:
+            return sorted(map(int, self._read_meta("class_coords"))) if self.has_seg else []
+
+        return self._heal(read)
 
     @property
     def class_coords(self) -> dict[int, np.ndarray]:
@@ -166,16 +177,31 @@ class CacheEntry:
         return array.schunk.vlmeta[name]
 
     def _heal(self, read: Callable):
-        """Do `read`; where the file is damaged or gone, build it anew and try once more."""
+        """Do `read`; where the file is damaged or gone, build it anew and try again."""
+        for attempt in range(ATTEMPTS):
+            last = attempt == ATTEMPTS - 1
+            try:
+                if self._is_replaced():
+                    self._load()
+                found = read()
+                if not self._is_replaced():
+                    return found
+            except (DamagedEntry, FileNotFoundError) as error:
+                if last:
+                    raise
+                log.warning("%s; building it anew", error)
+                self._rebuild()
+            except Exception:  # blosc2's many, on a file that took this one's place unchecked
+                if last or not self._is_replaced():
+                    raise
+        raise DamagedEntry(f"{self.path}: replaced again and again while it was read")
+
+    def _is_replaced(self) -> bool:
+        """Whether the file is not, or no longer, the one that was checked."""
         try:
-            if _stamp(self.path) != self._stamp:
-                self._load()
-            return read()
-        except (DamagedEntry, FileNotFoundError) as error:
-            log.warning("%s; building it anew", error)
-            self._rebuild()
-            self._load()
-            return read()
+            return _stamp(self.path) != self._stamp
+        except FileNotFoundError:
+            return True
 
 
 def write_entry(path: Path, standard: dict, series_hash: str | None, seed: int) -> None:
@@ -199,6 +225,7 @@ def write_entry(path: Path, standard: dict, series_hash: str | None, seed: int) 
     if seg is not None:
         vlmeta["class_coords"] = _class_steps(voxels[1], seed)
     vlmeta["facts"] = {
+        "key": path.stem,
         "shape": shape,
         "affine": np.asarray(image.affine, np.float64).tolist(),
         "original_shape": standard["original_shape"],
@@ -219,7 +246,7 @@ def write_entry(path: Path, standard: dict, series_hash: str | None, seed: int) 
             raise OSError(errno.EIO, f"{temporary}: what was read is not what had been written")
         os.replace(temporary, path)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise OSError(
                 error.errno,
                 f"no space left for the cache (this volume takes {len(frame) / 1e6:.0f} MB): make "

@@ -132,3 +132,24 @@ def blur(x: Tensor, sigma: Tensor) -> Tensor:
         weights = torch.exp(-0.5 * distance**2)
         x = torch.einsum(spec, weights / weights.sum(2, keepdim=True), x)
     return x
+
+
+def lower_resolution(x: Tensor, factors: Tensor) -> Tensor:
+    """(N, 1, X, Y, Z) averaged over voxels `factors` (N, 3) times as large, interpolated back.
+
+    One product per axis with a matrix for both steps, as in `blur`.
+    """
+    for axis, spec in ((2, "nij,ncjyz->nciyz"), (3, "nij,ncxjz->ncxiz"), (4, "nij,ncxyj->ncxyi")):
+        n, factor = x.shape[axis], factors[:, axis - 2, None, None]
+        index = torch.arange(n, device=x.device, dtype=torch.float32)
+        # averages: coarse voxel j holds the fine voxels of j * factor .. (j + 1) * factor
+        face = index[:, None] * factor
+        overlap = torch.minimum(face + factor, index + 1) - torch.maximum(face, index)
+        average = overlap.clamp(min=0)
+        average = average / average.sum(2, keepdim=True).clamp(min=1e-6)
+        # back: linear between the two nearest coarse voxels, of which there are ceil(n / factor)
+        last = torch.ceil(n / factor - 1e-5) - 1
+        at = torch.minimum(((index[:, None] + 0.5) / factor - 0.5).clamp(min=0), last)
+        linear = (1 - (at - index).abs()).clamp(min=0)
+        x = torch.einsum(spec, linear @ average, x)
+    return x

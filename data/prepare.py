@@ -1,60 +1,117 @@
 """From the config to cases that can be trained on: the demo, the CSV, the check, the cache."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from pathlib import Path
 
 from data.cache import VolumeCache
 from data.cases import Case, CasesError, Problem, read_cases, split_bad
-from data.check import check_volumes
+from data.check import check_volumes, mask_labels
 from data.demo import make_demo
+from data.masks import mask_problems
 from utils import distributed
+from utils.classes import Classes
+from utils.training import hash_patients
 
-DEMO_CSV = Path("demo_data/demo.csv")  # what the shipped YAML files point at
+DEMO = Path("demo_data")  # where the shipped YAML files point
+Parts = dict[str, list[Case]]  # "train", "val", "test"
 
 
 def load_cases(
-    cfg, cache: VolumeCache, label_columns: Sequence[str], path_columns: Sequence[str], check: bool
-) -> tuple[dict[str, list[Case]], list[Problem]]:
+    cfg,
+    cache: VolumeCache,
+    label_columns: Sequence[str],
+    path_columns: Sequence[str],
+    check: bool,
+    classes: Classes | None = None,
+    optional_columns: Sequence[str] = (),
+    needed: Sequence[str] = ("train", "test"),
+    find_problems: Callable[[Parts], list[Problem]] = lambda parts: [],
+) -> tuple[Parts, list[Problem]]:
     """Read and check the CSV and bring its volumes into the cache; every rank gets the same cases.
 
     Args:
         cfg: csv_path, the three lists of folds, test_ckpt, n_workers, data.
         check: read every row, whatever its fold, and write no volumes to the cache.
+        classes: what the masks of train and val cases are to teach; None: they may be absent.
+        optional_columns: label columns that the CSV need not have.
+        needed: parts that must have a case; test only where test_ckpt is set.
+        find_problems: what else is wrong with the labels, those of the test rows included.
     Returns:
         {"train": cases, "val": cases, "test": cases} in the order of the rows; test is left empty
         unless test_ckpt is set. The problems of the cases that were left out.
     Raises:
-        CasesError: with all problems, when they are more than data.max_bad_cases allows or leave no
-            case to train on.
+        CasesError: with all problems, when they are more than data.max_bad_cases allows or leave a
+            needed part empty.
     """
+    columns = (label_columns, path_columns, optional_columns)
+    load = partial(_load, cfg, cache, columns, check, classes, needed, find_problems)
     found, error = None, None
     if distributed.is_main():
         try:
-            found = _load(cfg, cache, label_columns, path_columns, check, cfg.n_workers)
+            found = load(cfg.n_workers)
         except CasesError as e:
             error = e
     error = distributed.gather_objects(error)[0]  # the others wait here until all is built
     if error is not None:
         raise error
-    return found or _load(cfg, cache, label_columns, path_columns, check, 0)
+    return found or load(0)
 
 
-def _load(cfg, cache, label_columns, path_columns, check, n_workers):
+def _load(cfg, cache, columns, check, classes, needed, find_problems, n_workers):
     """What `load_cases` says, on one rank."""
-    if Path(cfg.csv_path) == DEMO_CSV:
-        make_demo(DEMO_CSV.parent)
+    if Path(cfg.csv_path) in (DEMO / "demo.csv", DEMO / "segmentation.csv"):
+        make_demo(DEMO)
     folds = {"train": cfg.train_folds, "val": cfg.val_folds, "test": cfg.test_folds}
-    cases, problems = read_cases(cfg.csv_path, folds, label_columns, path_columns)
+    cases, problems = read_cases(cfg.csv_path, folds, *columns)
+    problems += find_problems(_split(cases, folds))
     if not check:
         unused = [] if cfg.test_ckpt else cfg.test_folds
         wanted = {fold for name in folds.values() for fold in name} - set(unused)
         cases = [case for case in cases if case.fold in wanted]
     progress = distributed.is_main()
     problems += check_volumes(cases, cache, not check, n_workers, cfg.data.modality, progress)
+    if classes is not None:
+        bad = {problem.row for problem in problems}
+        labels = mask_labels([case for case in cases if case.row not in bad], cache)
+        problems += mask_problems(_split(cases, folds), labels, classes)
     good, skipped = split_bad(cases, problems, cfg.data.max_bad_cases)
-    cases = {name: [c for c in good if c.fold in wanted] for name, wanted in folds.items()}
-    needed = ["train", "test"] if cfg.test_ckpt else ["train"]
+    cases = _split(good, folds)
+    needed = [name for name in needed if name != "test" or cfg.test_ckpt]
     empty = [f"{name}_folds: no case is left" for name in needed if not cases[name]]
     if empty:
         raise CasesError([*(Problem(0, "", what, "folds") for what in empty), *skipped])
     return cases, skipped
+
+
+def _split(cases: Sequence[Case], folds: dict[str, list[str]]) -> Parts:
+    return {name: [c for c in cases if c.fold in wanted] for name, wanted in folds.items()}
+
+
+def seen_problems(cases: Sequence[Case], seen: Collection[str], by: str) -> list[Problem]:
+    """The rows of patients among the hashes (utils.training.hash_patients) that `by` has seen."""
+    what = f"{by} has seen this patient in training or pre-training"
+    return [
+        Problem(
+            case.row, case.patient, what, "seen patients; allow_seen_patients=true lets them be"
+        )
+        for case in cases
+        if hash_patients([case.patient])[0] in seen
+    ]
+
+
+def refuse_seen(cases: Sequence[Case], seen: Collection[str], by: str, allow: bool) -> list[str]:
+    """Refuse to test on what was trained on, or say so.
+
+    Args:
+        seen, by: see `seen_problems`. allow: allow_seen_patients of the config.
+    Returns:
+        a warning for the report, or nothing.
+    Raises:
+        CasesError: naming the rows.
+    """
+    problems = seen_problems(cases, seen, by)
+    counts = f"{len(problems)} of {len(cases)} test rows"
+    if problems and not allow:
+        raise CasesError(problems, f"{counts} would be no test")
+    return [f"No fair test: {by} has seen the patients of {counts}"] if problems else []

@@ -14,7 +14,9 @@ from monai.data import MetaTensor
 from monai.transforms import Compose, MapTransform, Orientationd, Spacingd, SpatialCrop, Transform
 from scipy import ndimage
 
+from data.masks import check_mask_values, grid_difference
 from data.readers import VolumeError, read_volume
+from data.volume import spacing_of
 
 BLOCK = 4  # voxels; edge of the blocks on which the body is found
 MARGIN = 1  # blocks of air left around the body
@@ -25,7 +27,6 @@ DARK = 0.06  # other modalities: air is darker than this fraction of bright tiss
 STEPS = 4096  # other modalities: stored steps between the two percentiles (12 bits)
 LOWEST = -2  # other modalities: int16 reaches from here to 14, where the percentiles are 0 and 1
 MAX_SAMPLES = 2_000_000  # voxels from which the percentiles are taken
-GRID_TOL = 0.25  # voxels by which image and mask may disagree anywhere
 
 
 @dataclass(frozen=True)
@@ -36,15 +37,21 @@ class StandardForm:
     modality: "auto" (CSV, else DICOM header) or one for all volumes.
     percentiles: of the body's intensities, mapped to 0 and 1 (all but CT).
     crop_background: cut away the air around the body.
+    size: voxels along x, y, z that the whole (cropped) volume is resized to, whatever their
+        spacing becomes; None keeps its own.
     """
 
     spacing: tuple[float, float, float] | None
     modality: str = "auto"
     percentiles: tuple[float, float] = (0.5, 99.5)
     crop_background: bool = True
+    size: tuple[int, int, int] | None = None
 
     def to_dict(self) -> dict:
-        return asdict(self)
+        fields = asdict(self)
+        if self.size is None:  # part of the cache's keys: without it they stay what they were
+            del fields["size"]
+        return fields
 
 
 def standard_transform(form: StandardForm) -> Compose:
@@ -67,7 +74,10 @@ def standard_transform(form: StandardForm) -> Compose:
     ]
     if form.spacing is not None:
         steps.append(Resampled(keys, form.spacing))
-    return Compose([*steps, FindBodyd(), CropToBodyd(keys, form.crop_background), Storedd(form)])
+    steps += [FindBodyd(), CropToBodyd(keys, form.crop_background)]
+    if form.size is not None:  # the body's map must be found anew, on the new grid
+        steps += [ToGridd(keys, form.size), FindBodyd(), CropToBodyd(keys, crop=False)]
+    return Compose([*steps, Storedd(form)])
 
 
 class ReadVolumed(Transform):
@@ -95,10 +105,7 @@ class ReadVolumed(Transform):
         out["original_affine"] = np.asarray(volume.affine, np.float64)
         if data.get("seg_path"):
             mask = read_volume(data["seg_path"])
-            if mask.voxels.dtype.kind == "f":
-                raise VolumeError(
-                    f"{data['seg_path']}: a mask must hold whole numbers that fit int16"
-                )
+            check_mask_values(mask.voxels, data["seg_path"])
             out["seg"] = _meta_tensor(mask.voxels, mask.affine)
         return out
 
@@ -108,21 +115,12 @@ class CheckMaskd(Transform):
 
     def __call__(self, data: dict) -> dict:
         image, seg = data["image"], data.get("seg")
-        spacing = spacing_of(image.affine)
         if seg is not None:
-            where = f"mask {data['seg_path']} of {data['path']}"
-            if seg.shape != image.shape:
-                shapes = [" x ".join(map(str, x.shape[1:])) for x in (seg, image)]
-                raise VolumeError(f"{where}: {shapes[0]} voxels in RAS+ order, image {shapes[1]}")
-            corners = np.stack(np.meshgrid(*[(0, n - 1) for n in image.shape[1:]], [1])).reshape(
-                4, -1
-            )
-            gap = (np.asarray(seg.affine) - np.asarray(image.affine)) @ corners
-            gap = np.linalg.norm(gap[:3], axis=0).max()
-            if gap > GRID_TOL * spacing.min():
-                raise VolumeError(f"{where}: lies up to {gap:.2f} mm away from the image")
+            different = grid_difference(seg, image)
+            if different:
+                raise VolumeError(f"mask {data['seg_path']} of {data['path']}: {different}")
             seg.affine = image.affine  # so that both go through exactly the same geometry
-        return data | {"slice_spacing": spacing}
+        return data | {"slice_spacing": spacing_of(image.affine)}
 
 
 class ClipCTd(MapTransform):
@@ -153,6 +151,32 @@ class Resampled(MapTransform):
         if np.allclose(spacing_of(data["image"].affine), self.spacing, rtol=0.01, atol=0):
             return data
         return self.resample(data)
+
+
+class ToGridd(MapTransform):
+    """Resize to a fixed number of voxels. Where that is fewer than before, each is a mean with
+    triangular weights, so that nothing aliases; MONAI's Resized would blur zeros into the border.
+    """
+
+    def __init__(self, keys, size: tuple[int, int, int]):
+        super().__init__(keys, allow_missing_keys=True)
+        self.size = size
+
+    def __call__(self, data: dict) -> dict:
+        out, (nx, ny, nz) = dict(data), self.size
+        for key in self.key_iterator(out):
+            x, old = data[key].as_tensor().float(), data[key].shape[1:]  # (1, X, Y, Z)
+            if key == "seg":
+                x = F.interpolate(x[None], self.size, mode="nearest-exact")[0]
+            else:  # torch has this in 2D: along y and z, then along x
+                x = F.interpolate(x, (ny, nz), mode="bilinear", antialias=True)
+                x = F.interpolate(x.transpose(1, 2), (nx, nz), mode="bilinear", antialias=True)
+                x = x.transpose(1, 2)
+            step = np.divide(old, self.size)
+            grid = np.diag([*step, 1.0])  # voxels of the new grid -> of the old one
+            grid[:3, 3] = (step - 1) / 2  # both fill the same box: voxel i reaches i -+ 1/2
+            out[key] = MetaTensor(x, affine=data[key].affine @ torch.as_tensor(grid))
+        return out
 
 
 class FindBodyd(Transform):
@@ -267,11 +291,6 @@ def find_body(image: torch.Tensor, kind: str) -> np.ndarray:
     # back to the full outline, which the opening has rounded off by up to a block
     near = ndimage.binary_dilation(np.isin(parts, large), square)
     return body & near
-
-
-def spacing_of(affine) -> np.ndarray:
-    """Voxel size in mm along each axis, (3,), of a (4, 4) affine."""
-    return np.linalg.norm(np.asarray(affine, np.float64)[:3, :3], axis=0)
 
 
 def _sample_body(image: torch.Tensor, body: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 INT16_MIN, INT16_MAX = -32768, 32767
+MAX_BYTES = 4 << 30  # voxels of one compressed file or series: a small file may claim any number
 
 
 class VolumeError(ValueError):
@@ -28,6 +29,20 @@ class Volume:
     series_uid: str | None = None
 
 
+def check_expansion(num_bytes: int, where: object) -> None:
+    """Raise VolumeError, before anything is allocated, if compressed voxels would take too much."""
+    if num_bytes > MAX_BYTES:
+        raise VolumeError(
+            f"{where}: its voxels would take {num_bytes / 1e9:.1f} GB, more than the "
+            f"{MAX_BYTES / 1e9:.1f} GB that a compressed volume may; store it uncompressed"
+        )
+
+
+def spacing_of(affine) -> np.ndarray:
+    """Voxel size in mm along each axis, (3,), of a (4, 4) affine."""
+    return np.linalg.norm(np.asarray(affine, np.float64)[:3, :3], axis=0)
+
+
 def rescale(stored: np.ndarray, slope: float, intercept: float) -> np.ndarray:
     """stored * slope + intercept, int16 where all results are integers that fit, else float32.
 
@@ -35,15 +50,15 @@ def rescale(stored: np.ndarray, slope: float, intercept: float) -> np.ndarray:
     """
     if stored.dtype.kind in "iu" and float(slope).is_integer() and float(intercept).is_integer():
         slope, intercept = int(slope), int(intercept)
-        if not _fits(np.iinfo(stored.dtype).min, np.iinfo(stored.dtype).max, slope, intercept):
+        low, high = np.iinfo(stored.dtype).min, np.iinfo(stored.dtype).max
+        if not _fits(low, high, slope, intercept):
             low, high = int(stored.min()), int(stored.max())
-            if not _fits(low, high, slope, intercept):
-                return (stored * np.float64(slope) + intercept).astype(np.float32)
-        if slope == 1:
+        if _fits(low, high, slope, intercept):
+            if slope != 1:
+                return (stored.astype(np.int64) * slope + intercept).astype(np.int16)
             # In int16 throughout, for speed: sums wrap around, which is exact as the results fit.
             wrapped = np.array(intercept & 0xFFFF, np.uint16).view(np.int16)
             return np.add(stored.astype(np.int16, copy=False), wrapped)
-        return (stored.astype(np.int64) * slope + intercept).astype(np.int16)
 
     with np.errstate(over="ignore", invalid="ignore"):
         exact = stored * np.float64(slope) + intercept

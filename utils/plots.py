@@ -36,6 +36,11 @@ PANELS = [  # title, columns of metrics.csv; a column goes to the first panel it
     ("feature std", ["*feature_std", "*spread"]),
     ("effective rank (RankMe)", ["*rank*"]),
     ("label probes (AUC)", ["*knn_auc", "*linear_auc"]),
+    ("mean val AUC", ["val_auc"]),
+    ("AUC of each target", ["val_*_auc"]),
+    ("balanced accuracy", ["val_*_balanced_accuracy"]),
+    ("mean Dice", ["val_dice"]),
+    ("Dice of each class", ["val_*_dice"]),
     ("dense probe (Dice)", ["*dense*", "*dice*"]),
     ("gradient norm", ["*grad_norm"]),
     ("center norm", ["*center_norm"]),
@@ -47,6 +52,8 @@ PANELS = [  # title, columns of metrics.csv; a column goes to the first panel it
     ("share of time waiting for data", ["*wait*"]),
     ("images per second", ["*images_per_s*", "*images/s*"]),
 ]
+MAX_LEGEND = 12  # lines that a legend names; more would hide the panel
+NOTE = {"ha": "center", "va": "bottom", "fontsize": 7}
 LEFT_OUT = ["epoch", "step", "prototypes_move", "probe_*accuracy"]  # are in metrics.csv
 WITH_LN_K = {  # panels that get a line at the entropy of the uniform output
     "DINO loss": "out_dim",
@@ -74,7 +81,7 @@ def plot_crops(path, views: dict[str, np.ndarray], max_cases: int = 3) -> np.nda
     side = 1.45  # inches
     width, top = max(side * columns + 0.7, 6), 0.95
     height = side * rows + top + 0.1
-    fig = _figure(width, height)
+    fig = figure(width, height)
     grid = fig.add_gridspec(
         rows, columns, left=0.7 / width, right=0.995, bottom=0.1 / height, top=1 - top / height
     )
@@ -92,14 +99,14 @@ def plot_crops(path, views: dict[str, np.ndarray], max_cases: int = 3) -> np.nda
             ax = fig.add_subplot(grid[row, column])
             middle = volume.shape[PLANES[plane][0]] // 2
             ax.imshow(slice_2d(volume, plane, middle), cmap="gray", vmin=0, vmax=1)
-            _bare(ax)
+            bare(ax)
             if row == 0:
                 size = "×".join(map(str, volume.shape))
                 ax.set_title(f"{name}\n{size}", fontsize=8)
             if column == 0:
                 ax.set_ylabel(f"case {case + 1}\n{plane}", fontsize=8)
-                _letters(ax, PLANES[plane][1])
-    return _save(fig, path)
+                letters(ax, PLANES[plane][1])
+    return save(fig, path)
 
 
 def plot_curves(path, metrics, out_dim: int | None = None, patch_out_dim: int | None = None):
@@ -115,7 +122,7 @@ def plot_curves(path, metrics, out_dim: int | None = None, patch_out_dim: int | 
     panels = [(title, names) for title, names in panels if names]
     num_columns = min(4, max(len(panels), 1))
     num_rows = max(-(-len(panels) // num_columns), 1)
-    fig = _figure(3.4 * num_columns, 2.5 * num_rows, layout="constrained")
+    fig = figure(3.4 * num_columns, 2.5 * num_rows, layout="constrained")
     ln_k = {"out_dim": out_dim, "patch_out_dim": patch_out_dim}
     for n, (title, names) in enumerate(panels):
         ax = fig.add_subplot(num_rows, num_columns, n + 1)
@@ -134,9 +141,13 @@ def plot_curves(path, metrics, out_dim: int | None = None, patch_out_dim: int | 
         ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         ax.grid(color="#dddddd", lw=0.6)
         ax.spines[["top", "right"]].set_visible(False)
-        if len(ax.lines) > 1 or names[0].replace("_", " ") != title:
+        if len(names) > MAX_LEGEND:
+            ax.text(
+                0.5, 0.02, f"{len(names)} lines: see metrics.csv", **NOTE, transform=ax.transAxes
+            )
+        elif len(ax.lines) > 1 or names[0].replace("_", " ") != title:
             ax.legend(fontsize=7, framealpha=0.7)
-    return _save(fig, path)
+    return save(fig, path)
 
 
 def plot_feature_pca(
@@ -159,7 +170,7 @@ def plot_feature_pca(
     fractions = np.linspace(0.15, 0.85, num_slices)
     side = 1.7
     width, height = side * num_slices + 0.7, side * (len(maps) + 1) + 0.55
-    fig = _figure(width, height)
+    fig = figure(width, height)
     grid = fig.add_gridspec(
         len(maps) + 1, num_slices, left=0.7 / width, right=0.995, bottom=0.01, top=1 - 0.55 / height
     )
@@ -169,18 +180,18 @@ def plot_feature_pca(
         z = round(fraction * (volume.shape[2] - 1))
         ax = fig.add_subplot(grid[0, column])
         ax.imshow(slice_2d(volume, "axial", z), cmap="gray", vmin=0, vmax=1)
-        _bare(ax)
+        bare(ax)
         ax.set_title(f"slice {z + 1} of {volume.shape[2]}", fontsize=8)
         if column == 0:
             ax.set_ylabel("image", fontsize=8)
-            _letters(ax, PLANES["axial"][1])
+            letters(ax, PLANES["axial"][1])
         for row, rgb in enumerate(pictures, start=1):
             ax = fig.add_subplot(grid[row, column])
             ax.imshow(_upsampled_slice(rgb, volume.shape, z))
-            _bare(ax)
+            bare(ax)
             if column == 0:
                 ax.set_ylabel(names[row - 1], fontsize=8)
-    return _save(fig, path)
+    return save(fig, path)
 
 
 def pca_rgb(features: np.ndarray) -> np.ndarray:
@@ -233,30 +244,32 @@ def _panel_of(column):
     return next(fitting, None)
 
 
-def _figure(width, height, **options):
+def figure(width: float, height: float, **options) -> Figure:
+    """An empty figure of so many inches that pyplot knows nothing of."""
     fig = Figure(figsize=(width, height), dpi=110, **options)
     FigureCanvasAgg(fig)
     return fig
 
 
-def _bare(ax):
+def bare(ax) -> None:
+    """Axes without ticks and frame, for a picture."""
     ax.set_xticks([])
     ax.set_yticks([])
     for spine in ax.spines.values():
         spine.set_visible(False)
 
 
-def _letters(ax, letters):
-    """Name the sides of a picture: left, right, top, bottom."""
+def letters(ax, names: str) -> None:
+    """Name the sides of a picture: left, right, top, bottom, as in `PLANES`."""
     places = [(0.03, 0.5), (0.97, 0.5), (0.5, 0.97), (0.5, 0.03)]
     sides = [("left", "center"), ("right", "center"), ("center", "top"), ("center", "bottom")]
     outline = [withStroke(linewidth=2, foreground="black")]
-    for letter, (x, y), (ha, va) in zip(letters, places, sides, strict=True):
+    for letter, (x, y), (ha, va) in zip(names, places, sides, strict=True):
         style = dict(color="#F0E442", fontsize=8, ha=ha, va=va, path_effects=outline)
         ax.text(x, y, letter, transform=ax.transAxes, **style)
 
 
-def _save(fig, path):
+def save(fig: Figure, path) -> np.ndarray:
     """Write the PNG and return its pixels, (H, W, 3) uint8."""
     fig.savefig(path)
     return np.asarray(fig.canvas.buffer_rgba())[..., :3].copy()

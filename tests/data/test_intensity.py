@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from scipy.ndimage import gaussian_filter
 
 from data.intensity import (
@@ -15,6 +16,7 @@ from data.intensity import (
     SOFT_TISSUE_HU,
     apply_intensity,
     blur,
+    lower_resolution,
     normalise,
     random_window,
     sample_intensity,
@@ -141,3 +143,24 @@ def test_only_ct_has_random_windows_and_zeros_switch_all_changes_off():
     for name, value in UNCHANGED.items():
         assert (drawn[name] == value).all(), name
     assert (drawn["window"] == torch.tensor([-1000.0, 1000.0])).all()
+
+
+def test_lower_resolution_is_torch_pooling_and_interpolation():
+    x = torch.randn(2, 1, 24, 12, 16, generator=torch.Generator().manual_seed(0))
+    factors = torch.tensor([[2.0, 3.0, 4.0], [1.0, 1.0, 2.0]])
+    got = lower_resolution(x, factors)
+    for one, factor, out in zip(x, factors.int().tolist(), got, strict=True):
+        want = F.avg_pool3d(one[None], factor)
+        want = F.interpolate(want, scale_factor=[float(f) for f in factor], mode="trilinear")
+        torch.testing.assert_close(out[None], want)
+    torch.testing.assert_close(lower_resolution(x, torch.ones(2, 3)), x)
+
+
+def test_lower_resolution_by_fractions_keeps_flat_images_and_removes_detail():
+    x = torch.randn(1, 1, 23, 17, 19, generator=torch.Generator().manual_seed(0))
+    spread = [
+        lower_resolution(x, torch.full((1, 3), f)).std().item() for f in (1.0, 1.3, 1.9, 2.7, 30.0)
+    ]
+    assert spread == sorted(spread, reverse=True) and spread[-1] < 0.02
+    flat = torch.full((1, 1, 23, 17, 19), 5.0)
+    torch.testing.assert_close(lower_resolution(flat, torch.tensor([[1.7, 2.6, 40.0]])), flat)

@@ -1,0 +1,282 @@
+"""From the standard form back to the file: predictions on the voxels that the user gave.
+
+Probabilities are interpolated (trilinear) where the file's voxels lie, and the most probable class
+is taken there; what was cut away as air is background. The class of a voxel between eight voxels
+that agree is theirs, whatever the weights, so that only boundaries are interpolated. Slabs are
+restored as the sliding window finishes them: the probabilities of a volume are never held whole.
+"""
+
+import os
+import uuid
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data.cases import Case
+from data.datasets import fixed_view
+from data.entry import CacheEntry
+from data.intensity import normalise
+from data.readers import VolumeError, read_volume
+from data.volume import spacing_of
+from utils.classes import Classes
+from utils.sliding_window import Predict, attempt, window_slabs
+
+MIXED = 255  # not the index of a class: neighbours disagree
+EDGE = 0.5 + 1e-3  # voxels that a volume reaches beyond the centres of its outermost voxels
+CHUNK = 2**21  # voxels restored at a time
+CHUNK_VALUES = 2**24  # probabilities interpolated at a time
+DTYPES = (np.uint8, np.int16, np.int32)
+
+
+def predict_case(
+    predict: Predict,
+    entry: CacheEntry,
+    roi,
+    overlap: float,
+    batch: int,
+    hu_window: tuple[float, float],
+    device: torch.device,
+    log: Callable[[str], None] | None = None,
+) -> np.ndarray:
+    """The most probable class at every voxel of the file.
+
+    Args:
+        predict: (B, 1, x, y, z) in 0..1 -> probabilities (B, K, x, y, z), K <= 255.
+        entry: the case in standard form.
+        roi, overlap, batch, device, log: see `utils.sliding_window.window_slabs`.
+        hu_window: CT: HU mapped to 0 and 1.
+    Returns:
+        uint8 index of the class, of entry.original_shape: in the axes of the volume as read.
+    Raises:
+        RuntimeError: an output is not finite.
+    """
+    image = fixed_view(entry, (0, 0, 0), entry.shape, hu_window)
+    air = torch.tensor(entry.background)
+    air = float(normalise(air, entry.scale, entry.offset, entry.kind, hu_window))
+    axis = int(np.argmax(entry.shape))
+    sums = torch.device("cpu") if device.type == "mps" else device  # MPS cannot resample in 3D
+    slabs = window_slabs(predict, image, roi, overlap, batch, axis, air, device, sums, log)
+    grids = (entry.affine, entry.shape, entry.original_affine, entry.original_shape)
+    return to_file_grid(map(_finite, slabs), axis, *grids)
+
+
+def _finite(slab: tuple[int, Tensor]) -> tuple[int, Tensor]:
+    if not slab[1].sum().isfinite():
+        raise RuntimeError("the network's output is not finite")
+    return slab
+
+
+@torch.no_grad()
+def to_file_grid(
+    slabs: Iterable[tuple[int, Tensor]], axis: int, affine, shape, original_affine, original_shape
+) -> np.ndarray:
+    """The most probable class on another grid than the probabilities'.
+
+    Args:
+        slabs: (first voxel along the axis, (K, x, y, z)), one after the other, K <= 255.
+        axis: of the slabs.
+        affine, shape: of the probabilities' grid, index -> mm; (X, Y, Z).
+        original_affine, original_shape: of the wanted grid, in the same space.
+    Returns:
+        uint8 index of the class; 0 where the probabilities' grid does not reach.
+    """
+    to_standard = np.linalg.solve(np.asarray(affine), np.asarray(original_affine))
+    out = np.zeros(original_shape, np.uint8)
+    # planes of the wanted grid, in the order in which the slabs reach them
+    along = int(np.abs(to_standard[axis, :3]).argmax())
+    reach = to_standard[axis, :3] * (np.array(original_shape) - 1)
+    reach[along] = 0
+    centre = to_standard[axis, 3] + to_standard[axis, along] * np.arange(original_shape[along])
+    planes = np.argsort(centre, kind="stable")
+    low, high = centre + reach.clip(max=0).sum(), centre + reach.clip(min=0).sum()
+    held, first, done = None, 0, 0
+    for start, slab in slabs:
+        held = slab if held is None else _joined(held, slab, 1 + axis)
+        end = start + slab.shape[1 + axis]
+        del slab  # the next one is made before this name is used again
+        ready = len(planes)
+        if end < shape[axis]:  # a plane needs the voxels on both sides
+            ready = done + int(np.searchsorted(high[planes[done:]], end - 1))
+        if ready > done:
+            box = [slice(None)] * 3
+            box[along] = slice(planes[done:ready].min(), planes[done:ready].max() + 1)
+            rest = (axis, first, shape, to_standard)
+            if attempt(_restore_box, out, box, held, *rest) is None:
+                held = held.cpu()
+                _restore_box(out, box, held, *rest)
+        done = ready
+        if end < shape[axis]:
+            needed = int(np.floor(low[planes[done]])) if done < len(planes) else end
+            needed = min(max(needed - 1, first), end - 1)
+            held = held.narrow(1 + axis, needed - first, end - needed).clone()
+            first = needed
+    return out
+
+
+def _joined(one: Tensor, other: Tensor, dim: int) -> Tensor:
+    """Two tensors in one, on the second's device or, where that is full, on the CPU."""
+    found = attempt(lambda: torch.cat([one.to(other.device), other], dim))
+    return torch.cat([one.cpu(), other.cpu()], dim) if found is None else found
+
+
+def _restore_box(out, box, held: Tensor, axis: int, first: int, shape, to_standard) -> bool:
+    """Fill a box of the wanted grid from the slabs at hand, which start at `first`."""
+    box = [slice(*s.indices(n)) for s, n in zip(box, out.shape, strict=True)]
+    step = max(1, CHUNK // max(1, int(np.prod([s.stop - s.start for s in box[1:]]))))
+    classes = _agreed(held).flatten()
+    size = held.shape[1:]
+    for i in range(box[0].start, box[0].stop, step):
+        part = (slice(i, min(i + step, box[0].stop)), *box[1:])
+        x, y, z = (torch.arange(s.start, s.stop, device=held.device) for s in part)
+        x, y = x[:, None, None], y[:, None]
+        at, inside, cell = [], True, 0
+        for k, (a, b, c, d) in enumerate(to_standard[:3].tolist()):
+            p = a * x + b * y + (c * z + d)
+            inside = inside & (p >= -EDGE) & (p <= shape[k] - 1 + EDGE)
+            p = p - first if k == axis else p
+            at.append(p)
+            cell = cell * size[k] + p.floor().long().clamp(0, size[k] - 1)
+        found = torch.where(inside, classes[cell], 0)
+        mixed = (found == MIXED).nonzero(as_tuple=True)
+        points = torch.stack([p[mixed] for p in at])
+        found[mixed] = _interpolated(held, points)
+        out[part] = found.cpu().numpy()
+    return True
+
+
+def _agreed(probabilities: Tensor) -> Tensor:
+    """For each voxel and its upper neighbours, a cell of up to 2^3: their class, or MIXED."""
+    low = high = probabilities.argmax(0).to(torch.uint8)
+    for axis in range(3):
+        last = low.shape[axis] - 1
+        upper = torch.arange(1, last + 2, device=low.device).clamp(max=last)
+        low = torch.minimum(low, low.index_select(axis, upper))
+        high = torch.maximum(high, high.index_select(axis, upper))
+    return torch.where(low == high, low, MIXED)
+
+
+def _interpolated(probabilities: Tensor, points: Tensor) -> Tensor:
+    """The most probable class (M,) uint8 at points (3, M), in voxels; trilinear, borders repeat."""
+    size = torch.tensor(probabilities.shape[1:], device=points.device)
+    grid = (2 * points.T / (size - 1).clamp(min=1) - 1).flip(1).to(probabilities.dtype)
+    found = []
+    for part in grid.split(max(1, CHUNK_VALUES // len(probabilities))):
+        values = F.grid_sample(
+            probabilities[None],
+            part[None, None, None],
+            padding_mode="border",
+            align_corners=True,
+        )
+        found.append(values[0, :, 0, 0].argmax(0).to(torch.uint8))
+    return torch.cat(found)
+
+
+def read_truth(case: Case, entry: CacheEntry, classes: Classes) -> np.ndarray:
+    """The case's mask as uint8 class indices in the axes of its image, as read.
+
+    Raises VolumeError where mask and image have different shapes.
+    """
+    mask = read_volume(case.seg_path)
+    # the mask's axes in terms of the image's
+    turn = nib.io_orientation(np.linalg.solve(entry.original_affine, mask.affine))
+    voxels = nib.apply_orientation(mask.voxels, turn)
+    if voxels.shape != tuple(entry.original_shape):
+        raise VolumeError(f"{case.seg_path}: not on the grid of {case.path}")
+    return classes.to_index(voxels.astype(np.int16))
+
+
+def write_prediction(
+    path: str | Path, index: np.ndarray, classes: Classes, case: Case, entry: CacheEntry
+) -> None:
+    """Write a prediction as NIfTI that opens on the user's image, or that nothing is left.
+
+    For NIfTI input shape, axes, sform and qform are those of the image's header, to the bit. For
+    DICOM they are those that dcm2niix gives the series: columns, rows from the last, slices.
+    The type is the mask's where there is one, else the image's; where that is no whole number that
+    holds all labels, the smallest that does. Nothing else of a header is copied.
+
+    Args:
+        index: uint8 class indices in the axes of the volume as read.
+        classes: whose label values are written: of a class with several, the first.
+    """
+    labels = classes.to_labels(index)
+    is_nifti = case.path.lower().endswith((".nii", ".nii.gz"))
+    header = _geometry(case.path) if is_nifti else None
+    affine = None
+    if header is None:
+        affine = entry.original_affine @ np.diag([1, -1, 1, 1.0])
+        affine[:3, 3] += entry.original_affine[:3, 1] * (labels.shape[1] - 1)
+        labels = labels[:, ::-1]
+    highest = max(found[0] for found in classes.values)
+    labels = labels.astype(_dtype(case, highest))
+    kind = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
+    image = kind(labels, affine, header, dtype=labels.dtype)
+    if header is None:
+        image.header.set_xyzt_units("mm")
+        image.set_sform(affine, code=1)
+        image.set_qform(affine, code=1)
+    path = Path(path)
+    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp.nii.gz")
+    try:
+        nib.save(image, temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_picture(case: Case, classes: Classes, prediction_path: str | Path) -> dict:
+    """What `utils.plots_segmentation.plot_overlay` needs of a case, from the files on disk.
+
+    Returns:
+        {image, prediction, truth (None without a mask), spacing_mm}: arrays (X, Y, Z) in RAS+.
+    """
+    volume, found = read_volume(case.path, case.series_uid), read_volume(prediction_path)
+    truth = read_volume(case.seg_path) if case.seg_path else None
+
+    def to_ras(voxels: np.ndarray, affine: np.ndarray) -> np.ndarray:
+        return nib.apply_orientation(voxels, nib.io_orientation(affine))
+
+    def indices(mask) -> np.ndarray:
+        return classes.to_index(to_ras(mask.voxels, mask.affine).astype(np.int16))
+
+    order = nib.io_orientation(volume.affine)[:, 0].argsort()
+    return {
+        "image": to_ras(volume.voxels, volume.affine),
+        "prediction": indices(found),
+        "truth": None if truth is None else indices(truth),
+        "spacing_mm": spacing_of(volume.affine)[order],
+    }
+
+
+def _geometry(path: str) -> nib.Nifti1Header:
+    """A new header with the place and size of an image, and nothing else of its header."""
+    source = nib.load(path).header
+    header = type(source)() if source.endianness == "<" else type(source)(endianness="<")
+    header.set_data_shape(source.get_data_shape()[:3])
+    header["pixdim"][:4] = source["pixdim"][:4]
+    for name in ("qform_code", "sform_code", "srow_x", "srow_y", "srow_z"):
+        header[name] = source[name]
+    for letter in "bcd":
+        header[f"quatern_{letter}"] = source[f"quatern_{letter}"]
+    for letter in "xyz":
+        header[f"qoffset_{letter}"] = source[f"qoffset_{letter}"]
+    header["xyzt_units"] = source["xyzt_units"]
+    return header
+
+
+def _dtype(case: Case, highest: int) -> np.dtype:
+    """The type of the mask or the image, if it is a whole number that holds the labels."""
+    given = []
+    for path in (case.seg_path, case.path):
+        if path and path.lower().endswith((".nii", ".nii.gz")):
+            given.append(nib.load(path).get_data_dtype())
+        elif path == case.path:
+            given.append(np.dtype(np.int16))  # as DICOM is read
+    given = given[:1] if case.seg_path else given
+    whole = [d.newbyteorder("=") for d in given if d.kind in "iu"]
+    return next(d for d in [*whole, *map(np.dtype, DTYPES)] if np.iinfo(d).max >= highest)

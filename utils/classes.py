@@ -1,0 +1,131 @@
+"""Classes of a segmentation: which label values of the masks mean which class.
+
+A network and its losses know indices: 0 background, 1..K the classes in the order of the config,
+IGNORE voxels that count nowhere. Masks hold label values: any whole numbers, gaps allowed.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from utils.config import nearest
+
+IGNORE = 255  # index of voxels that count neither in a loss nor in a metric
+MAX_VALUE = 32767  # masks are kept as int16
+SIDE = re.compile(r"(?<![a-z0-9])(left|right|l|r|lt|rt)(?![a-z0-9])", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Classes:
+    """names[k] is index k + 1 and any of the label values values[k]; all else is background.
+
+    ignore: label values whose voxels are IGNORE.
+    """
+
+    names: tuple[str, ...]
+    values: tuple[tuple[int, ...], ...]
+    ignore: tuple[int, ...] = ()
+
+    @classmethod
+    def from_config(
+        cls, classes: Mapping[str, int | Sequence[int]], ignore_labels: Sequence[int] = ()
+    ) -> "Classes":
+        """From the keys classes and ignore_labels, which `class_problems` has checked."""
+        values = tuple(_as_tuple(found) for found in classes.values())
+        return cls(tuple(classes), values, tuple(ignore_labels))
+
+    @classmethod
+    def from_dict(cls, stored: Mapping) -> "Classes":
+        """Inverse of `to_dict`."""
+        values = tuple(tuple(found) for found in stored["values"])
+        return cls(tuple(stored["names"]), values, tuple(stored["ignore"]))
+
+    def to_dict(self) -> dict:
+        """For JSON."""
+        return asdict(self)
+
+    @property
+    def num_outputs(self) -> int:
+        """Channels of a network that tells the classes and the background apart."""
+        return len(self.names) + 1
+
+    def index_of(self, value: int) -> int:
+        """Index of one label value."""
+        if value in self.ignore:
+            return IGNORE
+        return next((k for k, found in enumerate(self.values, 1) if value in found), 0)
+
+    def to_index(self, labels: np.ndarray) -> np.ndarray:
+        """Label values (any shape, int16) -> indices, uint8: 0, 1..K or IGNORE."""
+        return np.take(self.table(), labels, mode="wrap")  # -1 is the last of 2^16 values
+
+    def table(self) -> np.ndarray:
+        """(65536,) uint8: the index of each int16 value, negative ones counted from the end."""
+        table = np.zeros(2**16, np.uint8)
+        for index, found in enumerate(self.values, 1):
+            table[list(found)] = index
+        table[list(self.ignore)] = IGNORE
+        return table
+
+    def to_labels(self, index: np.ndarray) -> np.ndarray:
+        """Indices (any shape) -> label values, int16: the first value of each class."""
+        table = np.zeros(256, np.int16)
+        table[1 : self.num_outputs] = [found[0] for found in self.values]
+        return table[index]
+
+    def mirror_table(self, pairs: Sequence[Sequence[str]]) -> np.ndarray:
+        """(256,) uint8: the index that each index becomes when left and right are swapped."""
+        table = np.arange(256, dtype=np.uint8)
+        for pair in pairs:
+            one, two = (self.names.index(name) + 1 for name in pair)
+            table[[one, two]] = two, one
+        return table
+
+
+def class_problems(
+    classes: Mapping[str, int | Sequence[int]],
+    ignore_labels: Sequence[int] = (),
+    mirror_pairs: Sequence[Sequence[str]] = (),
+) -> Iterator[tuple[str, str]]:
+    """What is wrong with the keys of a config, as (key, what)."""
+    if not classes:
+        yield "classes", "empty; expected class names with their label values, such as liver: 5"
+    if len(classes) >= IGNORE:
+        yield "classes", f"{len(classes)} classes; at most {IGNORE - 1}"
+    used = {}
+    sources = [(f"classes.{name}", _as_tuple(found)) for name, found in classes.items()]
+    for key, values in [*sources, ("ignore_labels", tuple(ignore_labels))]:
+        if not values and key != "ignore_labels":
+            yield key, "no label value"
+        for value in values:
+            if value == 0:
+                yield key, "0 is always background"
+            elif not 0 < value <= MAX_VALUE:
+                yield key, f"{value}: label values are 1 to {MAX_VALUE}"
+            elif value in used:
+                where = "twice" if used[value] == key else f"in {used[value]} too"
+                yield key, f"{value} is {where}"
+            used.setdefault(value, key)
+    key, seen = "augment.mirror_pairs", set()
+    for pair in mirror_pairs:
+        if len(pair) != 2 or pair[0] == pair[1]:
+            yield key, f"{list(pair)}: expected two different classes"
+        for name in pair:
+            if name not in classes:
+                near = nearest(name, list(classes))
+                yield key, f"no class {name!r}" + (f"; nearest: {near}" if near else "")
+            elif name in seen:
+                yield key, f"{name} is in two pairs"
+            seen.add(name)
+
+
+def unpaired_sides(names: Sequence[str], mirror_pairs: Sequence[Sequence[str]]) -> list[str]:
+    """Classes whose name says a side but which no pair swaps: flipping x would mix them up."""
+    paired = {name for pair in mirror_pairs for name in pair}
+    return [name for name in names if SIDE.search(name) and name not in paired]
+
+
+def _as_tuple(found: int | Sequence[int]) -> tuple[int, ...]:
+    return (found,) if isinstance(found, int) else tuple(found)

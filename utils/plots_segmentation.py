@@ -1,0 +1,191 @@
+"""Pictures of a segmenter's predictions (see `utils.plots`): outlines on the image, scores.
+
+Pictures name a case by what the caller says in the title, never by a PatientID.
+"""
+
+from collections.abc import Mapping, Sequence
+from textwrap import wrap
+
+import numpy as np
+from matplotlib.colors import hsv_to_rgb
+from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
+
+from utils.classes import IGNORE
+from utils.plots import COLORS, PLANES, bare, figure, letters, save, slice_2d
+
+OUTLINES = ["#F0E442", "#56B4E9", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#0072B2"]
+MARGIN_MM = 20.0  # of the image around what is outlined
+GOLDEN = 0.618  # turns of the colour wheel from one class to the next, beyond OUTLINES
+WIDTH, ROW, LINE = 10.5, 4.2, 0.16  # inches: most of the three planes, of a row, of the legend
+HALO = [withStroke(linewidth=1.6, foreground="black")]  # of dotted white lines
+MAX_LEGEND = 45  # classes
+
+
+def plot_overlay(
+    path,
+    image: np.ndarray,
+    prediction: np.ndarray,
+    truth: np.ndarray | None,
+    spacing_mm: Sequence[float],
+    names: Sequence[str],
+    title: str,
+) -> np.ndarray:
+    """Truth and prediction outlined on the slices of three planes that hold most of them.
+
+    Args:
+        image: (X, Y, Z) in RAS+, any unit; its window is taken from what is shown.
+        prediction, truth: (X, Y, Z) class indices; names[k] is index k + 1. Without a truth only
+            the prediction is drawn.
+        spacing_mm: (3,).
+    Returns:
+        the picture as (H, W, 3) uint8.
+    """
+    masks = {"truth": truth, "prediction": prediction}
+    masks = {n: np.where(m == IGNORE, 0, m) for n, m in masks.items() if m is not None}
+    anything = np.logical_or.reduce([m > 0 for m in masks.values()])
+    box = _box(anything, spacing_mm)
+    places = {p: _fullest(anything, axis) for p, (axis, _) in PLANES.items()}
+    shown = {}
+    for plane, (axis, _) in PLANES.items():
+        cut = tuple(slice(None) if a == axis else box[a] for a in range(3))
+        shown[plane] = {n: slice_2d(m[cut], plane, places[plane]) for n, m in masks.items()}
+        shown[plane]["image"] = slice_2d(image[cut], plane, places[plane])
+    present = sorted({int(k) for cut in shown.values() for n in masks for k in np.unique(cut[n])})
+    present = [k for k in present if k > 0]
+    low, high = _window(image, anything, box)
+
+    # all planes in one scale
+    size_mm = {}  # of each plane's picture: width, height
+    for plane, (axis, _) in PLANES.items():
+        across, down = [a for a in range(3) if a != axis]
+        rows, columns = shown[plane]["image"].shape
+        size_mm[plane] = (columns * spacing_mm[across], rows * spacing_mm[down])
+    wide, tall = sum(w for w, _ in size_mm.values()), max(h for _, h in size_mm.values())
+    scale = min(WIDTH / wide, ROW / tall)  # inches per mm
+    gap, left, top, side = 0.15, 0.4, 0.8, 2.1 if present else 0.1
+    width = max(left + wide * scale + 2 * gap + side, 7.0)
+    height = max(
+        top + len(masks) * (tall * scale + gap), top + LINE * (min(len(present), MAX_LEGEND) + 3)
+    )
+    fig = figure(width, height)
+    title = "\n".join(wrap(title, int(13 * width))[:2])
+    fig.text(left / width, 1 - 0.08 / height, title, va="top", fontsize=10)
+    for row, name in enumerate(masks):
+        x, y = left, height - top - row * (tall * scale + gap)
+        for plane, (axis, sides) in PLANES.items():
+            w, h = (mm * scale for mm in size_mm[plane])
+            ax = fig.add_axes((x / width, (y - h) / height, w / width, h / height))
+            x += w + gap
+            picture = shown[plane]["image"]
+            ax.imshow(picture, cmap="gray", vmin=low, vmax=high, aspect="auto")
+            for k in present:
+                if name == "prediction" and truth is not None:
+                    _outline(ax, shown[plane]["truth"] == k, "white", 0.8, ":")
+                _outline(ax, shown[plane][name] == k, color_of(k), 1.3, "-")
+            ax.set_xlim(-0.5, picture.shape[1] - 0.5)
+            ax.set_ylim(picture.shape[0] - 0.5, -0.5)
+            bare(ax)
+            letters(ax, sides if h > 0.9 else sides[:2] + "  ")
+            if row == 0:
+                ax.set_title(f"{plane} {places[plane] + 1} of {image.shape[axis]}", fontsize=8)
+        fig.text(0.1 / width, (y - 0.1) / height, name, va="top", rotation=90, fontsize=9)
+    _legend(fig, present, names, truth is not None, 1 - side / width, 1 - (top - 0.1) / height)
+    return save(fig, path)
+
+
+def plot_scores(
+    path, rows: Sequence[Mapping], names: Sequence[str], metric: str, label: str
+) -> np.ndarray | None:
+    """A metric of every case, a line of dots per class with its median; None without any value.
+
+    rows: of `utils.segmentation_metrics.case_metrics`. Returns the picture, (H, W, 3) uint8.
+    """
+    values = {n: [r[metric] for r in rows if r["class"] == n] for n in names}
+    values = {n: np.array([v for v in found if v is not None]) for n, found in values.items()}
+    if not any(map(len, values.values())):
+        return None
+    fig = figure(7.0, 0.75 + 0.24 * max(len(names), 3), layout="constrained")
+    ax = fig.add_subplot()
+    jitter = np.random.default_rng(0)
+    for y, found in enumerate(values.values()):
+        at = y + jitter.uniform(-0.22, 0.22, len(found))
+        ax.plot(found, at, "o", ms=3, color=COLORS[0], alpha=0.6, mew=0, zorder=3)
+        if len(found):
+            ax.plot([np.median(found)] * 2, [y - 0.35, y + 0.35], color=COLORS[1], lw=2)
+    ax.set_yticks(range(len(names)), [_short(n) for n in names], fontsize=8)
+    ax.set_ylim(len(names) - 0.5, -0.5)
+    if metric.endswith("dice"):
+        ax.set_xlim(-0.02, 1.02)
+    ax.set_xlabel(f"{label}; bar: median over cases", fontsize=9)
+    ax.tick_params(axis="x", labelsize=8)
+    ax.grid(axis="x", color="#dddddd", lw=0.6)
+    ax.spines[["top", "right"]].set_visible(False)
+    return save(fig, path)
+
+
+def color_of(k: int) -> str | tuple:
+    """Of class index k, from 1; no two alike."""
+    if k <= len(OUTLINES):
+        return OUTLINES[k - 1]
+    turn = (k - len(OUTLINES)) * GOLDEN
+    return tuple(hsv_to_rgb((turn % 1, 0.55 + 0.35 * (k % 2), 1.0 - 0.15 * (k % 3))))
+
+
+def _outline(ax, mask: np.ndarray, color, width: float, style: str) -> None:
+    """The border of a mask (rows, columns), closed at the picture's edge."""
+    if not mask.any():
+        return
+    padded = np.pad(mask, 1).astype(float)
+    x, y = np.arange(-1, mask.shape[1] + 1), np.arange(-1, mask.shape[0] + 1)
+    lines = ax.contour(x, y, padded, [0.5], colors=[color], linewidths=width, linestyles=style)
+    if style == ":":
+        lines.set(path_effects=HALO)
+
+
+def _box(anything: np.ndarray, spacing_mm) -> tuple[slice, ...]:
+    """Around all that is outlined, with a margin; the whole volume where nothing is."""
+    box = []
+    for axis, n in enumerate(anything.shape):
+        hit = np.flatnonzero(anything.any(axis=tuple({0, 1, 2} - {axis})))
+        margin = int(np.ceil(MARGIN_MM / spacing_mm[axis]))
+        first, last = (hit[0], hit[-1]) if len(hit) else (0, n - 1)
+        box.append(slice(max(0, first - margin), min(n, last + margin + 1)))
+    return tuple(box)
+
+
+def _window(image: np.ndarray, anything: np.ndarray, box) -> tuple[float, float]:
+    """Black and white of the picture: the greys of what is outlined and some more to both sides,
+    as far as the picture has any there."""
+    inside = image[box][anything[box]] if anything.any() else image[box]
+    low, high = np.percentile(inside, (5, 95))
+    more = 0.75 * max(high - low, 1e-6)
+    least, most = np.percentile(image[box], (0.5, 99.5))
+    low, high = max(low - more, min(least, low)), min(high + more, max(most, high))
+    return float(low), float(max(high, low + 1e-6))
+
+
+def _fullest(anything: np.ndarray, axis: int) -> int:
+    """The slice with most voxels; the middle one where there are none."""
+    counts = anything.sum(axis=tuple({0, 1, 2} - {axis}))
+    return int(counts.argmax()) if counts.any() else len(counts) // 2
+
+
+def _legend(fig, present, names, with_truth: bool, left: float, top: float) -> None:
+    """The classes in their colours, at the picture's right."""
+    lines = [Line2D([], [], color=color_of(k), lw=2) for k in present[:MAX_LEGEND]]
+    texts = [_short(names[k - 1]) for k in present[:MAX_LEGEND]]
+    if len(present) > MAX_LEGEND:
+        lines.append(Line2D([], [], alpha=0))
+        texts.append(f"and {len(present) - MAX_LEGEND} more")
+    if with_truth and present:
+        lines.append(Line2D([], [], color="white", lw=0.8, ls=":", path_effects=HALO))
+        texts.append("truth, in the second row")
+    if lines:
+        fig.legend(
+            lines, texts, loc="upper left", bbox_to_anchor=(left, top), fontsize=7, frameon=False
+        )
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 28 else f"{name[:27]}…"

@@ -1,0 +1,236 @@
+"""How well a segmentation agrees with the truth: overlap, surfaces in mm, volumes in mL.
+
+Surfaces are the voxels of a class with one of their six neighbours outside it, at their centres;
+beyond the edge of the image is outside. Distances run from each surface voxel of one mask to the
+nearest of the other's. As in MONAI (compute_hausdorff_distance with percentile=95 and
+compute_surface_dice), and unlike DeepMind's surface-distance, surface voxels all count the same,
+whatever area they stand for. HD95 is the larger of the two directions' 95th percentiles. Surface
+Dice (Nikolov et al., https://arxiv.org/abs/1809.04430) is the fraction of both surfaces' voxels
+that lie within the tolerance.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from scipy.spatial import cKDTree
+
+from utils.bootstrap import percentiles, resamples
+from utils.classes import IGNORE
+
+ROUNDING = 1e-6  # mm, of distances
+METRICS = ["dice", "surface_dice", "hd95_mm", "volume_error_ml", "abs_volume_error_ml"]
+MISSED, FALSE = "nothing predicted, present in the truth", "predicted, absent in the truth"
+ABSENT = "absent in both: not counted"
+ONLY_PREDICTED = "no mask: predicted only"
+
+
+def case_metrics(
+    prediction: np.ndarray,
+    truth: np.ndarray,
+    spacing_mm: Sequence[float],
+    names: Sequence[str],
+    tolerance_mm: float,
+) -> list[dict]:
+    """One row per class.
+
+    Args:
+        prediction, truth: (X, Y, Z) uint8 class indices; names[k] is index k + 1. Where the truth
+            is IGNORE, both count as background.
+        spacing_mm: (3,) along the arrays' axes.
+        tolerance_mm: of surface Dice.
+    Returns:
+        [{class, dice, hd95_mm, surface_dice, volume_ml, true_volume_ml, volume_error_ml
+        (predicted - true), note}]. A class that is in neither has None for all but the volumes; one
+        that is in one of them has Dice and surface Dice 0, HD95 None and a note that says so.
+    """
+    prediction, truth = _without_ignored(prediction, truth)
+    both, num = _counts(prediction, truth), len(names) + 1
+    voxel_ml = _voxel_ml(spacing_mm)
+    surfaces, box = _surfaces((prediction, truth), num)
+    rows = []
+    for k, name in enumerate(names, 1):
+        found, true, hit = int(both[k].sum()), int(both[:, k].sum()), int(both[k, k])
+        row = {"class": name, "dice": None, "hd95_mm": None, "surface_dice": None}
+        row |= {"volume_ml": found * voxel_ml, "true_volume_ml": true * voxel_ml}
+        row |= {"volume_error_ml": (found - true) * voxel_ml, "note": ""}
+        if found and true:
+            row["dice"] = 2 * hit / (found + true)
+            distances = _distances(surfaces[0][k], surfaces[1][k], box, spacing_mm)
+            row["hd95_mm"] = max(float(np.percentile(d, 95)) for d in distances)
+            near = np.concatenate(distances) <= tolerance_mm + ROUNDING
+            row["surface_dice"] = float(near.mean())
+        elif found or true:
+            row |= {"dice": 0.0, "surface_dice": 0.0, "note": FALSE if found else MISSED}
+        else:
+            row |= {"volume_error_ml": None, "note": ABSENT}
+        rows.append(row)
+    return rows
+
+
+def case_dice(prediction: np.ndarray, truth: np.ndarray, names: Sequence[str]) -> list[dict]:
+    """As `case_metrics`, only {class, dice}: a hundred times as fast, for validation."""
+    both = _counts(*_without_ignored(prediction, truth))
+    sizes = both.sum(0) + both.sum(1)
+    return [
+        {"class": n, "dice": float(2 * both[k, k] / sizes[k]) if sizes[k] else None}
+        for k, n in enumerate(names, 1)
+    ]
+
+
+def predicted_volumes(
+    prediction: np.ndarray, spacing_mm: Sequence[float], names: Sequence[str]
+) -> list[dict]:
+    """Rows as of `case_metrics` for a case without a mask: the volumes alone."""
+    counts, voxel_ml = np.bincount(prediction.ravel(), minlength=256), _voxel_ml(spacing_mm)
+    empty = dict.fromkeys(["dice", "hd95_mm", "surface_dice"])
+    after = {"true_volume_ml": None, "volume_error_ml": None, "note": ONLY_PREDICTED}
+    return [
+        {"class": n, **empty, "volume_ml": int(counts[k]) * voxel_ml, **after}
+        for k, n in enumerate(names, 1)
+    ]
+
+
+def mean_dice(rows: Sequence[Mapping]) -> float | None:
+    """Mean over classes of the mean over cases; None where nothing is counted."""
+    dice = {}
+    for row in rows:
+        if row["dice"] is not None:
+            dice.setdefault(row["class"], []).append(row["dice"])
+    return float(np.mean([np.mean(found) for found in dice.values()])) if dice else None
+
+
+def summarize(rows: Sequence[Mapping], num: int = 1000, seed: int = 0) -> dict:
+    """Means over cases with 95 % bootstrap intervals over patients.
+
+    Args:
+        rows: of `case_metrics` and `predicted_volumes`, each with its PatientID and csv_line.
+        num: resamples; 0: no intervals.
+    Returns:
+        {"cases", "patients", "predicted_only": numbers; "overall": {metric: {"mean", "interval":
+        [low, high] or None, "counted"}}, "classes": {name: {metric: the same; "missed", "false",
+        "absent": cases}}}. Per class, the mean is over the cases that are counted; overall, it is
+        the mean over classes of their means, so that a class weighs the same in how few cases it
+        may be, and "counted" are classes. Metrics: those of the rows and the volume error's size.
+    """
+    scored = [row for row in rows if row["note"] != ONLY_PREDICTED]
+    patients = {row["csv_line"]: row["PatientID"] for row in scored}
+    drawn = resamples(list(patients.values()), num, seed) if len(set(patients.values())) > 1 else []
+    names = list(dict.fromkeys(row["class"] for row in scored))
+    classes: dict[str, dict] = {name: {} for name in names}
+    overall = {}
+    for metric in METRICS:
+        values = _table(scored, metric, list(patients), names)
+        means, counted = _means(np.ones((1, len(values)), int), values)
+        again = _means(drawn, values)[0] if len(drawn) else np.full((1, len(names)), np.nan)
+        for k, name in enumerate(names):
+            classes[name][metric] = _entry(means[0, k], again[:, k], counted[0, k])
+        total = [_nanmean(x) for x in (means, again)]
+        overall[metric] = _entry(total[0][0], total[1], np.isfinite(means[0]).sum())
+    for name in names:
+        notes = [row["note"] for row in scored if row["class"] == name]
+        counts = {"missed": MISSED, "false": FALSE, "absent": ABSENT}
+        classes[name] |= {what: notes.count(note) for what, note in counts.items()}
+    return {
+        "cases": len(patients),
+        "patients": len(set(patients.values())),
+        "predicted_only": len({r["csv_line"] for r in rows} - set(patients)),
+        "overall": overall,
+        "classes": classes,
+    }
+
+
+def _voxel_ml(spacing_mm: Sequence[float]) -> float:
+    return float(np.prod(spacing_mm)) / 1000
+
+
+def _without_ignored(prediction, truth) -> tuple[np.ndarray, np.ndarray]:
+    """Both with background where the truth is IGNORE."""
+    if prediction.shape != truth.shape:
+        raise ValueError(f"prediction {prediction.shape} and truth {truth.shape} differ in shape")
+    ignored = truth == IGNORE
+    if not ignored.any():
+        return prediction, truth
+    return np.where(ignored, 0, prediction), np.where(ignored, 0, truth)
+
+
+def _counts(prediction: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """(256, 256) voxels by predicted and true class."""
+    joint = prediction.astype(np.uint16) * 256 + truth
+    return np.bincount(joint.ravel(), minlength=2**16).reshape(256, 256)
+
+
+def _table(rows: Sequence[Mapping], metric: str, lines: list, names: list) -> np.ndarray:
+    """(cases, classes) float, nan where not counted."""
+    values = np.full((len(lines), len(names)), np.nan)
+    lines, names = ({name: i for i, name in enumerate(x)} for x in (lines, names))
+    for row in rows:
+        value = row[metric.removeprefix("abs_")]
+        if value is not None:
+            value = abs(value) if metric.startswith("abs_") else value
+            values[lines[row["csv_line"]], names[row["class"]]] = value
+    return values
+
+
+def _means(drawn: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(resamples, classes) means of the cases drawn (resamples, cases), and how many count."""
+    counted = drawn @ np.isfinite(values)
+    with np.errstate(invalid="ignore"):
+        return drawn @ np.nan_to_num(values) / counted, counted
+
+
+def _nanmean(values: np.ndarray) -> np.ndarray:
+    """Mean over the last axis of what is not nan; nan where nothing is."""
+    with np.errstate(invalid="ignore"):
+        return np.nansum(values, -1) / np.isfinite(values).sum(-1)
+
+
+def _entry(mean: float, resampled: np.ndarray, counted: int) -> dict:
+    mean, interval = float(mean) if np.isfinite(mean) else None, percentiles(resampled)
+    interval = None if interval is None else list(interval)
+    return {"mean": mean, "interval": interval, "counted": int(counted)}
+
+
+def _surfaces(masks: Sequence[np.ndarray], num: int) -> tuple[list[list[np.ndarray]], tuple]:
+    """For each mask and class the flat indices of its surface voxels, ascending, within the box
+    around all classes; the shape of that box."""
+    masks = [mask[_foreground_box(masks)] for mask in masks]
+    surfaces = []
+    for mask in masks:
+        edge = np.zeros(mask.shape, bool)
+        for axis in range(3):
+            m, e = np.moveaxis(mask, axis, 0), np.moveaxis(edge, axis, 0)
+            differ = m[1:] != m[:-1]
+            e[1:] |= differ
+            e[:-1] |= differ
+            e[[0, -1]] = True  # beyond lies background, or nothing
+        at = np.flatnonzero(edge & (mask > 0))
+        label = mask.ravel()[at]
+        order = np.argsort(label, kind="stable")
+        ends = np.cumsum(np.bincount(label, minlength=num))
+        surfaces.append(np.split(at[order], ends[:-1]))
+    return surfaces, masks[0].shape
+
+
+def _foreground_box(masks: Sequence[np.ndarray]) -> tuple[slice, ...]:
+    any_class = np.logical_or(*[mask > 0 for mask in masks])
+    box = []
+    for axis in range(3):
+        hit = np.flatnonzero(any_class.any(axis=tuple({0, 1, 2} - {axis})))
+        box.append(slice(hit[0], hit[-1] + 1) if len(hit) else slice(0, 1))
+    return tuple(box)
+
+
+def _distances(one: np.ndarray, other: np.ndarray, shape, spacing) -> list[np.ndarray]:
+    """mm from each voxel of one surface to the nearest of the other, and the other way round."""
+    points = [np.stack(np.unravel_index(at, shape), 1) * np.asarray(spacing) for at in (one, other)]
+    out = []
+    for (at, here), (others, there) in zip(
+        [(one, points[0]), (other, points[1])], [(other, points[1]), (one, points[0])], strict=True
+    ):
+        distance = np.zeros(len(at))
+        apart = ~np.isin(at, others, assume_unique=True)
+        if apart.any():
+            tree = cKDTree(there, balanced_tree=False, compact_nodes=False)
+            distance[apart] = tree.query(here[apart])[0]
+        out.append(distance)
+    return out

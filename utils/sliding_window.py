@@ -1,0 +1,267 @@
+"""A network over a whole volume: overlapping windows, their outputs averaged with Gaussian weights.
+
+Windows, weights and so the answer are those of monai.inferers.sliding_window_inference with
+mode="gaussian" and sigma_scale=0.125. Two things differ. Windows of one value throughout, such as
+air, are evaluated once for all. And the volume is finished slab by slab: 41 classes of
+512 x 512 x 600 voxels would take 26 GB, and as much again where they are resampled. What is held
+here at a time is one window's thickness of sums and, when a slab is finished, a copy: up to
+2 x 4 bytes x classes x window x the volume's two other edges (8.3 GB for that volume and windows of
+96; 2.3 GB for the same patient at 1.5 mm), in main memory where the device has not enough.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import combinations
+
+import torch
+import torch.nn.functional as F
+from monai.data.utils import compute_importance_map, dense_patch_slices
+from torch import Tensor
+
+SIGMA = 0.125  # of the Gaussian, in windows
+CPU = torch.device("cpu")
+Predict = Callable[[Tensor], Tensor]  # (B, 1, x, y, z) -> (B, K, x, y, z)
+Box = tuple[slice, slice, slice]
+
+
+def sliding_window(predict: Predict, image: Tensor, roi, overlap=0.5, batch=4, **options) -> Tensor:
+    """The average output for a whole volume, (K, X, Y, Z) float32; see `window_slabs`."""
+    ((_, whole),) = window_slabs(predict, image, roi, overlap, batch, axis=None, **options)
+    return whole
+
+
+@torch.no_grad()
+def window_slabs(
+    predict: Predict,
+    image: Tensor,
+    roi: Sequence[int],
+    overlap: float,
+    batch: int,
+    axis: int | None,
+    background: float = 0.0,
+    device: torch.device | None = None,
+    out_device: torch.device | None = None,
+    log: Callable[[str], None] | None = None,
+) -> Iterator[tuple[int, Tensor]]:
+    """The average output for a volume in slabs, from the lower end of an axis to the upper.
+
+    Args:
+        predict: the network. Its outputs are what is averaged: probabilities, or logits.
+        image: (1, X, Y, Z).
+        roi: (x, y, z) voxels of a window. A volume that is smaller is padded on both sides.
+        overlap: of windows side by side, 0 <= overlap < 1.
+        batch: windows in one call of predict. On a CPU always one: more are slower there.
+        axis: 0, 1 or 2, along which the volume is cut into slabs; the longest takes least memory.
+            None: one slab, the whole volume.
+        background: value of the padding.
+        device: where predict is called; default: the image's.
+        out_device: where outputs are summed up; default: `device`.
+        log: told when memory runs out. Then the batch is halved, down to one window; then sums
+            move to the CPU; if that does not help, torch.OutOfMemoryError is raised.
+    Yields:
+        first voxel of the slab along the axis; the slab, (K, x, y, z) float32.
+    """
+    if not 0 <= overlap < 1:
+        raise ValueError(f"overlap is {overlap}; expected 0 <= overlap < 1")
+    say, device = log or (lambda text: None), torch.device(device or image.device)
+    batch = 1 if device == CPU else batch
+    padded, inside = _pad(image, roi, background)
+    boxes = _boxes(padded.shape[1:], roi, overlap)
+    if axis is not None:
+        boxes.sort(key=lambda box: box[axis].start)
+    values = _constants(padded, boxes)
+    sums = _Sums(padded.shape[1:], axis, roi, torch.device(out_device or device), say)
+    known: dict[float, Tensor] = {}  # outputs of windows of one value
+    first = 0
+    while first < len(boxes):
+        todo, end = _next_windows(values, known, first, batch)
+        if batch == 1 and sums.device == CPU:
+            outputs = _evaluate(predict, padded, [boxes[i] for i in todo], device)
+        else:
+            outputs = attempt(_evaluate, predict, padded, [boxes[i] for i in todo], device)
+        if outputs is None:
+            if batch > 1:
+                batch //= 2
+                say(f"out of memory: from here on {batch} windows at a time")
+            else:
+                sums.move_to_cpu()
+            continue
+        outputs = dict(zip(todo, outputs, strict=True))
+        known |= {values[i]: out.clone() for i, out in outputs.items() if values[i] is not None}
+        for i in range(first, end):
+            sums.add(boxes[i], outputs[i] if i in outputs else known[values[i]])
+        outputs, first = None, end
+        if first == len(boxes):
+            finished = padded.shape[1 + sums.axis]
+        else:
+            finished = 0 if axis is None else boxes[first][axis].start
+        if finished > sums.start:
+            # not kept here while the caller has it; an axis that is padded is one window, one slab
+            yield sums.take(finished, inside)
+
+
+def averaged(predicts: Sequence[Predict]) -> Predict:
+    """The mean of several networks' outputs."""
+
+    def predict(x: Tensor) -> Tensor:
+        total = predicts[0](x)
+        for other in predicts[1:]:
+            total = total + other(x)
+        return total / len(predicts)
+
+    return predict if len(predicts) > 1 else predicts[0]
+
+
+def mirrored(
+    predict: Predict, axes: Sequence[int], pairs: Sequence[tuple[int, int]] = ()
+) -> Predict:
+    """The mean of a network's outputs for a window and its mirror images, turned back.
+
+    Args:
+        axes: of 0, 1, 2 for x, y, z, alone and in all combinations: 2^n calls instead of one.
+        pairs: channels of left and right structures, which trade places where x is mirrored.
+    """
+
+    def predict_mirrored(x: Tensor) -> Tensor:
+        total = predict(x)
+        order = list(range(total.shape[1]))
+        for one, other in pairs:
+            order[one], order[other] = other, one
+        for flip in flips:
+            out = predict(x.flip([2 + a for a in flip])).flip([2 + a for a in flip])
+            total = total + (out[:, order] if 0 in flip else out)
+        return total / (1 + len(flips))
+
+    flips = [f for n in range(1, len(axes) + 1) for f in combinations(axes, n)]
+    return predict_mirrored if flips else predict
+
+
+class _Sums:
+    """Weighted sums of the windows' outputs and of the weights, in what is not yet finished."""
+
+    def __init__(self, shape: Sequence[int], axis: int | None, roi, device, say: Callable):
+        self.shape, self.axis, self.device, self.say = tuple(shape), axis or 0, device, say
+        self.at_least = shape[0] if axis is None else 0
+        self.weight = compute_importance_map(
+            tuple(roi), mode="gaussian", sigma_scale=SIGMA, device=device
+        )
+        self.start = 0  # along the axis, of what the tensors hold
+        self.total = self.norm = None
+
+    def add(self, box: Box, output: Tensor) -> None:
+        """output: (K, *roi) on any device."""
+        self._either(self._reserve, len(output), max(box[self.axis].stop, self.at_least))
+        box = list(box)
+        along = box[self.axis]
+        box[self.axis] = slice(along.start - self.start, along.stop - self.start)
+        self._either(lambda: torch.mul(output.to(self.device), self.weight, out=self.product))
+        self.total[(slice(None), *box)].add_(self.product)
+        self.norm[tuple(box)].add_(self.weight)
+
+    def take(self, stop: int, inside: Box) -> tuple[int, Tensor]:
+        """The mean from where the sums start to `stop`, which no window touches any more."""
+        start, count, dim = self.start, stop - self.start, 1 + self.axis
+        self.start = stop
+        if count == self.total.shape[dim]:
+            mean, self.total = self.total.div_(self.norm), None
+            return start, mean[(slice(None), *inside)]
+
+        def split() -> tuple[Tensor, ...]:
+            total, rest = self.total.split([count, self.total.shape[dim] - count], dim)
+            norm, other = self.norm.split([count, self.norm.shape[self.axis] - count], self.axis)
+            return total / norm, rest.clone(), other.clone()
+
+        mean, self.total, self.norm = self._either(split)
+        return start, mean[(slice(None), *inside)]
+
+    def _reserve(self, channels: int, stop: int) -> bool:
+        """Make the tensors reach to `stop`; if that fails they are as before."""
+        if self.total is None:
+            size = list(self.shape)
+            size[self.axis] = stop - self.start
+            product = torch.empty(channels, *self.weight.shape, device=self.device)
+            norm = torch.zeros(size, device=self.device)
+            total = torch.zeros(channels, *size, device=self.device)
+            self.product, self.norm, self.total = product, norm, total
+        more = stop - self.start - self.norm.shape[self.axis]
+        if more > 0:
+            widths = [0] * (2 * (2 - self.axis)) + [0, more]
+            self.total, self.norm = F.pad(self.total, widths), F.pad(self.norm, widths)
+        return True
+
+    def _either(self, function: Callable, *args):
+        """The function's result on the device, or else on the CPU."""
+        if self.device != CPU:
+            result = attempt(function, *args)
+            if result is not None:
+                return result
+            self.move_to_cpu()
+        return function(*args)
+
+    def move_to_cpu(self) -> None:
+        self.say("out of memory: from here on outputs are summed up on the CPU")
+        self.device, self.weight = CPU, self.weight.to(CPU)
+        if self.total is not None:
+            self.total, self.norm = self.total.to(CPU), self.norm.to(CPU)
+            self.product = torch.empty_like(self.product, device=CPU)
+
+
+def attempt(function: Callable, *args):
+    """The function's result, which is never None, or None where the device's memory ran out."""
+    try:
+        return function(*args)
+    except torch.OutOfMemoryError:
+        pass  # its traceback holds tensors and must be gone before the memory is free
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return None
+
+
+def _evaluate(predict: Predict, image: Tensor, boxes: list[Box], device) -> Tensor | list:
+    """Outputs (B, K, x, y, z) of the windows at some places."""
+    if not boxes:
+        return []
+    return predict(torch.stack([image[(slice(None), *box)] for box in boxes]).to(device))
+
+
+def _pad(image: Tensor, roi, background: float) -> tuple[Tensor, Box]:
+    """The image made at least as large as a window, and the box of it that is the image."""
+    gaps = [max(0, r - n) for r, n in zip(roi, image.shape[1:], strict=True)]
+    widths = [w for gap in reversed(gaps) for w in (gap // 2, gap - gap // 2)]
+    inside = tuple(
+        slice(gap // 2, gap // 2 + n) for gap, n in zip(gaps, image.shape[1:], strict=True)
+    )
+    return (F.pad(image, widths, value=background) if any(gaps) else image), inside
+
+
+def _boxes(shape: Sequence[int], roi: Sequence[int], overlap: float) -> list[Box]:
+    """Windows that cover a volume."""
+    step = [
+        r if r == n else max(1, int(r * (1 - overlap))) for r, n in zip(roi, shape, strict=True)
+    ]
+    return dense_patch_slices(tuple(shape), tuple(roi), step)
+
+
+def _constants(image: Tensor, boxes: list[Box]) -> list[float | None]:
+    """For each window its value if it has only one, else None."""
+    values: list[float | None] = [0.0] * len(boxes)
+    for every in (8, 1):  # some voxels first: most windows need no second look
+        chosen = [i for i, value in enumerate(values) if value is not None]
+        parts = [image[0][boxes[i]][::every, ::every, ::every] for i in chosen]
+        ends = [torch.stack([part.amin(), part.amax()]) for part in parts]
+        ends = torch.stack(ends).tolist() if ends else []  # one wait for the device
+        for i, (low, high) in zip(chosen, ends, strict=True):
+            values[i] = low if low == high else None
+    return values
+
+
+def _next_windows(values: list, known: dict, first: int, batch: int) -> tuple[list[int], int]:
+    """Up to `batch` windows to evaluate, from the first on, and the end of those then done."""
+    todo, new = [], set(known)
+    for i in range(first, len(values)):
+        if values[i] is not None and values[i] in new:
+            continue
+        if len(todo) == batch:
+            return todo, i
+        todo.append(i)
+        new.add(values[i])
+    return todo, len(values)
