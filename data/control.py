@@ -1,0 +1,102 @@
+"""The standard control: what size, spacing and mean intensity of a volume alone say of a target.
+
+A network that is no better than this may have learnt how the scans were made and cut, and nothing
+of what they show.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+from nibabel.orientations import io_orientation
+from scipy.special import softmax
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.preprocessing import StandardScaler
+
+from data.cases import Case
+from data.entry import CHUNK
+from data.targets import Targets
+from data.views import BODY_BLOCK
+
+MAX_CHUNKS = 8  # of 64³ voxels, read of a volume for its mean intensity
+
+
+def control_features(entry) -> np.ndarray:
+    """(7,): logarithms of voxels and of mm per voxel of the file along x, y, z; mean intensity.
+
+    Sums of the logarithms are those of lengths and volumes in mm. The intensity is of the body, in
+    HU for CT, else relative to the percentiles; of a large volume it is that of a few chunks,
+    spread evenly over those that hold body.
+    """
+    axes = io_orientation(entry.original_affine)[:, 0].astype(int)  # x, y or z of each file axis
+    voxels = np.empty(3)
+    voxels[axes] = entry.original_shape
+    chunks = []
+    for index in np.ndindex(*[-(-n // CHUNK) for n in entry.shape]):
+        start = np.multiply(index, CHUNK)
+        low, high = start // BODY_BLOCK, (start + CHUNK) // BODY_BLOCK
+        inside = entry.body[tuple(map(slice, low, high))] >= 128  # more body than air
+        if inside.any():
+            chunks.append((start, inside))
+    few = np.linspace(0, len(chunks) - 1, min(MAX_CHUNKS, len(chunks))).round().astype(int)
+    total, count = 0.0, 0
+    for start, inside in (chunks[i] for i in few):
+        values = entry.read_region(start, [CHUNK] * 3)[0]
+        for axis in range(3):
+            inside = inside.repeat(BODY_BLOCK, axis)
+        values = values[inside[tuple(map(slice, values.shape))]]
+        total, count = total + values.sum(dtype=np.float64), count + values.size
+    stored = total / count if count else entry.background
+    # rounded: spacings that differ by less than 0.1 % only do so in the file's last digits
+    lengths = np.log([*voxels, *entry.slice_spacing]).round(3)
+    return np.array([*lengths, stored * entry.scale + entry.offset])
+
+
+@dataclass(frozen=True)
+class Control:
+    """Logistic regressions (ridge regressions for numbers) on standardised features.
+
+    mean, scale: (F,) of the train cases. weights, bias: {target: (outputs, F)} and (outputs,). All
+    are lists, so that a checkpoint can hold them.
+    """
+
+    mean: list[float]
+    scale: list[float]
+    weights: dict[str, list[list[float]]]
+    bias: dict[str, list[float]]
+
+    @classmethod
+    def fit(cls, features: np.ndarray, targets: Targets, cases: Sequence[Case]) -> "Control":
+        """features: (N, F) of the train cases."""
+        scaler = StandardScaler().fit(features)
+        x, labels = scaler.transform(features), [targets.encode(case) for case in cases]
+        weights, bias = {}, {}
+        for name in targets.names:
+            y = np.array([label[name] for label in labels], float)
+            known = ~np.isnan(y) & ~((y < 0) & (name in targets.classes))
+            model = LogisticRegression(max_iter=2000) if name in targets.classes else Ridge()
+            model.fit(x[known], y[known])
+            weights[name] = np.atleast_2d(model.coef_).tolist()
+            bias[name] = np.atleast_1d(model.intercept_).tolist()
+        return cls(scaler.mean_.tolist(), scaler.scale_.tolist(), weights, bias)
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "Control":
+        return cls(**values)
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    def predict(self, features: np.ndarray, targets: Targets) -> dict[str, np.ndarray]:
+        """{target: (N, K) probabilities, or (N,) numbers in the column's units}."""
+        x = (np.asarray(features) - self.mean) / self.scale
+        outputs = {}
+        for name in targets.names:
+            z = x @ np.array(self.weights[name]).T + self.bias[name]  # (N, outputs)
+            if name in targets.moments:
+                outputs[name] = targets.to_units(name, z[:, 0])
+                continue
+            if z.shape[1] == 1:  # two classes: log-odds of the second
+                z = np.concatenate([np.zeros_like(z), z], axis=1)
+            outputs[name] = softmax(z, axis=1)
+        return outputs

@@ -1,0 +1,248 @@
+"""test/ of the classifier: predictions, metrics, pictures and a page that shows them."""
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from utils.classification_metrics import NUM_BINS
+from utils.evaluation import evaluate, most_wrong
+from utils.plots_classification import (
+    Panel,
+    drawable,
+    plot_calibration,
+    plot_cases,
+    plot_confusion,
+    plot_numbers,
+    plot_precision_recall,
+    plot_roc,
+)
+from utils.predictions import Predictions, write_predictions
+from utils.report import Section, write_report
+
+NUM_WORST = 8  # cases of each target
+LABELS = {
+    "auc": "AUC",
+    "average_precision": "average precision",
+    "accuracy": "accuracy",
+    "balanced_accuracy": "balanced accuracy",
+    "f1": "F1",
+    "sensitivity": "sensitivity",
+    "specificity": "specificity",
+    "calibration_error": "calibration error",
+    "mae": "mean absolute error",
+    "r2": "R²",
+}
+IN_GROUPS = ["auc", "balanced_accuracy", "mae", "r2"]  # told of each group and fold
+OF_CLASSES = {  # file in plots/ -> how it is drawn, caption
+    "roc": (plot_roc, "ROC, with the area under the curve"),
+    "precision_recall": (
+        plot_precision_recall,
+        "Precision and recall, with average precision; dotted: what guessing would give",
+    ),
+    "confusion": (plot_confusion, "Rows by true and predicted class"),
+    "calibration": (
+        plot_calibration,
+        "Calibration: on the dotted line probabilities mean what they say; the numbers are rows",
+    ),
+}
+EXPLANATIONS = [
+    "Intervals: 95 %, percentiles of 1000 bootstrap resamples of the test patients, all rows of a "
+    "patient together. They are too narrow for few patients (one from 1 to 1 does not mean that "
+    "errors are impossible) and know nothing of how another training run would turn out.",
+    "The prediction is the most probable class. Of two classes the last one is positive: F1, "
+    "average precision, sensitivity and specificity are about it. Of more, AUC and average "
+    "precision (each class against the rest) and F1 are plain means over the classes.",
+    f"Calibration error: over {NUM_BINS} bins of equal width, the mean of |probability - fraction "
+    "that was right|, weighted by rows. The probability is that of the positive class; of more "
+    "than two classes that of the predicted one.",
+    "Cases are named by their line in the CSV; predictions.csv has the PatientIDs.",
+]
+CONTROL = (
+    "Control: a logistic regression (ridge regression for numbers) on size, spacing and mean "
+    "intensity of the volumes, fitted on the same train cases. A network that is no better than "
+    "this may have seen nothing else."
+)
+
+
+def write_test_report(
+    folder: str | Path,
+    title: str,
+    targets,
+    cases: Sequence,
+    predictions: Predictions,
+    control: Predictions | None = None,
+    report_by: Sequence[str] = (),
+    images: Callable | None = None,
+    by_fold: bool = False,
+    notes: Sequence[str] = (),
+    seed: int = 0,
+) -> dict:
+    """Write predictions.csv, control.csv, metrics.json, report.html and plots/*.png.
+
+    Works without labels, with one row, with one class. PatientIDs are in the two CSVs only.
+
+    Args:
+        folder: made if absent; files of these names are overwritten.
+        targets, cases, predictions, control, report_by, by_fold: see `utils.evaluation.evaluate`.
+        images: case -> (X, Y, Z) in 0..1, for pictures of the cases that were most wrong.
+        notes: warnings at the top of the page.
+    Returns:
+        what metrics.json holds.
+    """
+    folder = Path(folder)
+    (folder / "plots").mkdir(parents=True, exist_ok=True)
+    write_predictions(folder / "predictions.csv", targets, cases, predictions)
+    if control is not None:
+        write_predictions(folder / "control.csv", targets, cases, control)
+    metrics = evaluate(targets, cases, predictions, control, report_by, by_fold, seed=seed)
+    text = json.dumps(metrics, indent=2, allow_nan=False, ensure_ascii=False)
+    (folder / "metrics.json").write_text(text + "\n", encoding="utf-8")
+    sections = [Section("Warnings", [list(notes)], warning=True)]
+    for name in targets.names:
+        sections.append(Section(name, _summary(metrics[name], predictions[name])))
+    worst = _draw_worst(folder, targets, cases, predictions, images) if images else []
+    sections += [
+        Section("Folds", _split(_fold_table(metrics), targets)),
+        *(Section(f"By {c}", _split(_group_table(metrics, c), targets)) for c in report_by),
+        Section("Pictures", _draw_curves(folder, targets, cases, predictions, metrics)),
+        Section("Most wrong", worst),
+        Section("What the numbers mean", [EXPLANATIONS + [CONTROL] * (control is not None)]),
+    ]
+    write_report(folder / "report.html", title, sections)
+    return metrics
+
+
+# ---- tables
+
+
+def _summary(found: dict, outputs: np.ndarray) -> list:
+    """What a target's section holds: counts, metrics beside the control, what is undefined."""
+    text = f"{found['n']} of {len(outputs)} rows have a label, of {found['patients']} patients."
+    if "positive" in found:
+        text += f" The positive class is {found['positive']!r}."
+    items = [text]
+    if "classes" in found:
+        classes, labels = found["classes"], np.sum(found["confusion"], axis=1)
+        predicted = np.bincount(outputs.argmax(axis=1), minlength=len(classes))
+        columns = zip(classes, drawable(classes, "class"), labels, predicted, strict=True)
+        table = [
+            {"class": c, "labels": n, "predictions": m} | ({"in pictures": d} if d != c else {})
+            for c, d, n, m in columns
+        ]
+        items.append(table)
+    rows = []
+    for name in (name for name in LABELS if name in found):
+        row = {"": LABELS[name], "network": found[name], "95 %": _ends(found, name)}
+        if "control" in found:
+            row |= {
+                "control": found["control"][name],
+                "control 95 %": _ends(found["control"], name),
+            }
+        rows.append(row)
+    items.append(rows)
+    for name, value in found.get("above_control", {}).items():
+        if name in LABELS and value is not None:
+            ends = _ends(found["above_control"], name)
+            better = "less is better" if name == "mae" else "more is better"
+            what = f"{LABELS[name]}, network minus control, on the same resamples"
+            items.append(f"{what}: {value:+.3g} ({ends}); {better}.")
+    return [*items, [f"{_label(name)}: {why}" for name, why in found["reasons"].items()]]
+
+
+def _group_table(metrics: dict, column: str) -> list[dict]:
+    return [
+        {"target": target, "value": value, **_brief(found)}
+        for target, of_target in metrics.items()
+        for value, found in of_target.get("by", {}).get(column, {}).items()
+    ]
+
+
+def _fold_table(metrics: dict) -> list[dict]:
+    rows = []
+    for target, of_target in metrics.items():
+        if "folds" not in of_target:
+            continue
+        for fold, found in of_target["folds"].items():
+            rows.append({"target": target, "fold": fold, **_brief(found)})
+        for what in ("mean", "sd"):
+            over = of_target["over_folds"]
+            values = {LABELS[name]: over[name][what] for name in IN_GROUPS if name in over}
+            rows.append({"target": target, "fold": what, **values})
+        rows.append({"target": target, "fold": "all, pooled", **_brief(of_target)})
+    return rows
+
+
+def _split(rows: list[dict], targets) -> list[list[dict]]:
+    """A table of the targets that are classes and one of those that are numbers, if any."""
+    tables = [
+        [row for row in rows if row["target"] in part]
+        for part in (targets.classes, targets.moments)
+    ]
+    return [table for table in tables if table]
+
+
+def _brief(found: dict) -> dict:
+    row = {"rows": found["n"], "patients": found["patients"]}
+    for name in (name for name in IN_GROUPS if name in found):
+        row |= {LABELS[name]: found[name], f"{LABELS[name]} 95 %": _ends(found, name)}
+    return row
+
+
+def _ends(found: dict, name: str) -> str | None:
+    ends = found.get(f"{name}_interval")
+    return ends and f"{ends[0]:.3g} to {ends[1]:.3g}"
+
+
+def _label(name: str) -> str:
+    metric = name.removesuffix("_interval")
+    return LABELS.get(metric, metric) + ", interval" * (metric != name)
+
+
+# ---- pictures
+
+
+def _draw_curves(folder: Path, targets, cases, predictions, metrics) -> list:
+    """A picture of each kind, as far as there are labels; as items of a section."""
+    truths, classes, numbers, items = targets.truth(cases), [], [], []
+    for name, truth in truths.items():
+        is_class = name in targets.classes
+        known = truth >= 0 if is_class else ~np.isnan(truth)
+        if known.any():
+            rows = (truth[known], predictions[name][known], metrics[name])
+            panel = Panel(name, targets.classes.get(name, []), *rows)
+            (classes if is_class else numbers).append(panel)
+    for file, (plot, caption) in OF_CLASSES.items() if classes else ():
+        plot(folder / "plots" / f"{file}.png", classes)
+        items.append((folder / "plots" / f"{file}.png", caption))
+    if numbers:
+        plot_numbers(folder / "plots" / "numbers.png", numbers)
+        items.append((folder / "plots" / "numbers.png", "Predicted and true numbers"))
+    return items
+
+
+def _draw_worst(folder: Path, targets, cases, predictions, images: Callable) -> list:
+    """Pictures of the cases that were most wrong about each target; as items of a section."""
+    truths, items = targets.truth(cases), []
+    for i, (name, truth) in enumerate(truths.items()):
+        rows = most_wrong(truth, predictions[name], NUM_WORST)
+        if not rows:
+            items.append(f"{name}: no case with a label was wrong.")
+            continue
+        if name in targets.classes:
+            classes = drawable(targets.classes[name], "class")
+            captions = []
+            for row in rows:
+                p = predictions[name][row]
+                lines = [f"{classes[c]} ({p[c]:.2f})" for c in (truth[row], p.argmax())]
+                captions.append(f"truth {lines[0]}\npredicted {lines[1]}")
+        else:
+            captions = [f"truth {truth[r]:.4g}\npredicted {predictions[name][r]:.4g}" for r in rows]
+        captions = [f"line {cases[r].row}\n{c}" for r, c in zip(rows, captions, strict=True)]
+        slug = re.sub(r"[^A-Za-z0-9]+", "_", name)[:40]
+        path = folder / "plots" / f"worst_{i + 1}_{slug}.png"
+        plot_cases(path, [images(cases[row]) for row in rows], captions)
+        items.append((path, f"{name}: the {len(rows)} cases that were most wrong, worst first"))
+    return items
