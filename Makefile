@@ -1,5 +1,6 @@
-# make demo   phantom data, then a small pre-training run; both commands set up .venv first
+# make demo   phantom data, then the three stages, small, on it; both commands set up .venv first
 # make test   the tests
+# make faults broken scans, tables, settings, caches and weights, one table of what came of them
 # make lint   ruff
 # Another interpreter: make demo PYTHON=python3.12
 
@@ -11,22 +12,37 @@ BIN = $(VENV)/bin
 # training is otherwise spent in page faults (glibc only; ignored elsewhere).
 export GLIBC_TUNABLES = glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=17179869184:glibc.malloc.top_pad=268435456
 
-.PHONY: demo test lint
+.PHONY: demo test faults lint
+
+# What all three stages of the demo share: small networks, coarse volumes.
+SMALL = precision=fp32 n_workers=1 warmup_epochs=1 resunet.features=[16,16,32,64] \
+  resunet.blocks=[1,1,1,1] data.spacing=[6,6,6] data.hu_window=[-200,800]
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m data.demo demo_data
-	rm -rf results/demo
-	$(BIN)/python dino.py experiment=demo csv_path=demo_data/demo.csv precision=fp32 n_workers=1 \
-	  n_epochs=10 warmup_epochs=1 batch_size=4 learning_rate=0.1 probe.every=5 probe.dense_cases=4 \
-	  resunet.features=[16,16,32,64] resunet.blocks=[1,1,1,1] \
-	  data.spacing=[4,4,4] data.hu_window=[-200,300] crops.regions_per_case=4 crops.num_local=2 \
-	  crops.region_size=[48,48,48] crops.global_size=[32,32,32] crops.local_size=[24,24,24] \
+	rm -rf results/demo_dino results/demo_classification results/demo_segmentation
+	$(BIN)/python dino.py experiment=demo_dino $(SMALL) n_epochs=10 batch_size=4 learning_rate=0.1 \
+	  probe.every=5 probe.dense_cases=4 crops.regions_per_case=4 crops.num_local=2 \
+	  crops.region_size=[48,40,40] crops.global_size=[32,32,32] crops.local_size=[24,24,24] \
 	  dino.out_dim=256 dino.patch_out_dim=256 dino.head_hidden=256 dino.head_bottleneck=64 \
 	  dino.patch_level=2 dino.momentum=0.98
-	@echo "Report: results/demo/report.html"
+	$(BIN)/python classification.py experiment=demo_classification $(SMALL) n_epochs=40 \
+	  batch_size=4 accumulate=1 learning_rate=1e-3 image.size=[48,40,40] \
+	  dino_weights=results/demo_dino/checkpoints/backbone.pt
+	$(BIN)/python classification.py experiment=demo_classification n_workers=1 precision=fp32 \
+	  test_ckpt=results/demo_classification/checkpoints/best.pt
+	$(BIN)/python segmentation.py experiment=demo_segmentation $(SMALL) n_epochs=20 val_every=10 \
+	  batch_size=4 learning_rate=2e-3 patches.size=[32,32,32] patches.per_case=8 \
+	  dino_weights=results/demo_dino/checkpoints/backbone.pt
+	$(BIN)/python segmentation.py experiment=demo_segmentation n_workers=1 precision=fp32 \
+	  test_ckpt=results/demo_segmentation/checkpoints/best.pt
+	@echo "Reports: results/demo_*/report.html, results/demo_*/test/report.html"
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
+
+faults: $(VENV)/.installed
+	$(BIN)/python -m tests.faults --long
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

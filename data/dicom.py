@@ -1,17 +1,19 @@
 """DICOM series to volumes: which files of a folder belong to it, and their frames in order."""
 
 import os
+import re
 import warnings
 from collections import Counter
 from pathlib import Path
 
 from data.dicom_elements import NotDicom
 from data.dicom_geometry import stack_frames
-from data.dicom_header import Image, read_header
-from data.dicom_pixels import check_pixels, read_frames, same_values
-from data.volume import Volume, VolumeError
+from data.dicom_header import Image, read_header, shown
+from data.dicom_pixels import PLAIN, check_pixels, read_frames, same_values
+from data.volume import Volume, VolumeError, check_expansion
 
 DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
+PARTIAL_SUFFIXES = (".gz", ".bz2", ".xz", ".zip", ".part", ".crdownload", ".filepart", ".tmp")
 FEW_SLICES = 3  # at most these in a series that is taken for an accessory of a longer one
 
 
@@ -35,13 +37,18 @@ def read_dicom(path: Path, series_uid: str | None = None) -> Volume:
         series = _choose_series(images, series_uid, where)
         for image in series:
             check_pixels(image)
+        modalities = sorted({image.modality for image in series if image.modality})
+        if len(modalities) > 1:
+            raise VolumeError(f"{where}: one series of several modalities: {', '.join(modalities)}")
         frames = [frame for image in series for frame in image.frames]
         frames, affine = stack_frames(frames, where, same_values)
+        if any(image.transfer_syntax not in PLAIN for image in series):
+            check_expansion(len(frames) * frames[0].image.frame_bytes, where)
         voxels = read_frames(frames)
     return Volume(
         voxels=voxels.transpose(2, 1, 0),
         affine=affine,
-        modality=series[0].modality,
+        modality=modalities[0] if modalities else None,
         series_uid=series[0].series_uid or None,
     )
 
@@ -61,9 +68,9 @@ def _find_images(folder: Path) -> list[Image]:
 
     A slice that is damaged beyond recognition must not be mistaken for a stray file, as nothing
     else shows that a series is short of its first or last slice. So what does not look like DICOM
-    is an error if its name is one of a DICOM file, or if it is binary and named like the slices.
-    Empty files are passed over: they are left by interrupted copies beside, not instead of, the
-    complete file, and one within the series would show as a gap.
+    is an error if it is named like the slices but for digits (empty or not: a download that failed
+    leaves either), if its suffix is one of a DICOM file, or if it is binary and has the suffix of
+    the slices. Other empty files are passed over.
     """
     images, others = [], []
     subfolders = 0
@@ -72,24 +79,39 @@ def _find_images(folder: Path) -> list[Image]:
             raise VolumeError(f"{entry.path}: link to a file that is not there")
         if entry.is_dir():
             subfolders += 1
-        elif not entry.name.startswith(".") and entry.is_file() and entry.stat().st_size > 0:
+        elif not entry.name.startswith(".") and entry.is_file():
             path = Path(entry.path)
             try:
                 image = read_header(path)
             except NotDicom:
-                others.append(path)
+                others.append((path, entry.stat().st_size))
             else:
                 images += [image] if image else []
 
     suffixes = {_suffix(image.path) for image in images}
-    for path in others:
+    names = {_without_digits(image.path.name) for image in images}
+    for path, size in others:
+        if _without_digits(_finished(path)) in names:
+            raise VolumeError(
+                f"{path}: damaged: named like the slices beside it, but its {size} bytes are no "
+                "DICOM file"
+            )
         named_dicom = _suffix(path) in DICOM_SUFFIXES
-        if named_dicom or (_suffix(path) in suffixes and _is_binary(path)):
+        if size and (named_dicom or (_suffix(path) in suffixes and _is_binary(path))):
             raise VolumeError(f"{path}: damaged: named like a DICOM file, but is none")
     if not images:
         hint = f"; give one of its {subfolders} subfolders" if subfolders else ""
         raise VolumeError(f"{folder}: no DICOM images in this folder{hint}")
     return images
+
+
+def _without_digits(name: str) -> str:
+    return re.sub(r"[0-9]+", "#", name)
+
+
+def _finished(path: Path) -> str:
+    """A file's name, without the suffix of what is packed or was not received to its end."""
+    return path.stem if path.suffix.lower() in PARTIAL_SUFFIXES else path.name
 
 
 def _suffix(path: Path) -> str:
@@ -152,7 +174,7 @@ def _by_series(images: list[Image]) -> dict[str, list[Image]]:
 def _listed(series: dict[str, list[Image]]) -> str:
     """Series in an error: SeriesInstanceUIDs and numbers of slices."""
     return ", ".join(
-        f"{uid or '(no SeriesInstanceUID)'} ({_num_slices(members)} slices)"
+        f"{shown(uid) if uid else '(no SeriesInstanceUID)'} ({_num_slices(members)} slices)"
         for uid, members in series.items()
     )
 
@@ -177,8 +199,18 @@ def _is_accessory(images: list[Image], main: list[Image]) -> bool:
     if not stacks or max(stacks.values()) > FEW_SLICES:
         return False
     if set(stacks) == set(_orientations(main)):
-        return _num_slices(main) >= 4 * _num_slices(images)
+        return _num_slices(main) >= 4 * _num_slices(images) and not _continues(images, main)
     return _num_slices(main) >= 2 * max(stacks.values())
+
+
+def _continues(images: list[Image], main: list[Image]) -> bool:
+    """Whether slices lengthen a stack: they are its own, with a damaged or changed UID."""
+    frames = [[frame for image in part for frame in image.frames] for part in (main, main + images)]
+    try:
+        alone, together = (len(stack_frames(part, "", same_values)[0]) for part in frames)
+    except VolumeError:
+        return False
+    return together > alone
 
 
 def _orientations(images: list[Image]) -> Counter:

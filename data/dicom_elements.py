@@ -5,6 +5,7 @@ times as fast as pydicom does it, which is most of the time a series takes. What
 seems damaged, is left to pydicom.
 """
 
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from struct import Struct
@@ -23,6 +24,8 @@ from pydicom.uid import (
     ImplicitVRLittleEndian,
 )
 
+from data.volume import VolumeError
+
 # Images at one position that differ in one of these are time points, echoes, ...; named in errors.
 PHASE_KEYWORDS = (
     "TemporalPositionIdentifier",
@@ -34,6 +37,7 @@ PHASE_KEYWORDS = (
     "EchoTime",
     "EchoNumbers",
     "DiffusionBValue",
+    "FrameOfReferenceUID",
     "ImageType",
 )
 PIXEL_KEYWORDS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
@@ -75,6 +79,7 @@ SHORT_VRS = frozenset(b"AE AS AT CS DA DS DT FD FL IS LO LT PN SH SL SS ST TM UI
 UNDEFINED = 0xFFFFFFFF
 ITEM, ITEM_END, SEQUENCE_END = 0xFFFEE000, 0xFFFEE00D, 0xFFFEE0DD
 FIRST_READ = 1 << 16  # bytes: more than most headers
+SMALL_INFLATED, INFLATE_RATIO = 64 << 20, 20  # what a deflated file may grow to; scans: 2 to 4 x
 DEFER_SIZE = 4096  # bytes: pydicom leaves larger values in the file
 
 _explicit_element = Struct("<HH2sH").unpack_from
@@ -162,7 +167,7 @@ def _read_fast(data: bytes) -> Elements:
     values, pixels, _ = _walk(data, position, explicit, WANTED)
     if pixels is None or "PerFrameFunctionalGroupsSequence" in values:
         raise _Unusual
-    values.setdefault("SOPClassUID", meta.get("MediaStorageSOPClassUID", b""))
+    values["MediaStorageSOPClassUID"] = meta.get("MediaStorageSOPClassUID", b"").rstrip(b"\0 ")
     return Elements(syntax, values, pixels)
 
 
@@ -234,6 +239,7 @@ def _fragments_complete(file, position: int) -> bool:
 
 def _read_with_pydicom(path: Path) -> Elements:
     """The same by pydicom, which knows every encoding."""
+    _check_inflated(path)
     wanted = list(WANTED)
     dataset = pydicom.dcmread(path, defer_size=DEFER_SIZE, force=True, specific_tags=wanted)
     syntax = str(dataset.file_meta.get("TransferSyntaxUID", "")) or _found_syntax(dataset)
@@ -255,10 +261,32 @@ def _read_with_pydicom(path: Path) -> Elements:
             ):
                 pixels = keyword, element.value_tell, element.length
     values = raw_values(dataset)
-    meta_class = str(dataset.file_meta.get("MediaStorageSOPClassUID", ""))
-    values.setdefault("SOPClassUID", meta_class.encode())
+    meta_class = dataset.file_meta.get("MediaStorageSOPClassUID", "")
+    values["MediaStorageSOPClassUID"] = str(meta_class).encode()
     enhanced = "PerFrameFunctionalGroupsSequence" in dataset
     return Elements(syntax, values, pixels, dataset if enhanced else None)
+
+
+def _check_inflated(path: Path) -> None:
+    """Refuse a deflated file that would grow out of all proportion; pydicom inflates any."""
+    with open(path, "rb") as file:
+        data = file.read(FIRST_READ)
+        start = 132 if data[128:132] == b"DICM" else 0
+        meta, _, position = _walk(data, start, True, META, end_group=0x0002)
+        syntax = meta.get("TransferSyntaxUID", b"").decode("latin-1").strip("\0 ")
+        if syntax != DeflatedExplicitVRLittleEndian:
+            return
+        most = max(SMALL_INFLATED, INFLATE_RATIO * path.stat().st_size)
+        file.seek(position)
+        inflater = zlib.decompressobj(-zlib.MAX_WBITS)
+        total = 0
+        while total <= most and not inflater.eof:
+            chunk = inflater.unconsumed_tail or file.read(FIRST_READ)
+            if not chunk:
+                return  # cut short, of which pydicom complains
+            total += len(inflater.decompress(chunk, 16 * FIRST_READ))
+    if total > most:
+        raise VolumeError(f"{path}: inflates to more than {most / 1e6:.0f} MB; is it a bomb?")
 
 
 def _found_syntax(dataset: Dataset) -> UID:

@@ -14,6 +14,15 @@ SAME_PLACE_MM = 1e-3
 JITTER = 0.04  # largest distance of a slice from its place in the regular stack, in slice spacings
 MAX_TILT = 0.5  # degrees between the stack's direction and the slices' normal
 LARGEST_SPACING_MM = 1000.0
+ONE_PER_VOLUME = (  # the other phases, such as AcquisitionNumber, may differ between its slices
+    "TemporalPositionIdentifier",
+    "TemporalPositionIndex",
+    "StackID",
+    "EchoNumbers",
+    "EchoTime",
+    "DiffusionBValue",
+    "FrameOfReferenceUID",
+)
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
@@ -160,8 +169,8 @@ def _is_copy(first: Frame, second: Frame, same_values: Callable) -> bool:
 
 
 def _check_phases(frames: list[Frame], where: str) -> None:
-    """Time points and stacks at interleaved positions would pass for one volume."""
-    for name in ("TemporalPositionIdentifier", "TemporalPositionIndex", "StackID"):
+    """Time points, echoes, ... at interleaved positions would pass for one volume."""
+    for name in ONE_PER_VOLUME:
         values = {frame.phase.get(name) for frame in frames} - {None, b""}
         if 1 < len(values) < len(frames):  # as many as slices: some scanners number those
             raise VolumeError(f"{where}: {len(values)} different values of {name} in one series")

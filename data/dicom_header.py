@@ -1,6 +1,7 @@
 """What the header of a DICOM file says of its image, and of where its frames lie in space."""
 
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -68,6 +69,11 @@ class Image:
     pixels: tuple[str, int, int] | None  # keyword, offset, length; None: the file lacks some
     frames: list[Frame] = field(default_factory=list)
 
+    @property
+    def frame_bytes(self) -> int:
+        """Bytes of one frame's stored values, uncompressed."""
+        return self.rows * self.columns * self.bits_allocated // 8
+
 
 def read_header(path: Path) -> Image | None:
     """The header of a DICOM file, or None for one that is no image (report, plan, DICOMDIR, ...).
@@ -77,15 +83,18 @@ def read_header(path: Path) -> Image | None:
     try:
         elements = read_elements(path)
         values = elements.values
-        sop_class = _text(values, "SOPClassUID")
+        outside = _text(values, "MediaStorageSOPClassUID")
+        sop_class = _text(values, "SOPClassUID") or outside
         keyword = UID(sop_class).keyword if sop_class else ""
         if keyword and "Image" not in keyword:  # DICOM's name of every image class has the word
+            if "Image" in UID(outside).keyword:
+                raise VolumeError(f"{path}: damaged: its SOP classes disagree")
             return None
         if "Rows" in values or elements.pixels is not None:
             return _image(path, elements, keyword)
-        if sop_class and not keyword:
+        if sop_class and not keyword and sop_class == (outside or sop_class):
             return None  # a private class without an image
-    except (NotDicom, OSError):
+    except (NotDicom, OSError, VolumeError):
         raise
     except Exception as error:  # pydicom raises many kinds on damaged files; some quote the header
         raise VolumeError(f"{path}: damaged DICOM file ({type(error).__name__})") from None
@@ -147,6 +156,11 @@ def _frame(image: Image, index: int, sources: list[dict[str, bytes]]) -> Frame:
         intercept=_numbers(values, "RescaleIntercept"),
         phase={keyword: values[keyword] for keyword in PHASE_KEYWORDS if keyword in values},
     )
+
+
+def shown(uid: str) -> str:
+    """A UID in an error; what is none may be a piece of a damaged header, with a name in it."""
+    return uid if re.fullmatch(r"[0-9.]{1,64}", uid) else "(no UID)"
 
 
 def _text(values: dict[str, bytes], keyword: str) -> str:

@@ -4,6 +4,8 @@ import gzip
 import math
 import os
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -11,11 +13,12 @@ import nibabel as nib
 import numpy as np
 from nibabel.spatialimages import HeaderDataError
 
-from data.volume import Volume, VolumeError, rescale
+from data.volume import Volume, VolumeError, check_expansion, rescale
 
 HEADER_CLASSES = {348: nib.Nifti1Header, 540: nib.Nifti2Header}  # by sizeof_hdr
 MM_PER_UNIT = {"unknown": 1.0, "mm": 1.0, "meter": 1000.0, "micron": 0.001}
 GZIP_RATIO = 1040  # deflate cannot compress further (zlib's technical details: 1032:1)
+MAX_OFFSET = 1 << 26  # bytes of header extensions
 PADDING_BYTES = 512  # some writers fill up a block after the voxels
 FORMS_AGREE_MM, FORMS_AGREE_RELATIVE = 0.1, 1e-3  # of the volume's diagonal
 MAX_SHEAR = 0.5  # degrees off the right angle between axes
@@ -30,25 +33,47 @@ def read_nifti(path: Path) -> Volume:
     Raises VolumeError for damaged files, for more or fewer than 3 dimensions, for voxels that are
     no finite real numbers, and where orientation or voxel size is missing or ambiguous.
     """
-    is_compressed = path.name.lower().endswith(".gz")
-    file_bytes = os.path.getsize(path)
+    with _opened(path) as file:
+        header, shape, affine = _read_grid(file, path)
+        stored = _read_voxels(file, header, shape, _dtype(header, path), path)
+    return Volume(voxels=_real_values(stored, header, path), affine=affine)
+
+
+def read_nifti_grid(path: Path) -> tuple[tuple[int, int, int], np.ndarray]:
+    """Shape (X, Y, Z) and affine of a file, from its header. Raises VolumeError."""
+    with _opened(path) as file:
+        return _read_grid(file, path)[1:]
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
     try:
-        with gzip.open(path, "rb") if is_compressed else open(path, "rb") as file:
-            header = _read_header(file, path)
-            shape, dtype = _shape(header, path), _dtype(header, path)
-            # Before anything is allocated: the file must be able to hold what the header claims.
-            num_bytes = math.prod(shape) * dtype.itemsize
-            end = int(header["vox_offset"]) + num_bytes
-            if end > file_bytes * (GZIP_RATIO if is_compressed else 1):
-                raise VolumeError(
-                    f"{path}: header claims {' x '.join(map(str, shape))} voxels, more than the "
-                    "file holds: truncated, or a damaged header"
-                )
-            affine = _affine(header, shape, path)
-            stored = _read_voxels(file, header, shape, dtype, path)
+        with gzip.open(path, "rb") if _is_compressed(path) else open(path, "rb") as file:
+            yield file
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise VolumeError(f"{path}: damaged or truncated gzip stream ({error})") from None
-    return Volume(voxels=_real_values(stored, header, path), affine=affine)
+
+
+def _is_compressed(path: Path) -> bool:
+    return path.name.lower().endswith(".gz")
+
+
+def _read_grid(
+    file: BinaryIO, path: Path
+) -> tuple[nib.Nifti1Header, tuple[int, int, int], np.ndarray]:
+    """Header, shape and affine, before anything is allocated for the voxels."""
+    header = _read_header(file, path)
+    shape = _shape(header, path)
+    num_bytes = math.prod(shape) * _dtype(header, path).itemsize
+    end = int(header["vox_offset"]) + num_bytes
+    if end > os.path.getsize(path) * (GZIP_RATIO if _is_compressed(path) else 1):
+        raise VolumeError(
+            f"{path}: header claims {' x '.join(map(str, shape))} voxels, more than the "
+            "file holds: truncated, or a damaged header"
+        )
+    if _is_compressed(path):
+        check_expansion(num_bytes, path)
+    return header, shape, _affine(header, shape, path)
 
 
 def _read_header(file: BinaryIO, path: Path) -> nib.Nifti1Header:
@@ -68,7 +93,7 @@ def _read_header(file: BinaryIO, path: Path) -> nib.Nifti1Header:
         raise VolumeError(f"{path}: {error}") from None
     if not header["magic"].item().startswith((b"n+1", b"n+2")):
         raise VolumeError(f"{path}: not a single-file NIfTI (its magic is not n+1 or n+2)")
-    if not size <= header["vox_offset"] <= 1 << 30:
+    if not size <= header["vox_offset"] <= MAX_OFFSET:
         raise VolumeError(f"{path}: vox_offset is {header['vox_offset']}")
     return header
 

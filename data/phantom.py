@@ -249,7 +249,7 @@ def _lesions(c, rng, liver):
         radii = rng.uniform(9, 18) * rng.uniform(0.85, 1.15, 3)
         r = c.blob((c.x[i], c.y[i], c.z[i]), radii)
         where = (r < 1) & liver
-        c.fill(where, (rng.uniform(450, 850) * (1 - 0.35 * r**2))[where], "lesion")
+        c.fill(where, (rng.uniform(600, 900) * (1 - 0.35 * r**2))[where], "lesion")
 
 
 def _table(c, rng, shape, spacing_mm):

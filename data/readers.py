@@ -27,6 +27,8 @@ def read_volume(path: str | os.PathLike, series_uid: str | None = None) -> Volum
     try:
         if not path.exists():
             raise VolumeError(f"{path}: no such file or folder")
+        if not (path.is_file() or path.is_dir()):  # a pipe would be waited for, for ever
+            raise VolumeError(f"{path}: neither a file nor a folder")
         if path.name.lower().endswith((".nii", ".nii.gz")) and path.is_file():
             return read_nifti(path)
         return read_dicom(path, series_uid)

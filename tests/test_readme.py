@@ -3,12 +3,18 @@
 import re
 from pathlib import Path
 
+import pytest
+
 from utils.config import read_yaml, schema_keys
+from utils.schema_classification import ClassificationConfig
 from utils.schema_dino import DinoConfig
+from utils.schema_segmentation import SegmentationConfig
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-KEYS = schema_keys(DinoConfig)
+STAGES = {"dino": DinoConfig, "classification": ClassificationConfig}
+STAGES["segmentation"] = SegmentationConfig
+KEYS = {stage: schema_keys(config) for stage, config in STAGES.items()}
 
 
 def section(title):
@@ -16,25 +22,32 @@ def section(title):
     return re.search(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", README, re.M | re.S)[1]
 
 
-def test_settings_are_those_of_the_yaml():
-    explained = re.findall(r"^\| `([a-z_0-9.]+)` \|", section("Settings"), re.M)
-    _, lines, _ = read_yaml(ROOT / "dino_config.yaml")
-    in_yaml = [key for key in lines if not any(other.startswith(f"{key}.") for other in lines)]
+@pytest.mark.parametrize("stage", STAGES)
+def test_settings_are_those_of_the_yaml(stage):
+    parts = re.split(r"^### (.*)\n", section("Settings"), flags=re.M)[1:]
+    tables = dict(zip(parts[::2], parts[1::2], strict=True))
+    text = tables["All three files"] + tables[f"{stage}_config.yaml"]
+    explained = re.findall(r"^\| `([a-z_0-9.]+)` \|", text, re.M)
+    _, lines, _ = read_yaml(ROOT / f"{stage}_config.yaml")
+    in_yaml = {key for key in lines if key in KEYS[stage]}
     assert len(explained) == len(set(explained))
-    assert set(explained) == set(in_yaml)
+    assert set(explained) == in_yaml
 
 
 def test_keys_in_the_text_exist():
-    sections = {key.partition(".")[0] for key in KEYS if "." in key}
+    every = {key for keys in KEYS.values() for key in keys}
+    sections = {key.partition(".")[0] for key in every if "." in key}
     named = re.findall(rf"`((?:{'|'.join(sections)})\.[a-z_0-9]+)(?:=[^`]*|: [^`]*)?`", README)
-    assert set(named) - {"dino.py"} <= set(KEYS)
+    assert set(named) - {"dino.py", "classification.py", "segmentation.py"} <= every
 
 
-def test_overrides_in_commands_exist():
-    commands = [line for line in README.splitlines() if re.search(r"python \S*dino\.py ", line)]
+@pytest.mark.parametrize("stage", STAGES)
+def test_overrides_in_commands_exist(stage):
+    script = rf"python \S*{stage}\.py "
+    commands = [line for line in README.splitlines() if re.search(script, line)]
     overrides = [key for line in commands for key in re.findall(r" ([a-z_.]+)=", line)]
     assert overrides
-    assert set(overrides) <= set(KEYS)
+    assert set(overrides) <= set(KEYS[stage])
 
 
 def test_files_of_the_layout_exist():

@@ -5,6 +5,7 @@ import math
 import random
 import signal
 import time
+import unicodedata
 from collections.abc import Iterable
 
 import numpy as np
@@ -24,7 +25,8 @@ def seed_everything(seed: int) -> None:
 
 def hash_patients(patients: Iterable[str]) -> list[str]:
     """Sorted hashes by which a checkpoint remembers whom it saw without holding PatientIDs."""
-    return sorted({hashlib.sha256(p.encode()).hexdigest()[:16] for p in patients})
+    names = {unicodedata.normalize("NFKC", patient) for patient in patients}
+    return sorted(hashlib.sha256(name.encode()).hexdigest()[:16] for name in names)
 
 
 def rng_state() -> dict:

@@ -1,0 +1,191 @@
+"""Compressed DICOM frames, decoded in a process of their own with bounded memory and time.
+
+Decoders are native code that is fed with files from anywhere. One that crashes, loops or allocates
+without end takes this process with it, not the run; its frame is an error like any other. The
+process starts with the first compressed frame (0.5 s) and serves until its parent ends. Requests
+and answers are lines of JSON, voxels follow as plain bytes: nothing that it says is executed.
+"""
+
+import atexit
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pydicom
+from pydicom.encaps import get_frame
+from pydicom.pixels import get_decoder
+from pydicom.uid import (
+    HTJ2K,
+    HTJ2KLossless,
+    HTJ2KLosslessRPCL,
+    JPEG2000TransferSyntaxes,
+    JPEGLSTransferSyntaxes,
+    JPEGTransferSyntaxes,
+)
+
+SECONDS = 60.0  # per frame; one of 512 x 512 takes 0.03
+# Address space of the process beyond what it has: so much, and so much per byte of the frame (JPEG
+# 2000 takes 8 to 16), up to the most.
+BASE_BYTES, BYTES_PER_BYTE, MOST_BYTES = 256 << 20, 40, 4 << 30
+JPEG_2000 = (*JPEG2000TransferSyntaxes, HTJ2K, HTJ2KLossless, HTJ2KLosslessRPCL)
+JPEG_FAMILY = (*JPEGTransferSyntaxes, *JPEGLSTransferSyntaxes, *JPEG_2000)
+END_OF_IMAGE = b"\xff\xd9"  # the last two bytes of every JPEG, JPEG-LS and JPEG 2000 stream
+PADDING = b"\0\xff"  # what may follow them
+ROOT = Path(__file__).resolve().parents[1]
+
+_process: subprocess.Popen | None = None
+_lock = threading.Lock()
+new_reading = itertools.count().__next__
+
+
+class DecoderError(Exception):
+    """A frame that was not decoded, and why."""
+
+
+def decode_frame(path: str | os.PathLike, index: int, frame_bytes: int, reading: int) -> np.ndarray:
+    """Stored values of one frame of a compressed DICOM file, (rows, columns[, samples]).
+
+    frame_bytes: what the frame takes by the file's header; the decoder's memory follows from it.
+    reading: of `new_reading`; a file is read once for frames that give the same.
+
+    Raises DecoderError: damaged, or more memory or time than an honest frame needs.
+    """
+    file = [os.path.abspath(path), reading]
+    request = {"file": file, "index": index, "bytes": frame_bytes}
+    with _lock:
+        process = _running()
+        overdue = threading.Event()
+        timer = threading.Timer(SECONDS, lambda: (overdue.set(), process.kill()))
+        timer.start()
+        try:
+            process.stdin.write(json.dumps(request).encode() + b"\n")
+            process.stdin.flush()
+            answer = json.loads(process.stdout.readline())
+            if "error" in answer:
+                raise DecoderError(answer["error"])
+            values = np.empty(answer["shape"], answer["dtype"])
+            if process.stdout.readinto(memoryview(values).cast("B")) != values.nbytes:
+                raise EOFError
+            return values
+        except (OSError, EOFError, json.JSONDecodeError):
+            stop()
+            if overdue.is_set():
+                raise DecoderError(f"takes more than {SECONDS:g} s") from None
+            raise DecoderError(f"the decoder crashed ({_end_of(process)})") from None
+        except DecoderError:
+            raise
+        except BaseException:  # interrupted between request and answer: out of step
+            stop()
+            raise
+        finally:
+            timer.cancel()
+
+
+def stop() -> None:
+    """End this process's decoder, if one runs."""
+    global _process
+    process, _process = _process, None
+    if process is not None:
+        process.kill()
+        process.wait()
+        process.stdin.close()
+        process.stdout.close()
+
+
+def _running() -> subprocess.Popen:
+    global _process
+    if _process is not None and _process.poll() is not None:
+        stop()  # killed since the last frame, for want of memory perhaps
+    if _process is None:
+        places = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        _process = subprocess.Popen(
+            [sys.executable, "-m", "data.decoder"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,  # decoders chatter
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(places), "OMP_NUM_THREADS": "1"},
+            start_new_session=True,  # Ctrl-C and a scheduler's signals are the parent's to handle
+        )
+    return _process
+
+
+def _end_of(process: subprocess.Popen) -> str:
+    code = process.returncode
+    return signal.Signals(-code).name if code < 0 else f"exit code {code}"
+
+
+def _forget() -> None:
+    """In a fork: the process is the parent's."""
+    global _process, _lock
+    _process, _lock = None, threading.Lock()
+
+
+atexit.register(stop)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
+
+
+# ---- in the process
+
+
+def _serve() -> None:
+    """Answer requests until the parent closes the pipe."""
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what decoders print must not get between the answers
+    file, dataset = None, None
+    for line in sys.stdin.buffer:
+        request = json.loads(line)
+        values = None
+        try:
+            _limit_memory(request["bytes"])
+            if request["file"] != file:
+                file = None
+                dataset = pydicom.dcmread(request["file"][0], force=True)
+                file = request["file"]
+            values = np.ascontiguousarray(_decode(dataset, request["index"]))
+            answer = {"shape": values.shape, "dtype": values.dtype.str}
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except MemoryError:
+            answer = {"error": "needs more memory than a frame of its size"}
+        except BaseException as error:  # each decoder raises its own; the one for RLE Rust panics
+            answer = {"error": str(error) or type(error).__name__}
+        answers.write(json.dumps(answer).encode() + b"\n")
+        if values is not None:
+            answers.write(values.data)
+        answers.flush()
+
+
+def _decode(dataset: pydicom.Dataset, index: int) -> np.ndarray:
+    """Values as the stream holds them."""
+    syntax = dataset.file_meta.TransferSyntaxUID
+    if syntax in JPEG_FAMILY:
+        frames = int(dataset.get("NumberOfFrames") or 1)
+        stream = get_frame(dataset.PixelData, index, number_of_frames=frames)
+        if not stream.rstrip(PADDING).endswith(END_OF_IMAGE):
+            raise ValueError("truncated: its stream breaks off")
+    decoder = get_decoder(syntax)
+    return decoder.as_array(dataset, index=index, raw=True, correct_unused_bits=False)[0]
+
+
+def _limit_memory(frame_bytes: int) -> None:
+    """Bound this process's address space; only Linux keeps such a bound."""
+    try:
+        import resource
+
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+    except (ImportError, OSError):
+        return
+    allowed = min(BASE_BYTES + BYTES_PER_BYTE * frame_bytes, MOST_BYTES)
+    limit = pages * resource.getpagesize() + allowed
+    resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
+
+
+if __name__ == "__main__":
+    _serve()

@@ -1,0 +1,191 @@
+"""The classifier's input: one image per case, cut from the cached volume in a single resampling.
+
+An image is the window of `size` voxels about the volume's centre (with image.fit: resize the cached
+volume has that size already). Beyond the volume its outermost voxels are repeated, as in the views
+of pre-training. In training the window is moved, zoomed, turned and its intensities changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import numpy as np
+import torch
+from monai.data import Dataset
+from torch import Tensor
+from torch.utils.data import default_collate
+
+from data.cases import Case
+from data.datasets import Key
+from data.intensity import sample_intensity
+from data.standard import StandardForm
+from data.targets import Targets
+from data.views import Size, apply_views, sample_rotation, view_matrix
+
+Placement = tuple[tuple[float, ...], tuple[float, ...]]  # 1 or -1 per axis; shift / size per axis
+PLAIN: Placement = ((1.0, 1.0, 1.0), (0.0, 0.0, 0.0))
+
+
+@dataclass(frozen=True)
+class ImageSettings:
+    """image.size, data.hu_window and the augment: section of classification_config.yaml; units as
+    there. As they start, the last ones change nothing."""
+
+    size: Size
+    hu_window: tuple[float, float]
+    flip: tuple[bool, bool, bool] = (False, False, False)
+    rotate: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    zoom: tuple[float, float] = (1.0, 1.0)
+    translate: float = 0.0
+    scale: float = 0.0
+    shift: float = 0.0
+    gamma: tuple[float, float] = (1.0, 1.0)
+    noise: float = 0.0
+    blur: float = 0.0
+    window_prob: float = 0.0  # augment.hu_window
+
+    @classmethod
+    def from_config(cls, cfg, augment: bool) -> ImageSettings:
+        """From a ClassificationConfig; without augmentation: the fixed view."""
+        if not augment:
+            return cls(cfg.image.size, cfg.data.hu_window)
+        changes = cfg.augment.model_dump()
+        window_prob = changes.pop("hu_window")
+        return cls(cfg.image.size, cfg.data.hu_window, window_prob=window_prob, **changes)
+
+
+def standard_form(cfg) -> StandardForm:
+    """The standard form of a ClassificationConfig: image.fit says what the cache holds."""
+    data, resize = cfg.data, cfg.image.fit == "resize"
+    spacing = None if resize or data.spacing == "native" else data.spacing
+    size = cfg.image.size if resize else None
+    return StandardForm(spacing, data.modality, data.percentiles, data.crop_background, size)
+
+
+def placements(flips: Sequence[bool], shift: float) -> list[Placement]:
+    """Where the fixed views of a case are cut, to be averaged at test time; the plain one first.
+
+    Args:
+        flips: axes x, y, z along which it is also seen mirrored, in every combination.
+        shift: fraction of the size by which it is also seen moved, both ways along each axis.
+    """
+    mirrored = list(product(*[(1.0, -1.0) if flip else (1.0,) for flip in flips]))
+    moves = [(0.0, 0.0, 0.0)]
+    if shift > 0:
+        moves += [tuple(row) for row in np.concatenate([np.eye(3), -np.eye(3)]) * shift]
+    return list(product(mirrored, moves))
+
+
+class ImageDataset(Dataset):
+    """The views of a case per (epoch, index, draw) key: one random one, or one per placement.
+
+    Items: region (1, x, y, z) int16, as much of the volume as the views touch; scale, offset (value
+    = stored * scale + offset); views (see `apply_views`); index of the case. They are a function of
+    seed and key alone. Raises what cache.get raises for a case that cannot be read.
+
+    Args:
+        placements: None for a random view (training).
+    """
+
+    def __init__(
+        self,
+        cases: Sequence[Any],
+        cache: Any,
+        settings: ImageSettings,
+        seed: int,
+        placements: Sequence[Placement] | None = None,
+    ):
+        super().__init__(cases)
+        self.cache, self.settings, self.seed, self.placements = cache, settings, seed, placements
+
+    def __getitem__(self, key: Key) -> dict[str, Any]:
+        epoch, index, draw = key
+        rng = np.random.Generator(np.random.PCG64([self.seed, epoch, index, draw]))
+        entry = self.cache.get(self.data[index])
+        if self.placements is None:
+            matrices = random_matrix(rng, entry, self.settings)[None]
+        else:
+            matrices = [fixed_matrix(entry, self.settings.size, *at) for at in self.placements]
+            matrices = np.stack(matrices)
+        low, high = touched(matrices, self.settings.size, entry.shape)
+        matrices[:, :, 3] -= low
+        views = {"matrix": torch.from_numpy(matrices.astype(np.float32))}
+        return {
+            "region": entry.read_region(low, high - low),
+            "scale": torch.tensor(entry.scale, dtype=torch.float32),
+            "offset": torch.tensor(entry.offset, dtype=torch.float32),
+            "views": views | sample_intensity(rng, len(matrices), entry.kind, self.settings),
+            "index": index,
+        }
+
+
+def fixed_matrix(entry: Any, size: Size, flips: Sequence[float], moved: Sequence[float]):
+    """(3, 4) from voxels of the image to those of the volume: whole voxels, nothing interpolated.
+
+    moved: by this fraction of the size, per axis.
+    """
+    start = np.subtract(entry.shape, size) // 2 + np.rint(np.multiply(moved, size))
+    centre = start + (np.asarray(size) - 1) / 2
+    return view_matrix(size, size, centre, flips, np.zeros(3), entry.spacing)
+
+
+def random_matrix(rng: np.random.Generator, entry: Any, settings: ImageSettings) -> np.ndarray:
+    """(3, 4) as `fixed_matrix`, of a window moved, zoomed, turned and perhaps mirrored."""
+    size = np.asarray(settings.size)
+    fov = size * np.exp(rng.uniform(*np.log(settings.zoom)))
+    move = rng.uniform(-1, 1, 3) * settings.translate * size
+    flips = np.where(np.logical_and(settings.flip, rng.random(3) < 0.5), -1.0, 1.0)
+    degrees = sample_rotation(rng, entry, settings.rotate)
+    centre = np.subtract(entry.shape, size) // 2 + (size - 1) / 2 + move
+    return view_matrix(size, fov, centre, flips, degrees, entry.spacing)
+
+
+def touched(matrices: np.ndarray, size: Size, shape: Size) -> tuple[np.ndarray, np.ndarray]:
+    """First and last + 1 voxel of the part of the volume that the views (V, 3, 4) are cut from."""
+    corners = np.array([(*corner, 1) for corner in product(*[(0, n - 1) for n in size])])
+    at = matrices @ corners.T  # (V, 3, 8)
+    low = np.clip(np.floor(at.min(axis=(0, 2))), 0, np.subtract(shape, 1)).astype(int)
+    high = np.clip(np.ceil(at.max(axis=(0, 2))) + 1, low + 1, shape).astype(int)
+    return low, high
+
+
+def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
+    """A batch; regions are brought to one shape by repeating their last voxels, as cutting the
+    views does anyway beyond their end."""
+    shapes = [item["region"].shape for item in items]
+    regions = []
+    for item, shape in zip(items, shapes, strict=True):
+        widths = [(0, most - n) for most, n in zip(np.max(shapes, axis=0), shape, strict=True)]
+        regions.append(torch.from_numpy(np.pad(item["region"], widths, mode="edge")))
+    return default_collate([item | {"region": r} for item, r in zip(items, regions, strict=True)])
+
+
+def cut_images(batch: Mapping[str, Any], size: Size, device: torch.device) -> Tensor:
+    """(V * B, 1, *size) float32 in 0..1: all cases of view 0, then of view 1, ..."""
+    region = batch["region"].to(device, non_blocking=True)
+    return apply_views(region, batch["scale"], batch["offset"], batch["views"], size)
+
+
+def label_tensors(targets: Targets, cases: Sequence[Case]) -> dict[str, Tensor]:
+    """{target: (N,) int64 class indices, -1 where missing; or float32 standardised numbers, nan
+    where missing}."""
+    labels = [targets.encode(case) for case in cases]
+    dtypes = {
+        name: torch.int64 if name in targets.classes else torch.float32 for name in targets.names
+    }
+    return {
+        name: torch.tensor([label[name] for label in labels], dtype=dtype)
+        for name, dtype in dtypes.items()
+    }
+
+
+def balance_weights(targets: Targets, cases: Sequence[Case], name: str) -> np.ndarray:
+    """(N,) how often to draw each case, relative to the others, so that the classes of a target
+    come equally often; cases without a label come as often as before."""
+    y = label_tensors(targets, cases)[name].numpy()
+    counts = np.bincount(y[y >= 0], minlength=len(targets.classes[name]))
+    labelled = counts.sum() / (len(counts) * np.maximum(counts, 1))
+    return np.where(y >= 0, labelled[y], 1.0)

@@ -1,0 +1,155 @@
+"""What trained classifiers, and the control, say of cases."""
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from pydantic import ValidationError
+
+from data.cache import VolumeCache
+from data.cases import Case
+from data.control import Control, control_features
+from data.datasets import EpochSampler
+from data.folds import PATH_COLUMNS
+from data.images import (
+    PLAIN,
+    ImageDataset,
+    ImageSettings,
+    collate,
+    cut_images,
+    placements,
+    standard_form,
+)
+from data.prepare import load_cases
+from data.targets import Targets
+from utils import checkpoint, distributed
+from utils.checkpoint import CheckpointError
+from utils.predictions import Predictions
+from utils.schema_classification import ClassificationConfig
+from utils.training import autocast
+
+# keys of the config at hand that a test goes by; all others are those of the checkpoint
+OF_THE_TEST = (
+    "experiment results_dir cache_dir csv_path test_folds test_ckpt report_by allow_seen_patients "
+    "batch_size precision n_workers test"
+).split()
+
+
+class Tested:
+    """A checkpoint to be tested.
+
+    Attributes:
+        cfg: its config, with OF_THE_TEST from the config at hand. cache: in its standard form.
+        targets, seen_patients: its own. weights: of the classifier.
+    """
+
+    def __init__(self, path: str, cfg):
+        """cfg: the config at hand. Raises CheckpointError for a file not of classification.py."""
+        saved = checkpoint.load(path)
+        stage = saved.get("settings", {}).get("stage")
+        if "modules" not in saved or stage != "classification":
+            what = f"of stage {stage}; test_ckpt takes best.pt or last.pt of classification.py"
+            raise CheckpointError(f"{path}: {what}")
+        try:
+            own = ClassificationConfig.model_validate(saved["config"])
+        except ValidationError as e:
+            raise CheckpointError(f"{path}: its settings are not of this version: {e}") from e
+        data = {"max_bad_cases": cfg.data.max_bad_cases}
+        data |= {} if cfg.data.modality == "auto" else {"modality": cfg.data.modality}
+        changes = {key: getattr(cfg, key) for key in OF_THE_TEST}
+        changes |= {"data": own.data.model_copy(update=data), "train_folds": [], "val_folds": []}
+        self.cfg = own.model_copy(update=changes)
+        self.targets = Targets.from_dict(saved["classes"])
+        self.cache = VolumeCache(cfg.cache_dir, standard_form(self.cfg))
+        self.seen_patients, self.weights = saved["seen_patients"], saved["modules"]["classifier"]
+        self._control = Control.from_dict(saved["control"])
+
+    def views(self, cases: Sequence[Case]) -> tuple[ImageDataset, EpochSampler]:
+        """All fixed views of the cases, for `make_loader`."""
+        at = placements(self.cfg.test.flip, self.cfg.test.shift)
+        settings = ImageSettings.from_config(self.cfg, augment=False)
+        order = (0, 1, False, distributed.rank(), distributed.world_size())
+        sampler = EpochSampler(len(cases), max(1, self.cfg.batch_size // len(at)), *order)
+        return ImageDataset(cases, self.cache, settings, 0, at), sampler
+
+    def image(self, case: Case) -> np.ndarray:
+        """(X, Y, Z) in 0..1: the plain view."""
+        settings = ImageSettings.from_config(self.cfg, augment=False)
+        item = ImageDataset([case], self.cache, settings, 0, [PLAIN])[0, 0, 0]
+        return cut_images(collate([item]), settings.size, torch.device("cpu"))[0, 0].numpy()
+
+    def control(self, cases: Sequence[Case]) -> Predictions:
+        """What the control, fitted when the network was trained, says of the cases."""
+        return self._control.predict(control_features_of(cases, self.cache), self.targets)
+
+
+def open_tested(cfg) -> list[Tested]:
+    """The checkpoints of test_ckpt. Raises CheckpointError where they do not fit each other."""
+    tested = [Tested(path, cfg) for path in cfg.test_ckpt]
+    first = tested[0].targets
+    for path, one in zip(cfg.test_ckpt, tested, strict=True):
+        if (one.targets.classes, [*one.targets.moments]) != (first.classes, [*first.moments]):
+            raise CheckpointError(f"{path}: its classes are not those of {cfg.test_ckpt[0]}")
+    return tested
+
+
+def load_to_test(tested: Sequence[Tested], check: bool):
+    """What `load_cases` returns. The CSV need not have the columns of the targets."""
+    for one in tested:  # each brings the volumes into its own cache
+        cases, skipped = load_cases(
+            one.cfg,
+            one.cache,
+            one.cfg.report_by,
+            PATH_COLUMNS,
+            check,
+            optional_columns=one.targets.names,
+            needed=["test"],
+            find_problems=lambda parts, targets=one.targets: targets.check(parts["test"]),
+        )
+    return cases, skipped
+
+
+def average(predictions: Sequence[Predictions]) -> Predictions:
+    """The mean over several checkpoints."""
+    names = predictions[0]
+    return {name: np.mean([found[name] for found in predictions], axis=0) for name in names}
+
+
+@torch.no_grad()
+def predict(network, loader, targets: Targets, cfg, device, stop) -> dict[str, np.ndarray]:
+    """{target: (N, K) probabilities, or (N,) numbers in their units}, means over a case's views.
+
+    The cases of `loader` are split over ranks; all ranks get all of them, in their order.
+
+    Raises:
+        RuntimeError: a prediction is not finite, naming the patient.
+    """
+    network.eval()
+    own = {name: {} for name in targets.names}
+    for batch in itertools.takewhile(lambda _: not stop, loader):
+        images = cut_images(batch, cfg.image.size, device)
+        with autocast(device, cfg.precision):
+            outputs = network(images)
+        for name, y in outputs.items():
+            y = y.softmax(dim=1) if name in targets.classes else y
+            y = y.unflatten(0, (-1, len(batch["index"]))).mean(dim=0)  # (views * B, K) -> (B, K)
+            own[name].update(zip(batch["index"].tolist(), y.cpu().numpy(), strict=True))
+    network.train()
+    stop.raise_if_received()
+    cases, parts, found = loader.dataset.data, distributed.gather_objects(own), {}
+    for name in targets.names:
+        rows = {i: row for part in parts for i, row in part[name].items()}
+        found[name] = np.stack([rows[i] for i in range(len(cases))])
+        for case, row in zip(cases, found[name], strict=True):
+            if not np.isfinite(row).all():
+                raise RuntimeError(f"patient {case.patient}: {name} is predicted as {row}")
+    return found | {name: targets.to_units(name, found[name][:, 0]) for name in targets.moments}
+
+
+def control_features_of(cases: Sequence[Case], cache: VolumeCache) -> np.ndarray:
+    """(N, F), see `control_features`. The cases are split over ranks; all ranks get all."""
+    rank, world = distributed.rank(), distributed.world_size()
+    own = [control_features(cache.get(case)) for case in cases[rank::world]]
+    parts = distributed.gather_objects(own)
+    return np.stack([parts[i % world][i // world] for i in range(len(cases))])

@@ -1,0 +1,126 @@
+"""The segmenter: a backbone with its decoder and an output layer; its loss."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from monai.losses import DiceLoss
+from torch import nn
+
+from models.unet import BatchStatisticsNorm
+from utils.classes import IGNORE
+from utils.training import parameter_groups
+from utils.weight_match import ENCODERS
+
+# Background is one class of the softmax, of the cross-entropy and of the argmax. Dice, in the loss
+# as in the metrics, is of the other classes.
+dice_loss = DiceLoss(
+    include_background=False, to_onehot_y=True, softmax=True, batch=False, ignore_index=IGNORE
+)
+
+
+class Segmenter(nn.Module):
+    """Backbone and 1x1x1 convolutions that turn the maps of its decoder into logits.
+
+    Args:
+        backbone: from `build_backbone(..., decoder=True)`.
+        num_classes: the background is one of them.
+        deep_supervision: in training the coarser maps get an output layer too (Lee et al. 2015).
+    """
+
+    def __init__(self, backbone: nn.Module, num_classes: int, deep_supervision: bool = False):
+        super().__init__()
+        self.backbone, channels = backbone, backbone.decoder_channels
+        channels = channels if deep_supervision else channels[:1]
+        self.outputs = nn.ModuleList(nn.Conv3d(c, num_classes, 1) for c in channels)
+        # The logits of a patch must not depend on what shares its batch: such a backbone sees one
+        # patch at a time, in training as later in the sliding window.
+        self.one_by_one = any(isinstance(m, BatchStatisticsNorm) for m in backbone.modules())
+        self.frozen = False
+
+    def encoder(self) -> list[nn.Module]:
+        """The parts of the backbone that `encode` needs."""
+        parts = self.backbone.named_children()
+        return [part for name, part in parts if f"{name}.".startswith(ENCODERS)]
+
+    def freeze(self, frozen: bool) -> None:
+        """Whether the encoder keeps its weights and running statistics and gets no gradient."""
+        self.frozen = frozen
+        for part in self.encoder():
+            part.requires_grad_(not frozen)
+        self.train(self.training)
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        for part in self.encoder() if self.frozen else ():
+            part.eval()
+        return self
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
+        """Images (B, 1, X, Y, Z) in 0..1, sizes divisible by the backbone's stride.
+
+        Returns:
+            logits (B, num_classes, X, Y, Z); in training with deep supervision a list of them and
+            of coarser ones, finest first.
+        """
+        parts = x.split(1) if self.one_by_one else [x]
+        levels = zip(*map(self._logits, parts), strict=True)
+        logits = [torch.cat(level) for level in levels]
+        return logits if self.training and len(self.outputs) > 1 else logits[0]
+
+    def _logits(self, x: torch.Tensor) -> list[torch.Tensor]:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            features = self.backbone.encode(x)
+        if not self.training:
+            return [self.outputs[0](self.backbone.decode(x, features))]
+        maps = self.backbone.decode_all(x, features)
+        return [output(m) for output, m in zip(self.outputs, maps, strict=False)]
+
+
+def dice_ce(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Dice loss and cross-entropy, each the mean over the patches of a batch.
+
+    Every patch counts alike, so that a batch may be divided over ranks and steps: Dice is of each
+    patch and class by itself, a class that is absent counts as 1; cross-entropy is the mean over
+    the voxels of a patch that are not IGNORE, 0 where there are none.
+
+    Args:
+        logits: (B, K, X, Y, Z). target: (B, X, Y, Z) uint8, 0..K - 1 or IGNORE.
+    Returns:
+        (2,) float32.
+    """
+    logits, target = logits.float(), target.long()
+    with torch.autocast(logits.device.type, enabled=False):
+        dice = dice_loss(logits, target[:, None])
+        ce = F.cross_entropy(logits, target, ignore_index=IGNORE, reduction="none")
+        voxels = (target != IGNORE).flatten(1).sum(dim=1).clamp(min=1)
+        return torch.stack([dice, (ce.flatten(1).sum(dim=1) / voxels).mean()])
+
+
+def supervised(
+    outputs: torch.Tensor | Sequence[torch.Tensor], target: torch.Tensor
+) -> torch.Tensor:
+    """`dice_ce` of one output; of several, finest first, their mean with weights 1, 1/2, 1/4, ...
+
+    The target of a coarser output is the finest one's, every second voxel, fourth, ...
+    """
+    outputs = [outputs] if isinstance(outputs, torch.Tensor) else outputs
+    total = 0.0
+    for level, logits in enumerate(outputs):
+        step = target.shape[1] // logits.shape[2]
+        picked = (slice(step // 2, None, step),) * 3
+        total = total + 0.5**level * dice_ce(logits, target[(slice(None), *picked)])
+    return total / sum(0.5**level for level in range(len(outputs)))
+
+
+def optimizer_groups(segmenter: Segmenter, encoder_lr: float) -> list[dict]:
+    """All parameters in groups with `lr_scale`, a factor on the learning rate: `encoder_lr` for the
+    encoder, 1 for the decoder and the output layers."""
+    encoder = [p for part in segmenter.encoder() for p in part.parameters()]
+    known = {id(p) for p in encoder}
+    rest = [p for p in segmenter.parameters() if id(p) not in known]
+    groups = []
+    for scale, parameters in [(1.0, rest), (encoder_lr, encoder)]:
+        for group in parameter_groups(nn.ParameterList(parameters)):
+            groups += [group | {"lr_scale": scale}] if group["params"] else []
+    return groups

@@ -1,0 +1,523 @@
+"""Fine-tuning of a 3D backbone to segment CT or MR, and testing.
+
+Edit segmentation_config.yaml, then `python segmentation.py`. Results go to
+<results_dir>/<experiment>/. With test_ckpt=<that folder>/checkpoints/best.pt the test folds are
+predicted and scored, to test/ there. README.md says the rest.
+
+Volumes are (B, C, X, Y, Z) in RAS+ throughout. Classes are indices: 0 background, 1..K as in the
+config, IGNORE.
+"""
+
+import contextlib
+import itertools
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from data.cache import VolumeCache
+from data.cases import Case, CasesError, format_problems
+from data.check import mask_labels
+from data.datasets import EpochSampler, make_loader
+from data.masks import mask_notices
+from data.patches import PatchSettings, apply_patches
+from data.prepare import load_cases, refuse_seen
+from data.readers import read_volume
+from data.restore import predict_case, read_picture, read_truth, write_prediction
+from data.segmentation import PatchDataset, collate_patches
+from data.standard import StandardForm, spacing_of
+from models.backbones import from_config
+from models.segmenter import Segmenter, optimizer_groups, supervised
+from utils import checkpoint, distributed, schedules
+from utils.checkpoint import CheckpointError
+from utils.classes import IGNORE, Classes, unpaired_sides
+from utils.config import ConfigError, parse_command_line, save_resolved
+from utils.plots import plot_crops, plot_curves
+from utils.plots_segmentation import plot_overlay
+from utils.report import write_training_report
+from utils.runlog import RunLog
+from utils.schema_segmentation import SegmentationConfig, impossible_segmentation
+from utils.segmentation_metrics import case_dice, case_metrics, mean_dice, predicted_volumes
+from utils.segmentation_report import describe as describe_case
+from utils.segmentation_report import file_name, write_test_report
+from utils.sliding_window import averaged, mirrored
+from utils.state import State, report_skipped, resume, save
+from utils.tested import open_tested
+from utils.training import (
+    Averages,
+    Stopped,
+    StopSignal,
+    Stopwatch,
+    autocast,
+    hash_patients,
+    seed_everything,
+)
+from utils.weights import LoadReport, WeightsError, compare_input, load_backbone
+
+CONFIG = Path(__file__).with_name("segmentation_config.yaml")
+EXIT_BAD_INPUT, EXIT_STOPPED = 2, 75
+NUM_SHOWN = 3  # val cases that are drawn
+PICTURES = {
+    "curves.png": "Each epoch.",
+    "patches.png": "Patches of the first batch, and their targets.",
+    **{f"val_{n}.png": "A val case at the last validation." for n in range(1, NUM_SHOWN + 1)},
+}
+# keys of the config at hand that a test goes by; all others are the checkpoint's own
+OF_THE_TEST = (
+    "experiment results_dir cache_dir csv_path test_folds test_ckpt allow_seen_patients precision "
+    "n_workers inference"
+).split()
+
+
+# ---------------------------------------------------------------------------------- one step
+
+
+def train_step(state: State, batches: list[dict], lr: float, cfg, device) -> dict:
+    """One optimizer step over the accumulated batches, unless it is not finite.
+
+    Returns:
+        losses and gradient norm, means over batches and ranks, equal on all ranks; and `ok`.
+    """
+    segmenter, world = state.modules["segmenter"], distributed.world_size()
+    for group in state.optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+    state.optimizer.zero_grad(set_to_none=True)
+    # the running statistics of BatchNorm, which move before it is known whether the step counts
+    buffers = [(b, b.clone()) for b in segmenter.buffers()]
+    weights, parts = torch.tensor([cfg.loss.dice, cfg.loss.ce], device=device), 0.0
+    for i, batch in enumerate(batches):
+        images, targets = apply_patches(batch, cfg.patches.size, device)
+        # gradients are averaged over ranks once, in the last backward pass
+        wait = world > 1 and i < len(batches) - 1
+        with segmenter.no_sync() if wait else contextlib.nullcontext():
+            with autocast(device, cfg.precision):
+                outputs = segmenter(images)
+            losses = supervised(outputs, targets) / len(batches)  # (2,)
+            state.scaler.scale(losses @ weights).backward()
+        parts = parts + losses.detach()
+
+    state.scaler.unscale_(state.optimizer)
+    limit = cfg.clip_grad if cfg.clip_grad > 0 else math.inf
+    norm = torch.nn.utils.clip_grad_norm_(segmenter.parameters(), limit)
+    # One exchange between ranks and one wait for the device per step. What is not finite on one
+    # rank is not finite in the mean, so that all ranks decide the same.
+    means = torch.cat([(parts @ weights)[None], parts, norm[None]])
+    means = distributed.all_reduce(means, "mean").tolist()
+    numbers = dict(zip(("loss", "dice_loss", "ce_loss", "grad_norm"), means, strict=True))
+    numbers["ok"] = math.isfinite(numbers["loss"]) and math.isfinite(numbers["grad_norm"])
+    if numbers["ok"]:
+        state.scaler.step(state.optimizer)
+    for buffer, before in buffers:
+        if not numbers["ok"]:
+            buffer.copy_(before)
+        elif buffer.is_floating_point():  # all ranks validate with the same ones
+            buffer.copy_(distributed.all_reduce(buffer, "mean"))
+    state.scaler.update()
+    return numbers
+
+
+# ---------------------------------------------------------------------------------- one epoch
+
+
+def set_frozen(state: State, cfg) -> None:
+    """Freeze or free the encoder for the epoch to come; DDP must know what gets gradients."""
+    bare, frozen = state.bare("segmenter"), state.epoch < cfg.finetune.freeze_epochs
+    ready = state.modules["segmenter"] is not bare or distributed.world_size() == 1
+    if bare.frozen == frozen and ready:
+        return
+    bare.freeze(frozen)
+    if distributed.world_size() > 1:
+        state.modules["segmenter"] = DistributedDataParallel(bare, broadcast_buffers=False)
+
+
+def train_epoch(state, loader, schedule, about, cfg, device, log, stop) -> dict[str, float]:
+    """The epoch from where it stands to its end; returns its means.
+
+    schedule: learning rate of each step.
+    """
+    start, total = state.step - state.epoch * state.steps_per_epoch, state.steps_per_epoch
+    loader.sampler.set_epoch(state.epoch, start * cfg.accumulate)
+    batches, averages, watch = iter(loader), Averages(state.averages), Stopwatch()
+    title, main = f"epoch {state.epoch + 1}/{cfg.n_epochs}", distributed.is_main()
+    bar = tqdm(range(start, total), title, total, initial=start, disable=not main)
+    for i in bar:
+        group = list(itertools.islice(batches, cfg.accumulate))
+        watch.lap("data")
+        if state.step == 0 and main:
+            draw_patches(group[0], cfg, device, log)
+        lr = schedule[state.step].item()
+        numbers = train_step(state, group, lr, cfg, device)
+        watch.lap("compute")
+        if numbers.pop("ok"):
+            state.bad_steps = 0
+            averages.add(numbers)
+        else:
+            report_skipped(state, numbers, group, loader.dataset.data, cfg, log)
+        if state.step % cfg.log_every == 0:
+            log.step(state.step, numbers | {"lr": lr})
+        bar.set_postfix_str(
+            f"loss {numbers['loss']:.3f}, waiting for data {watch.share('data'):.0%}"
+        )
+        state.step, state.averages = state.step + 1, averages.state
+        stop.raise_if_received()
+        if state.step % cfg.save_every == 0 and i < total - 1:
+            save(state, log.folder / "checkpoints", about)
+    row = {"step": state.step, **averages.means(), "lr": schedule[state.step - 1].item()}
+    images = (total - start) * cfg.accumulate * cfg.batch_size * distributed.world_size()
+    row |= {"images_per_s": images / max(watch.total(), 1e-9), "data_wait": watch.share("data")}
+    if device.type == "cuda":
+        row["peak_memory_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
+    return row
+
+
+def build_schedule(cfg, steps_per_epoch: int) -> np.ndarray:
+    """Learning rate per optimizer step."""
+    rates = (cfg.learning_rate, min(cfg.min_learning_rate, cfg.learning_rate))
+    steps = (cfg.n_epochs * steps_per_epoch, cfg.warmup_epochs * steps_per_epoch)
+    return {"adamw": schedules.cosine, "sgd": schedules.poly}[cfg.optimizer](*rates, *steps)
+
+
+def build_optimizer(segmenter: Segmenter, cfg) -> torch.optim.Optimizer:
+    groups = optimizer_groups(segmenter, cfg.finetune.encoder_lr)
+    options = {"lr": 0.0, "weight_decay": cfg.weight_decay}
+    if cfg.optimizer == "adamw":
+        return torch.optim.AdamW(groups, **options)
+    return torch.optim.SGD(groups, momentum=0.99, nesterov=True, **options)
+
+
+# ---------------------------------------------------------------------------------- how it goes
+
+
+def probabilities(networks: Sequence[nn.Module], cfg, device) -> Callable:
+    """(B, 1, x, y, z) -> (B, K, x, y, z): the mean of the networks' softmax."""
+
+    def of(network: nn.Module) -> Callable:
+        def predict(x: torch.Tensor) -> torch.Tensor:
+            with autocast(device, cfg.precision):
+                logits = network(x)
+            return logits.float().softmax(dim=1)
+
+        return predict
+
+    return averaged([of(network.eval()) for network in networks])
+
+
+def segment(predict: Callable, entry, cfg, device, log: Callable = print) -> np.ndarray:
+    """Class indices on the grid of the volume that was read."""
+    i = cfg.inference
+    window = (cfg.patches.size, i.overlap, i.batch, cfg.data.hu_window)
+    return predict_case(predict, entry, *window, device, log)
+
+
+def own_share(cases: Sequence[Case], stop: StopSignal) -> Iterator[Case]:
+    """This rank's cases, until a signal comes."""
+    mine = cases[distributed.rank() :: distributed.world_size()]
+    return itertools.takewhile(lambda _: not stop, mine)
+
+
+def validate(segmenter, step: int, cases, cache, classes, cfg, device, log, stop) -> dict:
+    """Dice of the val cases, mean and of each class. None: a class that is in no case, nor found.
+
+    Draws the first cases to plots/. step: for TensorBoard.
+    """
+    predict, rows = probabilities([segmenter], cfg, device), []
+    for n, case in enumerate(own_share(cases, stop), 1):
+        entry = cache.get(case)
+        found = segment(predict, entry, cfg, device, log.message)
+        truth = read_truth(case, entry, classes)
+        rows += case_dice(found, truth, classes.names)
+        if distributed.is_main() and n <= NUM_SHOWN:
+            path = log.folder / "plots" / f"val_{n}.png"
+            picture = draw_case(path, case, entry, found, truth, classes)
+            log.image(path.stem, picture, step)
+    segmenter.train()
+    stop.raise_if_received()
+    rows = list(itertools.chain(*distributed.gather_objects(rows)))
+    row = {"val_dice": mean_dice(rows)}
+    for name in classes.names:
+        row[f"val_{name}_dice"] = mean_dice([r for r in rows if r["class"] == name])
+    return row
+
+
+def note_best(state: State, row: dict) -> bool:
+    """Whether this epoch is the best so far, by the mean val Dice, without val cases by the train
+    loss. Until there is one, the newest is the best."""
+    value = row.get(state.select_by)
+    if value is None:
+        return state.best is None
+    score = value if state.select_by == "val_dice" else -value
+    if state.best is not None and score <= state.best:
+        return False
+    state.best, state.best_epoch = score, row["epoch"]
+    return True
+
+
+def draw_patches(batch: dict, cfg, device, log) -> None:
+    """plots/patches.png: what the network sees of the first batch, and what it is to answer."""
+    images, targets = apply_patches(batch, cfg.patches.size, device)
+    targets = torch.where(targets == IGNORE, 0, targets).float() / len(cfg.classes)
+    views = {"image": images[:, 0].cpu().numpy(), "target": targets.cpu().numpy()}
+    log.image("patches", plot_crops(log.folder / "plots" / "patches.png", views), 0)
+
+
+def draw_case(path: Path, case: Case, entry, found, truth, classes: Classes) -> np.ndarray:
+    """Prediction and truth, on the file's grid, outlined on the image; returns the picture."""
+    turn = nib.io_orientation(entry.original_affine)
+    volumes = (read_volume(case.path, case.series_uid).voxels, found, truth)
+    volumes = [nib.apply_orientation(voxels, turn) for voxels in volumes]  # in RAS+
+    title = f"line {case.row} of the CSV: {describe_case(case_dice(found, truth, classes.names))}"
+    return plot_overlay(path, *volumes, entry.slice_spacing, classes.names, title)
+
+
+def draw_progress(state: State, about: dict, log) -> None:
+    """plots/curves.png and report.html from what has been logged so far."""
+    plot_curves(log.folder / "plots" / "curves.png", log.rows)
+    report = LoadReport(**state.weights) if state.weights else None
+    warnings = [*(report.warnings if report else []), *state.warnings.values()]
+    weights, title = report.rows() if report else None, about["config"]["experiment"]
+    parts = (f"Segmentation: {title}", PICTURES, warnings, about["config"], weights)
+    write_training_report(log, *parts)
+
+
+# ---------------------------------------------------------------------------------- main
+
+
+def settings_to_match(cfg, classes: Classes) -> dict:
+    """What a checkpoint and the config must agree on: the network, what it is fed and to learn."""
+    config = cfg.model_dump(mode="json")
+    data = ("spacing", "hu_window", "percentiles", "crop_background")
+    return {
+        "stage": "segmentation",
+        "backbone": cfg.backbone,
+        cfg.backbone: config[cfg.backbone],
+        "deep_supervision": cfg.loss.deep_supervision,
+        "classes": classes.to_dict(),
+        "data": {name: config["data"][name] for name in data},
+    }
+
+
+def describe(cfg, classes: Classes, cases) -> dict:
+    """What every checkpoint says of itself."""
+    return {
+        "settings": settings_to_match(cfg, classes),
+        "config": cfg.model_dump(mode="json"),
+        "seen_patients": hash_patients(case.patient for case in cases["train"]),
+        "classes": classes.to_dict(),
+    }
+
+
+def build(cfg, classes: Classes) -> Segmenter:
+    """The segmenter with random weights."""
+    backbone = from_config(cfg, decoder=True)
+    return Segmenter(backbone, classes.num_outputs, cfg.loss.deep_supervision)
+
+
+def train(cfg, cache, cases, skipped, notices, device, folder: Path, resume_from, stop) -> int:
+    """Fine-tune on the train cases; returns the exit code."""
+    # ---- data
+    classes, world = Classes.from_config(cfg.classes, cfg.ignore_labels), distributed.world_size()
+    changes = PatchSettings.from_config(
+        cfg.patches.size, cfg.augment.model_dump(), cfg.data.hu_window
+    )
+    parts = (classes, changes, cfg.patches.foreground, cfg.augment.mirror_pairs, cfg.seed)
+    dataset = PatchDataset(cases["train"], cache, *parts)
+    order = (cfg.batch_size, cfg.seed, cfg.patches.per_case, True, distributed.rank(), world)
+    sampler, pin = EpochSampler(len(dataset), *order), device.type == "cuda"
+    loader = make_loader(dataset, sampler, cfg.n_workers, pin, collate_patches)
+
+    # ---- model
+    segmenter, report = build(cfg, classes), None
+    if (weights := cfg.suprem_weights or cfg.dino_weights) and not resume_from:
+        report = load_backbone(segmenter.backbone, weights)
+        report.warnings += compare_input(report, cfg)
+    optimizer = build_optimizer(segmenter, cfg)
+    if cfg.compile:
+        for name in ("encode", "decode_all"):
+            part = torch.compile(getattr(segmenter.backbone, name), dynamic=False)
+            setattr(segmenter.backbone, name, part)
+    segmenter.to(device)
+
+    # ---- optimization
+    steps_per_epoch = max(sampler.num_batches // cfg.accumulate, 1)
+    scaler = torch.amp.GradScaler(device.type, enabled=cfg.precision == "fp16")
+    schedule = build_schedule(cfg, steps_per_epoch)
+    state = State({"segmenter": segmenter}, optimizer, scaler, steps_per_epoch)
+    state.select_by = "val_dice" if cases["val"] else "loss"
+    state.weights = report.to_dict() if report else None
+    mixed = unpaired_sides(classes.names, cfg.augment.mirror_pairs) if cfg.augment.flip[0] else []
+    if mixed:
+        what = f"augment.flip x takes left for right, and augment.mirror_pairs lacks {mixed}"
+        state.warnings["sides"] = what
+
+    # ---- resume
+    about = describe(cfg, classes, cases)
+    if resume_from:
+        resume(state, resume_from, about["settings"])
+    log = RunLog(folder, state.step, state.epoch, skipped)
+    if distributed.is_main():
+        (folder / "plots").mkdir(exist_ok=True)
+        save_resolved(cfg, folder / "config.yaml")
+        if state.weights:
+            (folder / "weights.json").write_text(json.dumps(state.weights, indent=1))
+    if not resume_from:
+        log.message(str(report) if report else "weights: random")
+    log.message(
+        f"{', '.join(f'{len(found)} {name}' for name, found in cases.items())} cases, "
+        f"{len(skipped)} problems; {cfg.backbone}, "
+        f"{sum(p.numel() for p in segmenter.parameters()) / 1e6:.1f} M parameters, on "
+        f"{world} x {device.type}; {steps_per_epoch} steps per epoch, from step {state.step}"
+    )
+    for problem in skipped:
+        log.message(f"left out {problem.patient} (line {problem.row}): {problem.what}")
+    if notices:
+        log.message(f"about the masks:\n{format_problems(notices)}")
+    for warning in state.warnings.values():
+        log.message(f"WARNING: {warning}")
+
+    # ---- train
+    stop.immediate = False
+    try:
+        while state.epoch < cfg.n_epochs:
+            set_frozen(state, cfg)
+            row = train_epoch(state, loader, schedule, about, cfg, device, log, stop)
+            epoch = state.epoch + 1
+            row, last = {"epoch": epoch} | row, epoch == cfg.n_epochs
+            assessing = last or epoch % cfg.val_every == 0
+            if assessing and cases["val"]:
+                parts = (cases["val"], cache, classes, cfg, device, log, stop)
+                row |= validate(state.bare("segmenter"), state.step, *parts)
+            state.epoch, state.averages = epoch, {}
+            log.epoch(row, state.step)
+            save(state, folder / "checkpoints", about, {} if note_best(state, row) else None)
+            if assessing and distributed.is_main():
+                draw_progress(state, about, log)
+        log.message(f"best: epoch {state.best_epoch}, {folder / 'checkpoints' / 'best.pt'}")
+        return 0
+    except Stopped as e:
+        save(state, folder / "checkpoints", about)
+        distributed.barrier()  # torchrun ends all ranks when the first one exits
+        log.message(f"{e}: saved at step {state.step}; resume_training_from=auto goes on from it")
+        return EXIT_STOPPED
+    finally:
+        log.close()
+
+
+def open_all(cfg) -> list[tuple[dict, SegmentationConfig]]:
+    """The checkpoints of test_ckpt, each with its own config, but for what the test is about."""
+    opened = [open_tested(path, "segmentation", cfg, OF_THE_TEST) for path in cfg.test_ckpt]
+    parts = [(saved["classes"], own.data, own.patches.size) for saved, own in opened]
+    for path, part in zip(cfg.test_ckpt, parts, strict=True):
+        names = ("classes", "data", "patches.size")
+        pairs = zip(names, part, parts[0], strict=True)
+        different = ", ".join(name for name, one, first in pairs if one != first)
+        if different:
+            what = f"differs from {cfg.test_ckpt[0]} in {different}: they cannot be averaged"
+            raise CheckpointError(f"{path}: {what}")
+    return opened
+
+
+def test(cfg, opened, cases: list[Case], cache, notes, device, folder: Path, stop) -> None:
+    """Predict and score the cases, to `folder`. notes: warnings for the report."""
+    seen = {patient for saved, _ in opened for patient in saved["seen_patients"]}
+    notes += refuse_seen(cases, seen, "test_ckpt", cfg.allow_seen_patients)
+    cfg, classes = opened[0][1], Classes.from_dict(opened[0][0]["classes"])
+    networks = [build(own, classes).to(device) for _, own in opened]
+    for network, (saved, _) in zip(networks, opened, strict=True):
+        network.load_state_dict(saved["modules"]["segmenter"])
+    axes = [axis for axis, mirror in enumerate(cfg.inference.mirror) if mirror]
+    unlike = [a for a in axes if not all(own.augment.flip[a] for _, own in opened)]
+    if unlike:
+        where = ", ".join("xyz"[axis] for axis in unlike)
+        notes.append(f"inference.mirror along {where}, but trained without augment.flip there")
+    pairs = [[classes.names.index(n) + 1 for n in pair] for pair in cfg.augment.mirror_pairs]
+    predict = mirrored(probabilities(networks, cfg, device), axes, pairs)
+    rows, tolerance, files = [], cfg.inference.tolerance, folder / "predictions"
+    files.mkdir(parents=True, exist_ok=True)
+    total = -(-len(cases) // distributed.world_size())
+    for case in tqdm(own_share(cases, stop), "test", total, disable=not distributed.is_main()):
+        entry, name = cache.get(case), f"{file_name(case.patient, case.row)}.nii.gz"
+        found, spacing = segment(predict, entry, cfg, device), spacing_of(entry.original_affine)
+        write_prediction(files / name, found, classes, case, entry)
+        if case.seg_path:
+            truth = read_truth(case, entry, classes)
+            of_case = case_metrics(found, truth, spacing, classes.names, tolerance)
+        else:
+            of_case = predicted_volumes(found, spacing, classes.names)
+        who = {"PatientID": case.patient, "csv_line": case.row, "prediction": name}
+        rows += [who | row for row in of_case]
+    stop.raise_if_received()
+    rows = list(itertools.chain(*distributed.gather_objects(rows)))
+    if not distributed.is_main():
+        return
+    case_of, file_of = {c.row: c for c in cases}, {r["csv_line"]: r["prediction"] for r in rows}
+
+    def read(line: int) -> dict:
+        return read_picture(case_of[line], classes, files / file_of[line])
+
+    title, config = f"Test of {cfg.experiment}", cfg.model_dump(mode="json")
+    parts = (title, rows, classes.names, tolerance, read, notes, config)
+    overall = write_test_report(folder, *parts)["overall"]
+    save_resolved(cfg, folder / "config.yaml")
+    means = {name: entry["mean"] for name, entry in overall.items()}
+    print(", ".join(f"{name} {mean:.4g}" for name, mean in means.items() if mean is not None))
+    print(f"{folder / 'report.html'}, {folder / 'cases.csv'}, {files}")
+
+
+def main(argv: list[str]) -> int:
+    # ---- setup
+    cfg, check_only = parse_command_line(argv, CONFIG, SegmentationConfig, impossible_segmentation)
+    device, stop = distributed.setup(), StopSignal()
+    folder = Path(cfg.results_dir) / cfg.experiment
+    opened = open_all(cfg) if cfg.test_ckpt else []
+    resume_from = checkpoint.find(folder / "checkpoints", cfg.resume_training_from)
+    if not (resume_from or check_only or opened):
+        checkpoint.refuse_existing(folder)
+    weights = cfg.suprem_weights or cfg.dino_weights
+    if weights and not resume_from:  # a wrong file fails before hours of reading scans
+        load_backbone(from_config(cfg, decoder=True), weights)
+    seed_everything(cfg.seed)
+
+    # ---- data
+    own = opened[0][1] if opened else cfg
+    spacing = None if own.data.spacing == "native" else own.data.spacing
+    form = StandardForm(spacing, own.data.modality, own.data.percentiles, own.data.crop_background)
+    cache, columns = VolumeCache(own.cache_dir, form), ("img_path", "path")
+    classes = Classes.from_config(own.classes, own.ignore_labels)
+    parts, needed = ([], columns, check_only, classes), ["test" if opened else "train"]
+    cases, skipped = load_cases(own, cache, *parts, needed=needed)
+    notices = mask_notices(
+        cases, mask_labels(list(itertools.chain(*cases.values())), cache), classes
+    )
+    if check_only:
+        counts = ", ".join(f"{len(found)} {name}" for name, found in cases.items())
+        print(f"{cfg.csv_path}: {counts} cases, {len(skipped)} problems")
+        print(format_problems([*skipped, *notices], None))
+        return 0
+    if opened:
+        print(format_problems([*skipped, *notices]))
+        notes = [f"left out line {p.row} of the CSV: {p.what}" for p in skipped]
+        test(cfg, opened, cases["test"], cache, notes, device, folder / "test", stop)
+        return 0
+    return train(cfg, cache, cases, skipped, notices, device, folder, resume_from, stop)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except (ConfigError, CasesError, CheckpointError, WeightsError) as e:
+        if distributed.is_main():
+            print(e, file=sys.stderr)
+        sys.exit(EXIT_BAD_INPUT)
+    except Stopped as e:
+        print(f"{e}: stopped; resume_training_from=auto goes on", file=sys.stderr)
+        sys.exit(EXIT_STOPPED)
+    finally:
+        distributed.teardown()

@@ -1,0 +1,169 @@
+"""The segmenter and its loss against MONAI's, plain formulas, and what batches must not change."""
+
+import pytest
+import torch
+from monai.losses import DeepSupervisionLoss, DiceCELoss
+
+from models.backbones import build_backbone
+from models.segmenter import Segmenter, dice_ce, optimizer_groups, supervised
+from utils.classes import IGNORE
+from utils.weights import load_backbone
+
+TINY = {
+    "resunet": {"features": [4, 6, 8], "blocks": [1, 1, 1]},
+    "swinunetr": {"feature_size": 12},
+    "unet": {"feature_size": 4},
+    "segresnet": {"feature_size": 8},
+}
+DS = {"variant": "ds", "feature_size": 8, "blocks": [1, 1, 1]}
+SIZES = dict.fromkeys(TINY, (16, 16, 16)) | {"swinunetr": (64, 32, 32)}
+
+
+def segmenter(name="resunet", num_classes=3, deep_supervision=False, **options):
+    torch.manual_seed(0)
+    backbone = build_backbone(name, decoder=True, **(options or TINY[name]))
+    return Segmenter(backbone, num_classes, deep_supervision)
+
+
+def some(num_classes=3, batch=2, size=8, seed=0):
+    """Logits, and a target of smooth blobs with all classes in each patch."""
+    torch.manual_seed(seed)
+    logits = torch.randn(batch, num_classes, size, size, size, requires_grad=True)
+    target = torch.randint(0, num_classes, (batch, 2, 2, 2), dtype=torch.uint8)
+    target[:, 0, 0] = torch.tensor([1, 2])
+    return logits, target.repeat_interleave(size // 2, 1).repeat_interleave(
+        size // 2, 2
+    ).repeat_interleave(size // 2, 3)
+
+
+# ---- the network
+
+
+@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("deep", [False, True])
+def test_every_backbone_gives_logits_and_gradients(name, deep):
+    network, size = segmenter(name, deep_supervision=deep), SIZES[name]
+    x = torch.rand(1, 1, *size)
+    out = network(x)
+    maps = out if deep else [out]
+    assert len(maps) == (len(network.backbone.decoder_channels) if deep else 1) > deep
+    for logits, stride in zip(maps, network.backbone.decoder_strides, strict=False):
+        assert logits.shape == (1, 3, *[n // stride for n in size])
+    target = torch.randint(0, 3, (1, *size), dtype=torch.uint8)
+    supervised(out, target).sum().backward()
+    # DDP would wait for ever for those without
+    without = [n for n, p in network.named_parameters() if p.grad is None]
+    assert without == []
+    evaluated = network.eval()(x)
+    assert isinstance(evaluated, torch.Tensor) and evaluated.shape == maps[0].shape
+
+
+@pytest.mark.parametrize("name", ["resunet", "unet", "segresnet"])
+def test_the_logits_of_a_patch_do_not_depend_on_its_batch(name):
+    network = segmenter(name)
+    x = torch.rand(3, 1, *SIZES[name]) * torch.tensor([1, 5, 20.0]).view(3, 1, 1, 1, 1)
+    for training in (True, False):
+        network.train(training)
+        torch.testing.assert_close(network(x)[1:2], network(x[1:2]), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "options"), [*TINY.items(), ("segresnet", DS)])
+def test_a_frozen_encoder_does_not_move_and_what_is_not_it_does(name, options):
+    network, size = segmenter(name, **options), SIZES[name]
+    network.freeze(True)
+    before = {k: v.clone() for k, v in network.state_dict().items()}
+    encoder = {f"backbone.{k}" for k in build_backbone(name, decoder=False, **options).state_dict()}
+    target = torch.randint(0, 3, (1, *size), dtype=torch.uint8)
+    supervised(network(torch.rand(1, 1, *size)), target).sum().backward()
+    trained = {k for k, p in network.named_parameters() if p.grad is not None}
+    assert trained == {k for k, _ in network.named_parameters()} - encoder
+    for key in encoder - {"backbone.merge_order"}:  # running statistics too
+        assert torch.equal(network.state_dict()[key], before[key])
+    network.freeze(False)
+    assert all(p.requires_grad for p in network.parameters())
+    assert all(m.training for m in network.modules())
+
+
+@pytest.mark.parametrize(("name", "options"), [*TINY.items(), ("segresnet", DS)])
+def test_optimizer_groups_hold_each_parameter_once_and_scale_the_encoder(name, options):
+    network = segmenter(name, **options)
+    encoder = build_backbone(name, decoder=False, **options)
+    scale_of = {}
+    for group in optimizer_groups(network, encoder_lr=0.1):
+        for p in group["params"]:
+            assert id(p) not in scale_of
+            scale_of[id(p)] = group["lr_scale"]
+            assert group["decay"] == (p.ndim > 1)
+    own = {f"backbone.{k}" for k, _ in encoder.named_parameters()}
+    for key, p in network.named_parameters():
+        assert scale_of[id(p)] == (0.1 if key in own else 1.0), key
+    assert len(scale_of) == len(list(network.parameters()))
+
+
+def test_a_segmenter_starts_from_a_segmenter(tmp_path):
+    one, two = segmenter(num_classes=3), segmenter(num_classes=5)
+    for p in one.parameters():
+        torch.nn.init.normal_(p)
+    path = tmp_path / "best.pt"
+    torch.save({"modules": {"segmenter": one.state_dict()}}, path)
+    report = load_backbone(two.backbone, path)
+    assert report.encoder[0] == report.encoder[1] and report.decoder[0] == report.decoder[1]
+    for key, value in one.backbone.state_dict().items():
+        assert torch.equal(two.backbone.state_dict()[key], value)
+
+
+# ---- the loss
+
+
+def test_the_loss_is_monais():
+    logits, target = some()
+    expected = DiceCELoss(include_background=False, to_onehot_y=True, softmax=True)
+    torch.testing.assert_close(dice_ce(logits, target).sum(), expected(logits, target[:, None]))
+
+
+def test_deep_supervision_is_monais_with_weights_that_sum_to_one():
+    logits, target = some(size=8)
+    maps = [logits, logits[..., ::2, ::2, ::2] * 2, logits[..., ::4, ::4, ::4] * 3]
+    plain = DiceCELoss(include_background=False, to_onehot_y=True, softmax=True)
+    expected = DeepSupervisionLoss(plain)(maps, target[:, None].float()) / 1.75
+    torch.testing.assert_close(supervised(maps, target).sum(), expected)
+    torch.testing.assert_close(supervised(logits, target), dice_ce(logits, target))
+
+
+def test_ignored_voxels_count_nowhere():
+    logits, target = some()
+    target[0, :, :, :3], target[1, 4:] = IGNORE, IGNORE
+    losses = dice_ce(logits, target)
+    losses.sum().backward()
+    ignored = (target == IGNORE)[:, None].expand_as(logits)
+    assert logits.grad[ignored].abs().max() == 0 and logits.grad[~ignored].abs().min() > 0
+    # as if those voxels were not there
+    parts = [(logits[:1, ..., 3:], target[:1, ..., 3:]), (logits[1:, :, :4], target[1:, :4])]
+    torch.testing.assert_close(losses, torch.stack([dice_ce(*p) for p in parts]).mean(0))
+
+
+@pytest.mark.parametrize("value", [0, IGNORE])
+def test_patches_without_a_class_or_without_anything_are_fine(value):
+    logits, target = some()
+    target[0] = value
+    losses = dice_ce(logits, target)
+    losses.sum().backward()
+    assert torch.isfinite(losses).all() and torch.isfinite(logits.grad).all()
+    if value == IGNORE:
+        assert logits.grad[0].abs().max() == 0
+
+
+def test_a_perfect_answer_costs_nothing_whatever_the_precision():
+    _, target = some()
+    perfect = torch.nn.functional.one_hot(target.long(), 3).movedim(-1, 1) * 100.0
+    for dtype in (torch.float32, torch.bfloat16):
+        losses = dice_ce(perfect.to(dtype), target)
+        assert losses.dtype == torch.float32 and losses.abs().max() < 1e-5
+
+
+def test_the_loss_of_a_batch_is_the_mean_of_its_halves():
+    """Also where patches have different numbers of ignored voxels: ranks divide a batch."""
+    logits, target = some(batch=4)
+    target[1, :5], target[2, :, :7] = IGNORE, IGNORE
+    halves = [dice_ce(logits[i : i + 2], target[i : i + 2]) for i in (0, 2)]
+    torch.testing.assert_close(dice_ce(logits, target), torch.stack(halves).mean(0))

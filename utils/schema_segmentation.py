@@ -1,0 +1,119 @@
+"""The rules of segmentation_config.yaml (see `utils.schema`)."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, Field, Strict
+
+from utils.classes import class_problems
+from utils.fields import (
+    STRICT,
+    AboveZero,
+    Angle,
+    Count,
+    Factors,
+    Fraction,
+    NotNegative,
+    PathText,
+    Positive,
+    Size,
+    Text,
+)
+from utils.schema import (
+    Run,
+    Values,
+    Wrong,
+    impossible_run,
+    impossible_size,
+    longer_than_run,
+    stride_and_maps,
+)
+
+
+def one_or_more(value: Any) -> Any:
+    """A path or a number alone is a list of one."""
+    return [value] if isinstance(value, str | int) else value
+
+
+Paths = Annotated[list[PathText], Field(min_length=1), BeforeValidator(one_or_more)]
+Labels = Annotated[list[int], BeforeValidator(one_or_more)]
+Axes = Annotated[tuple[bool, bool, bool], Strict(False)]
+
+
+class Patches(BaseModel):
+    model_config = STRICT
+    size: Size
+    per_case: Positive
+    foreground: Fraction
+
+
+class Augment(BaseModel):
+    model_config = STRICT
+    flip: Axes
+    mirror_pairs: list[list[Text]]
+    rotate: Annotated[tuple[Angle, Angle, Angle], Strict(False)]
+    zoom: Factors
+    stretch: Annotated[float, Field(ge=1)]
+    elastic: NotNegative
+    scale: Fraction
+    shift: NotNegative
+    gamma: Factors
+    noise: NotNegative
+    blur: NotNegative
+    low_res: Annotated[float, Field(ge=1)]
+    hu_window: Fraction
+
+
+class Loss(BaseModel):
+    model_config = STRICT
+    dice: NotNegative
+    ce: NotNegative
+    deep_supervision: bool
+
+
+class Finetune(BaseModel):
+    model_config = STRICT
+    freeze_epochs: Count
+    encoder_lr: AboveZero
+
+
+class Inference(BaseModel):
+    model_config = STRICT
+    overlap: Annotated[float, Field(ge=0, le=0.9)]
+    batch: Positive
+    mirror: Axes
+    tolerance: AboveZero
+
+
+class SegmentationConfig(Run):
+    classes: dict[Text, Labels]
+    ignore_labels: Labels
+    dino_weights: PathText | None
+    test_ckpt: Paths | None
+    allow_seen_patients: bool
+    optimizer: Literal["adamw", "sgd"]
+    val_every: Positive
+    patches: Patches
+    augment: Augment
+    loss: Loss
+    finetune: Finetune
+    inference: Inference
+
+
+def impossible_segmentation(values: Values) -> Wrong:
+    """Values of segmentation_config.yaml that contradict each other."""
+    yield from impossible_run(values)
+    yield from longer_than_run("finetune.freeze_epochs", values)
+    yield from impossible_size("patches.size", values, decoder=True)
+    if values.get("loss.dice") == values.get("loss.ce") == 0:
+        yield "loss.ce", "0, and so is loss.dice: nothing to learn from"
+    if values.get("loss.deep_supervision") and stride_and_maps(values)[1] == 2:
+        yield "loss.deep_supervision", "true, but a decoder of one stage has one map only"
+    classes = values.get("classes")
+    if isinstance(classes, dict) and all(map(_are_labels, classes.values())):
+        ignore, pairs = values.get("ignore_labels", []), values.get("augment.mirror_pairs", [])
+        yield from class_problems(classes, one_or_more(ignore), pairs)
+
+
+def _are_labels(value: Any) -> bool:
+    """Whether the schema takes it: wrong label values are reported, and get no further."""
+    return all(type(x) is int for x in one_or_more(value)) if value is not None else False

@@ -1,0 +1,38 @@
+"""The checkpoints that test_ckpt names, and the settings that a test of them goes by."""
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from utils import checkpoint
+from utils.checkpoint import CheckpointError
+
+Config = TypeVar("Config", bound=BaseModel)
+
+
+def open_tested(path: str, stage: str, cfg: Config, keys: Sequence[str]) -> tuple[dict, Config]:
+    """A checkpoint and the config it was trained with, changed as far as the test wants it.
+
+    Args:
+        stage: that it must be of, such as segmentation.
+        cfg: the config at hand.
+        keys: those that are taken from it, and so are data.max_bad_cases and, unless it is auto,
+            data.modality. Nothing is left to train on.
+    Raises:
+        CheckpointError: unreadable, of another stage, or of a version with other keys.
+    """
+    saved = checkpoint.load(path)
+    found = saved.get("settings", {}).get("stage")
+    if "modules" not in saved or found != stage:
+        what = f"of stage {found}; test_ckpt takes best.pt or last.pt of {stage}.py"
+        raise CheckpointError(f"{path}: {what}")
+    try:
+        own = type(cfg).model_validate(saved["config"])
+    except ValidationError as e:
+        raise CheckpointError(f"{path}: its settings are not of this version: {e}") from e
+    data = {"max_bad_cases": cfg.data.max_bad_cases}
+    data |= {} if cfg.data.modality == "auto" else {"modality": cfg.data.modality}
+    changes = {key: getattr(cfg, key) for key in keys}
+    changes |= {"data": own.data.model_copy(update=data), "train_folds": [], "val_folds": []}
+    return saved, own.model_copy(update=changes)
