@@ -26,13 +26,13 @@ demo: $(VENV)/.installed
 	  crops.region_size=[48,40,40] crops.global_size=[32,32,32] crops.local_size=[24,24,24] \
 	  dino.out_dim=256 dino.patch_out_dim=256 dino.head_hidden=256 dino.head_bottleneck=64 \
 	  dino.patch_level=2 dino.momentum=0.98
-	$(BIN)/python classification.py experiment=demo_classification $(SMALL) n_epochs=40 \
-	  batch_size=4 accumulate=1 learning_rate=1e-3 image.size=[48,40,40] \
+	$(BIN)/python classification.py experiment=demo_classification $(SMALL) n_epochs=60 \
+	  batch_size=4 accumulate=1 learning_rate=2e-3 image.size=[48,40,40] \
 	  dino_weights=results/demo_dino/checkpoints/backbone.pt
 	$(BIN)/python classification.py experiment=demo_classification n_workers=1 precision=fp32 \
 	  test_ckpt=results/demo_classification/checkpoints/best.pt
-	$(BIN)/python segmentation.py experiment=demo_segmentation $(SMALL) n_epochs=20 val_every=10 \
-	  batch_size=4 learning_rate=2e-3 patches.size=[32,32,32] patches.per_case=8 \
+	$(BIN)/python segmentation.py experiment=demo_segmentation $(SMALL) n_epochs=10 val_every=5 \
+	  batch_size=2 learning_rate=3e-3 patches.size=[32,32,32] patches.per_case=8 \
 	  dino_weights=results/demo_dino/checkpoints/backbone.pt
 	$(BIN)/python segmentation.py experiment=demo_segmentation n_workers=1 precision=fp32 \
 	  test_ckpt=results/demo_segmentation/checkpoints/best.pt
