@@ -235,9 +235,7 @@ def validate(segmenter, step: int, cases, cache, classes, cfg, device, log, stop
         truth = read_truth(case, entry, classes)
         rows += case_dice(found, truth, classes.names)
         if distributed.is_main() and n <= NUM_SHOWN:
-            path = log.folder / "plots" / f"val_{n}.png"
-            picture = draw_case(path, case, entry, found, truth, classes)
-            log.image(path.stem, picture, step)
+            draw_case(f"val_{n}", case, entry, found, truth, classes, log, step)
     segmenter.train()
     stop.raise_if_received()
     rows = list(itertools.chain(*distributed.gather_objects(rows)))
@@ -268,13 +266,14 @@ def draw_patches(batch: dict, cfg, device, log) -> None:
     log.image("patches", plot_crops(log.folder / "plots" / "patches.png", views), 0)
 
 
-def draw_case(path: Path, case: Case, entry, found, truth, classes: Classes) -> np.ndarray:
-    """Prediction and truth, on the file's grid, outlined on the image; returns the picture."""
+def draw_case(name: str, case: Case, entry, found, truth, classes: Classes, log, step) -> None:
+    """plots/<name>.png: prediction and truth, on the file's grid, outlined on the image."""
     turn = nib.io_orientation(entry.original_affine)
     volumes = (read_volume(case.path, case.series_uid).voxels, found, truth)
     volumes = [nib.apply_orientation(voxels, turn) for voxels in volumes]  # in RAS+
     title = f"line {case.row} of the CSV: {describe_case(case_dice(found, truth, classes.names))}"
-    return plot_overlay(path, *volumes, entry.slice_spacing, classes.names, title)
+    parts = (*volumes, entry.slice_spacing, classes.names, title)
+    log.image(name, plot_overlay(log.folder / "plots" / f"{name}.png", *parts), step)
 
 
 def draw_progress(state: State, about: dict, log) -> None:

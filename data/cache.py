@@ -220,10 +220,13 @@ def _estimate(case: Case, form: StandardForm) -> float:
 
 def _read_grid(path: Path, sources: list[Path]) -> tuple[tuple, tuple]:
     """Shape and spacing by one header; of a DICOM folder that of a file from its middle."""
+    source = sources[len(sources) // 2]
+    if not source.is_file():  # a pipe would be waited for, for ever
+        raise VolumeError(f"{source}: not a file")
     if path.name.lower().endswith((".nii", ".nii.gz")):
-        shape, affine = read_nifti_grid(path)
+        shape, affine = read_nifti_grid(source)
         return shape, tuple(spacing_of(affine))
-    image = read_header(sources[len(sources) // 2])
+    image = read_header(source)
     if image is None or not image.frames or not image.frames[0].spacing:
         raise VolumeError(f"{path}: no image with a spacing")
     check_pixels(image)

@@ -9,11 +9,14 @@ and answers are lines of JSON, voxels follow as plain bytes: nothing that it say
 import atexit
 import itertools
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +32,14 @@ from pydicom.uid import (
     JPEGTransferSyntaxes,
 )
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
 SECONDS = 60.0  # per frame; one of 512 x 512 takes 0.03
+START_SECONDS = 600.0  # a network disk may have to serve its modules to hundreds at a time
+READY = b"ready\n"
 # Address space of the process beyond what it has: so much, and so much per byte of the frame (JPEG
 # 2000 takes 8 to 16), up to the most.
 BASE_BYTES, BYTES_PER_BYTE, MOST_BYTES = 256 << 20, 40, 4 << 30
@@ -60,19 +70,11 @@ def decode_frame(path: str | os.PathLike, index: int, frame_bytes: int, reading:
     request = {"file": file, "index": index, "bytes": frame_bytes}
     with _lock:
         process = _running()
-        overdue = threading.Event()
-        timer = threading.Timer(SECONDS, lambda: (overdue.set(), process.kill()))
-        timer.start()
         try:
-            process.stdin.write(json.dumps(request).encode() + b"\n")
-            process.stdin.flush()
-            answer = json.loads(process.stdout.readline())
-            if "error" in answer:
-                raise DecoderError(answer["error"])
-            values = np.empty(answer["shape"], answer["dtype"])
-            if process.stdout.readinto(memoryview(values).cast("B")) != values.nbytes:
-                raise EOFError
-            return values
+            with _time_limit(process, SECONDS) as overdue:
+                process.stdin.write(json.dumps(request).encode() + b"\n")
+                process.stdin.flush()
+                return _receive(process)
         except (OSError, EOFError, json.JSONDecodeError):
             stop()
             if overdue.is_set():
@@ -83,8 +85,20 @@ def decode_frame(path: str | os.PathLike, index: int, frame_bytes: int, reading:
         except BaseException:  # interrupted between request and answer: out of step
             stop()
             raise
-        finally:
-            timer.cancel()
+
+
+def _receive(process: subprocess.Popen) -> np.ndarray:
+    """The values of one answer."""
+    answer = json.loads(process.stdout.readline())
+    if "error" in answer:
+        raise DecoderError(answer["error"])
+    dtype, shape = np.dtype(answer["dtype"]), answer["shape"]
+    if dtype.kind not in "iuf" or dtype.itemsize * math.prod(shape) > MOST_BYTES:
+        raise EOFError
+    values = np.empty(shape, dtype)
+    if process.stdout.readinto(memoryview(values).cast("B")) != values.nbytes:
+        raise EOFError
+    return values
 
 
 def stop() -> None:
@@ -99,12 +113,13 @@ def stop() -> None:
 
 
 def _running() -> subprocess.Popen:
+    """This process's decoder, started if need be."""
     global _process
     if _process is not None and _process.poll() is not None:
         stop()  # killed since the last frame, for want of memory perhaps
     if _process is None:
         places = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-        _process = subprocess.Popen(
+        _process = process = subprocess.Popen(
             [sys.executable, "-m", "data.decoder"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -112,7 +127,28 @@ def _running() -> subprocess.Popen:
             env={**os.environ, "PYTHONPATH": os.pathsep.join(places), "OMP_NUM_THREADS": "1"},
             start_new_session=True,  # Ctrl-C and a scheduler's signals are the parent's to handle
         )
+        ready = False
+        try:
+            with _time_limit(process, START_SECONDS):
+                ready = process.stdout.readline() == READY
+        finally:
+            if not ready:
+                stop()
+        if not ready:
+            raise DecoderError(f"the decoder does not start ({_end_of(process)})")
     return _process
+
+
+@contextmanager
+def _time_limit(process: subprocess.Popen, seconds: float) -> Iterator[threading.Event]:
+    """Kill the process after some time; whether that was done is set then."""
+    overdue = threading.Event()
+    timer = threading.Timer(seconds, lambda: (overdue.set(), process.kill()))
+    timer.start()
+    try:
+        yield overdue
+    finally:
+        timer.cancel()
 
 
 def _end_of(process: subprocess.Popen) -> str:
@@ -138,12 +174,14 @@ def _serve() -> None:
     """Answer requests until the parent closes the pipe."""
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what decoders print must not get between the answers
+    answers.write(READY)
+    answers.flush()
     file, dataset = None, None
     for line in sys.stdin.buffer:
         request = json.loads(line)
         values = None
         try:
-            _limit_memory(request["bytes"])
+            _limit(request["bytes"])
             if request["file"] != file:
                 file = None
                 dataset = pydicom.dcmread(request["file"][0], force=True)
@@ -174,17 +212,22 @@ def _decode(dataset: pydicom.Dataset, index: int) -> np.ndarray:
     return decoder.as_array(dataset, index=index, raw=True, correct_unused_bits=False)[0]
 
 
-def _limit_memory(frame_bytes: int) -> None:
-    """Bound this process's address space; only Linux keeps such a bound."""
-    try:
-        import resource
-
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-    except (ImportError, OSError):
+def _limit(frame_bytes: int) -> None:
+    """Bound this process's address space, which only Linux keeps to, and its time, lest it goes on
+    when its parent has been killed."""
+    if resource is None:
         return
-    allowed = min(BASE_BYTES + BYTES_PER_BYTE * frame_bytes, MOST_BYTES)
-    limit = pages * resource.getpagesize() + allowed
-    resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    _lower(resource.RLIMIT_CPU, int(used.ru_utime + used.ru_stime + SECONDS + 1))
+    if os.path.exists("/proc/self/statm"):
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        allowed = min(BASE_BYTES + BYTES_PER_BYTE * frame_bytes, MOST_BYTES)
+        _lower(resource.RLIMIT_AS, pages * resource.getpagesize() + allowed)
+
+
+def _lower(kind: int, limit: int) -> None:
+    hard = resource.getrlimit(kind)[1]
+    resource.setrlimit(kind, (limit if hard < 0 else min(limit, hard), hard))
 
 
 if __name__ == "__main__":

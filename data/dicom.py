@@ -207,6 +207,8 @@ def _continues(images: list[Image], main: list[Image]) -> bool:
     """Whether slices lengthen a stack: they are its own, with a damaged or changed UID."""
     frames = [[frame for image in part for frame in image.frames] for part in (main, main + images)]
     try:
+        for image in main + images:
+            check_pixels(image)
         alone, together = (len(stack_frames(part, "", same_values)[0]) for part in frames)
     except VolumeError:
         return False

@@ -5,6 +5,7 @@ time is.
 """
 
 import gzip
+import os
 import resource
 import struct
 import time
@@ -116,11 +117,11 @@ def _tail(folder: Path) -> Path:
 
 
 def _extension(folder: Path) -> Path:
-    """A header extension of a gigabyte."""
+    """A header extension of 256 MB."""
     path = folder / "bomb.nii.gz"
-    head = _nifti_header(dim=[3, 8, 8, 8, 1, 1, 1, 1], vox_offset=352 + (1 << 30))
-    head = head[:348] + b"\1\0\0\0" + struct.pack("<ii", 1 << 30, 6)
-    path.write_bytes(gzip.compress(head) + ZEROS * 65)
+    head = _nifti_header(dim=[3, 8, 8, 8, 1, 1, 1, 1], vox_offset=352 + (1 << 28))
+    head = head[:348] + b"\1\0\0\0" + struct.pack("<ii", 1 << 28, 6)
+    path.write_bytes(gzip.compress(head) + ZEROS * 17)
     return path
 
 
@@ -244,6 +245,18 @@ def _long_element(folder: Path) -> Path:
     return path
 
 
+def _pipe(name: str, folder: Path) -> Path:
+    os.mkfifo(folder / name)
+    return folder / name
+
+
+def _only_pipes(folder: Path) -> Path:
+    (folder / "bomb").mkdir()
+    for k in range(3):
+        os.mkfifo(folder / "bomb" / f"IM{k}")
+    return folder / "bomb"
+
+
 FAULTS = [
     Fault(name, partial(_refused, make), NAMED)
     for name, make in {
@@ -251,8 +264,11 @@ FAULTS = [
         "NIfTI that claims 32000^3, packed": partial(_claim, ".nii.gz"),
         "5 GB of zeros as NIfTI": _all_zeros,
         "a gigabyte after a small NIfTI": _tail,
-        "a gigabyte as header extension": _extension,
+        "256 MB as header extension": _extension,
         "DICOM of 65535 x 65535": _plain,
+        "a pipe": partial(_pipe, "scan"),
+        "a pipe named .nii": partial(_pipe, "scan.nii"),
+        "a folder of pipes": _only_pipes,
         "256 MB of pixels, deflated": partial(_deflated, private=False),
         "256 MB beside the pixels, deflated": partial(_deflated, private=True),
         "JPEG 2000 that claims 65535 x 65535": partial(_coded, JPEG2000Lossless, 64, 65535),
@@ -280,6 +296,8 @@ def estimated(path: Path):
 
 def trusting(path: Path):
     """Broken: what the libraries do by themselves."""
+    if path.is_fifo() or any(file.is_fifo() for file in path.glob("*")):
+        raise ValueError(path.name)  # it would wait for ever
     if path.is_dir():
         return [pydicom.dcmread(file, force=True).pixel_array for file in sorted(path.iterdir())]
     if path.suffix == ".dcm":
@@ -289,6 +307,8 @@ def trusting(path: Path):
 
 def headers(path: Path):
     """Broken: the header by the libraries, which then read more than that."""
+    if path.is_fifo() or any(file.is_fifo() for file in path.glob("*")):
+        raise ValueError(path.name)  # it would wait for ever
     if path.is_dir():
         for file in path.iterdir():
             pydicom.dcmread(file, stop_before_pixels=True)
@@ -298,4 +318,4 @@ def headers(path: Path):
 
 
 BOMBS = Group("bombs", read_volume, FAULTS, {"libraries alone": trusting}, every=4)
-ESTIMATES = Group("bombs, estimated", estimated, FAULTS[:8], {"libraries alone": headers})
+ESTIMATES = Group("bombs, estimated", estimated, FAULTS[:12], {"libraries alone": headers})

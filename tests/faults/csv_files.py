@@ -66,7 +66,7 @@ def refused(name: str, content: str | bytes) -> Fault:
 def patient(text: str, written: str | None = None) -> Fault:
     """A PatientID in the first row."""
     content = GOOD.replace("p1", written or text)
-    return right(f"patient {text!a}", content, [(text, *ROWS[0][1:]), *ROWS[1:]])
+    return right(f"patient {written or text!a}", content, [(text, *ROWS[0][1:]), *ROWS[1:]])
 
 
 def grades(*texts: str) -> Fault:

@@ -35,17 +35,17 @@ def read(path: Path, reader: Callable) -> Outcome:
     return judge(lambda: reader(path), lambda v: assert_phantom(v, SHAPE), names=[str(path)])
 
 
-def _struck(strike: Callable[[int], None], folder: Path, reader) -> list[Outcome]:
+def _struck(strike: Callable, seconds: float, folder: Path, reader) -> list[Outcome]:
     """Read with a decoder to which something is done; then read once more."""
     path = written(folder)
     before = decoder.SECONDS
     read(path, reader)  # so that there is a decoder
-    decoder.SECONDS = SECONDS
+    decoder.SECONDS = seconds
     try:
         strike(decoder._process.pid)
         started = time.monotonic()
         first = read(path, reader)
-        if time.monotonic() - started > 20 * SECONDS:
+        if time.monotonic() - started > 20:
             first = Outcome(WRONG, f"took {time.monotonic() - started:.0f} s")
     finally:
         decoder.SECONDS = before
@@ -166,9 +166,9 @@ def _damaged_streams(name: str, count: int, folder: Path, reader) -> Outcome:
 
 FAULTS = [
     Fault("file rewritten at once", _rewritten, RIGHT),
-    Fault("hangs", partial(_struck, stop)),
-    Fault("crashes", partial(_struck, crash)),
-    Fault("killed between two files", partial(_struck, kill_idle), RIGHT),
+    Fault("hangs", partial(_struck, stop, SECONDS)),
+    Fault("crashes", partial(_struck, crash, SECONDS)),
+    Fault("killed between two files", partial(_struck, kill_idle, 60.0), RIGHT),
     Fault("used in a fork", _in_a_fork, RIGHT),
     Fault("used by threads", _in_threads, RIGHT),
     Fault("its parent is killed", _orphaned, RIGHT),

@@ -5,6 +5,7 @@ deliberately broken variant of it, which shows that the harness can fail.
 """
 
 import io
+import logging
 import tempfile
 import warnings
 from collections import Counter
@@ -83,12 +84,15 @@ def judge(
 
 def inject(fault: Fault, subject: Any, folder: Path) -> list[Outcome]:
     """Outcomes of one fault; whatever it raises itself counts as wrong."""
+    logging.disable()
     try:
         with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             outcomes = fault.inject(folder, subject)
     except Exception as error:
         outcomes = Outcome(WRONG, f"harness: {type(error).__name__}: {error}", raised=True)
+    finally:
+        logging.disable(logging.NOTSET)
     return [outcomes] if isinstance(outcomes, Outcome) else outcomes
 
 
@@ -122,8 +126,8 @@ def table(results: dict[str, list[tuple[Fault, Outcome]]]) -> str:
     for row in cells:
         numbers = (cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))
         lines.append("| " + " | ".join([row[0].ljust(widths[0]), *numbers]) + " |")
-    rule = [":" + "-" * widths[0], *("-" * width + ":" for width in widths[1:])]
-    return "\n".join([lines[0], "|" + "|".join("-" + dash for dash in rule) + "|", *lines[1:]])
+    rule = [":" + "-" * (widths[0] + 1), *("-" * (width + 1) + ":" for width in widths[1:])]
+    return "\n".join([lines[0], "|" + "|".join(rule) + "|", *lines[1:]])
 
 
 def _counts(found: list[tuple[Fault, Outcome]]) -> list[int]:

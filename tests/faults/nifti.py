@@ -297,7 +297,8 @@ def of_nibabel(path: Path) -> Volume:
 
 
 def of_monai(path: Path) -> Volume:
-    voxels, meta = monai.data.NibabelReader().get_data(monai.data.NibabelReader().read(path))
+    reader = monai.data.NibabelReader()
+    voxels, meta = reader.get_data(reader.read(path))
     return Volume(np.asarray(voxels), meta["affine"])
 
 
