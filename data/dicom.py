@@ -198,6 +198,8 @@ def _is_accessory(images: list[Image], main: list[Image]) -> bool:
     stacks = _orientations(images)
     if not stacks or max(stacks.values()) > FEW_SLICES:
         return False
+    if not all(frame.orientation and frame.position for image in images for frame in image.frames):
+        return False  # for all that is known, a damaged slice
     if set(stacks) == set(_orientations(main)):
         return _num_slices(main) >= 4 * _num_slices(images) and not _continues(images, main)
     return _num_slices(main) >= 2 * max(stacks.values())
