@@ -119,12 +119,14 @@ def _running() -> subprocess.Popen:
         stop()  # killed since the last frame, for want of memory perhaps
     if _process is None:
         places = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        # settings by which the allocator hoards memory would make the bound one of the hoard
+        env = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
         _process = process = subprocess.Popen(
             [sys.executable, "-m", "data.decoder"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,  # decoders chatter
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(places), "OMP_NUM_THREADS": "1"},
+            env={**env, "PYTHONPATH": os.pathsep.join(places), "OMP_NUM_THREADS": "1"},
             start_new_session=True,  # Ctrl-C and a scheduler's signals are the parent's to handle
         )
         ready = False
