@@ -9,7 +9,6 @@ Volumes are (B, C, X, Y, Z) in RAS+ throughout. A target is a column of classes 
 
 import contextlib
 import itertools
-import json
 import math
 import sys
 from functools import partial
@@ -18,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 from data.cache import VolumeCache
 from data.cases import CasesError, format_problems
@@ -41,30 +39,32 @@ from data.targets import Targets
 from models.backbones import from_config
 from models.classifier import Classifier, label_losses, label_weights, optimizer_groups
 from utils import checkpoint, distributed, schedules
-from utils.checkpoint import CheckpointError
 from utils.classes import unpaired_sides
 from utils.classification_report import write_test_report
-from utils.config import ConfigError, parse_command_line, save_resolved
+from utils.config import parse_command_line, save_resolved
 from utils.evaluation import evaluate
+from utils.loop import (
+    exit_code,
+    folder_of,
+    open_log,
+    resume_from,
+    train_epoch,
+    until_stopped,
+    write_report,
+)
 from utils.plots import plot_crops, plot_curves
 from utils.predictions import pool
-from utils.report import write_training_report
-from utils.runlog import RunLog
 from utils.schema_classification import ClassificationConfig, impossible_classification
-from utils.state import State, report_skipped, resume, save
+from utils.state import State, resume, save
 from utils.training import (
-    Averages,
-    Stopped,
     StopSignal,
-    Stopwatch,
     autocast,
     hash_patients,
     seed_everything,
 )
-from utils.weights import LoadReport, WeightsError, compare_input, load_backbone
+from utils.weights import compare_input, load_backbone
 
 CONFIG = Path(__file__).with_name("classification_config.yaml")
-EXIT_BAD_INPUT, EXIT_STOPPED = 2, 75
 OPTIONS = {
     "--cv": "cross-validate over all folds in train_folds, val_folds and test_folds: each is "
     "tested once, by a run with the next one in the list as val (after the last: the first) "
@@ -137,47 +137,6 @@ def train_step(state: State, batches, truth, class_weights, lr: float, cfg, devi
             buffer.copy_(distributed.all_reduce(buffer, "mean"))
     state.scaler.update()
     return numbers
-
-
-# ---------------------------------------------------------------------------------- one epoch
-
-
-def train_epoch(state, loader, learned, schedule, about, cfg, device, log, stop) -> dict:
-    """The epoch from where it stands to its end; returns its means.
-
-    learned: truth and class weights, as for `train_step`. schedule: learning rate of each step.
-    """
-    start, total = state.step - state.epoch * state.steps_per_epoch, state.steps_per_epoch
-    loader.sampler.set_epoch(state.epoch, start * cfg.accumulate)
-    batches, averages, watch = iter(loader), Averages(state.averages), Stopwatch()
-    title, main = f"epoch {state.epoch + 1}/{cfg.n_epochs}", distributed.is_main()
-    bar = tqdm(range(start, total), title, total, initial=start, disable=not main)
-    for i in bar:
-        group = list(itertools.islice(batches, cfg.accumulate))
-        watch.lap("data")
-        lr = schedule[state.step].item()
-        numbers = train_step(state, group, *learned, lr, cfg, device)
-        watch.lap("compute")
-        if numbers.pop("ok"):
-            state.bad_steps = 0
-            averages.add(numbers)
-        else:
-            report_skipped(state, numbers, group, loader.dataset.data, cfg, log)
-        if state.step % cfg.log_every == 0:
-            log.step(state.step, numbers | {"lr": lr})
-        bar.set_postfix_str(
-            f"loss {numbers['loss']:.3f}, waiting for data {watch.share('data'):.0%}"
-        )
-        state.step, state.averages = state.step + 1, averages.state
-        stop.raise_if_received()
-        if state.step % cfg.save_every == 0 and i < total - 1:
-            save(state, log.folder / "checkpoints", about)
-    row = {"step": state.step, **averages.means(), "lr": schedule[state.step - 1].item()}
-    images = (total - start) * cfg.accumulate * cfg.batch_size * distributed.world_size()
-    row |= {"images_per_s": images / max(watch.total(), 1e-9), "data_wait": watch.share("data")}
-    if device.type == "cuda":
-        row["peak_memory_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
-    return row
 
 
 # ---------------------------------------------------------------------------------- how it goes
@@ -255,14 +214,10 @@ def draw_inputs(loaders: dict, cfg, device, log) -> None:
     log.image("inputs", plot_crops(log.folder / "plots" / "inputs.png", views), 0)
 
 
-def draw_progress(state: State, about: dict, log) -> None:
+def draw_progress(state: State, cfg, log) -> None:
     """plots/curves.png and report.html from what has been logged so far."""
     plot_curves(log.folder / "plots" / "curves.png", log.rows)
-    report = LoadReport(**state.weights) if state.weights else None
-    warnings = [*(report.warnings if report else []), *state.warnings.values()]
-    weights, title = report.rows() if report else None, about["config"]["experiment"]
-    parts = (f"Classification: {title}", PICTURES, warnings, about["config"], weights)
-    write_training_report(log, *parts)
+    write_report(state, f"Classification: {cfg.experiment}", PICTURES, cfg, log)
 
 
 # ---------------------------------------------------------------------------------- main
@@ -295,14 +250,6 @@ def describe(cfg, targets: Targets, control: Control, cases) -> dict:
     }
 
 
-def folder_of(cfg) -> Path:
-    return Path(cfg.results_dir) / cfg.experiment
-
-
-def resume_from(cfg) -> Path | None:
-    return checkpoint.find(folder_of(cfg) / "checkpoints", cfg.resume_training_from)
-
-
 def build(cfg, targets: Targets) -> Classifier:
     """The classifier with random weights."""
     backbone = from_config(cfg, decoder=False)
@@ -311,7 +258,7 @@ def build(cfg, targets: Targets) -> Classifier:
 
 def train(cfg, cache, cases, skipped, device, stop: StopSignal) -> int:
     """Fine-tune on the train cases; returns the exit code."""
-    folder, started_from = folder_of(cfg), resume_from(cfg)
+    started_from = resume_from(cfg)
     seed_everything(cfg.seed)
     # ---- data
     f, world = cfg.finetune, distributed.world_size()
@@ -342,7 +289,7 @@ def train(cfg, cache, cases, skipped, device, stop: StopSignal) -> int:
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.precision == "fp16")
     rates = (cfg.learning_rate, min(cfg.min_learning_rate, cfg.learning_rate))
     steps = (cfg.n_epochs * steps_per_epoch, cfg.warmup_epochs * steps_per_epoch)
-    schedule = schedules.cosine(*rates, *steps)
+    schedule = {"lr": schedules.cosine(*rates, *steps)}
     modules = {"classifier": classifier}
     if world > 1:
         options = {"broadcast_buffers": False, "find_unused_parameters": f.freeze_epochs != 0}
@@ -358,22 +305,7 @@ def train(cfg, cache, cases, skipped, device, stop: StopSignal) -> int:
     about = describe(cfg, targets, control, cases)
     if started_from:
         resume(state, started_from, about["settings"])
-    log = RunLog(folder, state.step, state.epoch, skipped)
-    if distributed.is_main():
-        (folder / "plots").mkdir(exist_ok=True)
-        save_resolved(cfg, folder / "config.yaml")
-        if state.weights:
-            (folder / "weights.json").write_text(json.dumps(state.weights, indent=1))
-    if not started_from:
-        log.message(str(report) if report else "weights: random")
-    log.message(
-        f"{', '.join(f'{len(found)} {name}' for name, found in cases.items())} cases, "
-        f"{len(skipped)} problems; {cfg.backbone}, "
-        f"{sum(p.numel() for p in classifier.parameters()) / 1e6:.1f} M parameters, on "
-        f"{world} x {device.type}; {steps_per_epoch} steps per epoch, from step {state.step}"
-    )
-    for problem in skipped:
-        log.message(f"left out {problem.patient} (line {problem.row}): {problem.what}")
+    log = open_log(state, classifier, cases, skipped, cfg, device)
     for line in targets.notes([*cases["train"], *cases["val"]]):
         log.message(line)
     for warning in state.warnings.values():
@@ -386,8 +318,10 @@ def train(cfg, cache, cases, skipped, device, stop: StopSignal) -> int:
         found = (loaders["val"], targets, learned["val"], cfg, device, stop)
         return validate(classifier, *found)
 
-    stop.immediate = False
-    try:
+    def step(batches: list[dict], values: dict) -> dict:
+        return train_step(state, batches, *learned["train"], values["lr"], cfg, device)
+
+    def epochs() -> None:
         if state.step == 0:
             row = {"epoch": 0, "step": 0} | assess()
             state.select_by = next((k for k in SELECT_BY if row.get(k) is not None), "loss")
@@ -396,28 +330,22 @@ def train(cfg, cache, cases, skipped, device, stop: StopSignal) -> int:
                 draw_inputs(loaders, cfg, device, log)
         while state.epoch < cfg.n_epochs and not stopped_early(state, cfg):
             classifier.freeze(f.freeze_epochs == "all" or state.epoch < f.freeze_epochs)
-            row = train_epoch(
-                state, loaders["train"], learned["train"], schedule, about, cfg, device, log, stop
-            )
+            parts = (about, cfg, device, log, stop)
+            row = train_epoch(state, loaders["train"], step, schedule, *parts)
             row = {"epoch": state.epoch + 1} | row | assess()
             state.epoch, state.averages = state.epoch + 1, {}
             log.epoch(row, state.step)
             best = {} if note_best(state, row) else None
-            save(state, folder / "checkpoints", about, best)
+            save(state, log.folder / "checkpoints", about, best)
             last = state.epoch == cfg.n_epochs or stopped_early(state, cfg)
             if (last or state.epoch % DRAW_EVERY == 0) and distributed.is_main():
-                draw_progress(state, about, log)
+                draw_progress(state, cfg, log)
         early = f"no better {state.select_by} for {f.early_stopping} epochs; "
         early = early if stopped_early(state, cfg) and state.epoch < cfg.n_epochs else ""
-        log.message(f"{early}best: epoch {state.best_epoch}, {folder / 'checkpoints' / 'best.pt'}")
-        return 0
-    except Stopped as e:
-        save(state, folder / "checkpoints", about)
-        distributed.barrier()  # torchrun ends all ranks when the first one exits
-        log.message(f"{e}: saved at step {state.step}; resume_training_from=auto goes on from it")
-        return EXIT_STOPPED
-    finally:
-        log.close()
+        best = log.folder / "checkpoints" / "best.pt"
+        log.message(f"{early}best: epoch {state.best_epoch}, {best}")
+
+    return until_stopped(epochs, state, about, log, stop)
 
 
 def test(cfg, tested: list[Tested], cases: list, device, folder: Path, stop: StopSignal) -> dict:
@@ -498,14 +426,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except (ConfigError, CasesError, CheckpointError, WeightsError) as e:
-        if distributed.is_main():
-            print(e, file=sys.stderr)
-        sys.exit(EXIT_BAD_INPUT)
-    except Stopped as e:
-        print(f"{e}: stopped; resume_training_from=auto goes on", file=sys.stderr)
-        sys.exit(EXIT_STOPPED)
-    finally:
-        distributed.teardown()
+    sys.exit(exit_code(main))

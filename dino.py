@@ -9,7 +9,6 @@ Volumes are (B, C, X, Y, Z) in RAS+ throughout; views are stacked view-major, (v
 import contextlib
 import copy
 import itertools
-import json
 import math
 import sys
 from pathlib import Path
@@ -18,10 +17,9 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 from data.cache import VolumeCache
-from data.cases import CasesError, format_problems
+from data.cases import format_problems
 from data.datasets import EpochSampler, RegionDataset, make_loader
 from data.prepare import load_cases
 from data.probing import feature_maps, probe, write_embeddings
@@ -30,27 +28,29 @@ from data.views import NUM_GLOBAL, ViewSettings, apply_views
 from models.dino import build_network, random_masks, update_teacher
 from models.losses import TeacherTargets, dino_loss, koleo_loss, patch_loss
 from utils import checkpoint, distributed, monitor, schedules
-from utils.checkpoint import CheckpointError
-from utils.config import ConfigError, parse_command_line, save_resolved
+from utils.config import parse_command_line
+from utils.loop import (
+    exit_code,
+    folder_of,
+    open_log,
+    resume_from,
+    train_epoch,
+    until_stopped,
+    write_report,
+)
 from utils.plots import plot_crops, plot_curves, plot_feature_pca
-from utils.report import write_training_report
-from utils.runlog import RunLog
 from utils.schema_dino import DinoConfig, impossible_dino
-from utils.state import State, report_skipped, resume, save
+from utils.state import State, resume, save
 from utils.training import (
-    Averages,
-    Stopped,
     StopSignal,
-    Stopwatch,
     autocast,
     hash_patients,
     parameter_groups,
     seed_everything,
 )
-from utils.weights import LoadReport, WeightsError, compare_input, load_backbone
+from utils.weights import compare_input, load_backbone
 
 CONFIG = Path(__file__).with_name("dino_config.yaml")
-EXIT_BAD_INPUT, EXIT_STOPPED = 2, 75
 PICTURES = {
     "curves.png": "Each epoch; epoch 0 is before training.",
     "crops.png": "Crops of the first batch.",
@@ -178,46 +178,7 @@ def train_step(state: State, batches: list[dict], values: dict, cfg, device) -> 
     return numbers
 
 
-# ---------------------------------------------------------------------------------- one epoch
-
-
-def train_epoch(state, loader, schedule, cases, cfg, device, log, stop) -> dict[str, float]:
-    """The epoch from where it stands to its end; returns its means."""
-    start, total = state.step - state.epoch * state.steps_per_epoch, state.steps_per_epoch
-    loader.sampler.set_epoch(state.epoch, start * cfg.accumulate)
-    batches, averages, watch = iter(loader), Averages(state.averages), Stopwatch()
-    title, main = f"epoch {state.epoch + 1}/{cfg.n_epochs}", distributed.is_main()
-    bar = tqdm(range(start, total), title, total, initial=start, disable=not main)
-    for i in bar:
-        group = list(itertools.islice(batches, cfg.accumulate))
-        watch.lap("data")
-        if state.step == 0 and main:
-            draw_crops(group[0], cfg, device, log)
-        values = {name: array[state.step].item() for name, array in schedule.items()}
-        numbers = train_step(state, group, values, cfg, device)
-        watch.lap("compute")
-        if numbers.pop("ok"):
-            state.bad_steps = 0
-            averages.add(numbers)
-        else:
-            report_skipped(state, numbers, group, cases["train"], cfg, log)
-        if state.step % cfg.log_every == 0:
-            log.step(state.step, numbers | values)
-        bar.set_postfix_str(
-            f"loss {numbers['loss']:.3f}, entropy {numbers['teacher_entropy']:.2f} of "
-            f"{math.log(cfg.dino.out_dim):.2f}, waiting for data {watch.share('data'):.0%}"
-        )
-        state.step, state.averages = state.step + 1, averages.state
-        stop.raise_if_received()
-        if state.step % cfg.save_every == 0 and i < total - 1:
-            save(state, log.folder / "checkpoints", about(cfg, cases))
-    row = {"step": state.step, **averages.means()}
-    row |= {name: array[state.step - 1].item() for name, array in schedule.items()}
-    images = (total - start) * cfg.accumulate * cfg.batch_size * distributed.world_size()
-    row |= {"images_per_s": images / max(watch.total(), 1e-9), "data_wait": watch.share("data")}
-    if device.type == "cuda":
-        row["peak_memory_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
-    return row
+# ---------------------------------------------------------------------------------- optimization
 
 
 def build_schedule(cfg, steps_per_epoch: int) -> dict[str, np.ndarray]:
@@ -315,11 +276,7 @@ def draw_progress(state: State, entry, cfg, device, log) -> None:
     names = [f"stride {stride}" for stride in teacher.backbone.strides]
     log.image("features", plot_feature_pca(plots / "features.png", volume, maps, names), state.step)
     plot_curves(plots / "curves.png", log.rows, cfg.dino.out_dim, cfg.dino.patch_out_dim)
-    title, settings = f"DINO pre-training: {cfg.experiment}", cfg.model_dump(mode="json")
-    report = LoadReport(**state.weights) if state.weights else None
-    warnings = [*(report.warnings if report else []), *state.warnings.values()]
-    weights = report.rows() if report else None
-    write_training_report(log, title, PICTURES, warnings, settings, weights)
+    write_report(state, f"DINO pre-training: {cfg.experiment}", PICTURES, cfg, log)
 
 
 # ---------------------------------------------------------------------------------- main
@@ -339,7 +296,7 @@ def settings_to_match(cfg) -> dict:
     }
 
 
-def about(cfg, cases) -> dict:
+def describe(cfg, cases) -> dict:
     """What every checkpoint says of itself."""
     return {
         "settings": settings_to_match(cfg),
@@ -357,8 +314,9 @@ def test(cfg, cache, cases, device, folder: Path) -> None:
     write_embeddings(teacher, cache, cases, cfg, device, StopSignal(), folder)
 
 
-def train(cfg, cache, cases, skipped, device, folder: Path, resume_from, stop: StopSignal) -> int:
+def train(cfg, cache, cases, skipped, device, stop: StopSignal) -> int:
     """Pre-train on the train cases; returns the exit code."""
+    started_from = resume_from(cfg)
     # ---- data
     views = ViewSettings.from_config(
         cfg.crops.model_dump(), cfg.augment.model_dump(), cfg.data.hu_window
@@ -373,7 +331,7 @@ def train(cfg, cache, cases, skipped, device, folder: Path, resume_from, stop: S
     # ---- model
     d = cfg.dino
     student, report = build_network(cfg).to(device), None
-    if cfg.suprem_weights and not resume_from:
+    if cfg.suprem_weights and not started_from:
         report = load_backbone(student.backbone, cfg.suprem_weights)
         report.warnings += compare_input(report, cfg)
     teacher = copy.deepcopy(student).requires_grad_(False)
@@ -396,24 +354,10 @@ def train(cfg, cache, cases, skipped, device, folder: Path, resume_from, stop: S
     state.weights = report.to_dict() if report else None
 
     # ---- resume
-    if resume_from:
-        resume(state, resume_from, settings_to_match(cfg))
-    log = RunLog(folder, state.step, state.epoch, skipped)
-    if distributed.is_main():
-        (folder / "plots").mkdir(exist_ok=True)
-        save_resolved(cfg, folder / "config.yaml")
-        if state.weights:
-            (folder / "weights.json").write_text(json.dumps(state.weights, indent=1))
-    if report:
-        log.message(str(report))
-    log.message(
-        f"{', '.join(f'{len(found)} {name}' for name, found in cases.items())} cases, "
-        f"{len(skipped)} problems; {cfg.backbone}, "
-        f"{sum(p.numel() for p in teacher.backbone.parameters()) / 1e6:.1f} M parameters, on "
-        f"{world} x {device.type}; {steps_per_epoch} steps per epoch, from step {state.step}"
-    )
-    for problem in skipped:
-        log.message(f"left out {problem.patient} (line {problem.row}): {problem.what}")
+    about = describe(cfg, cases)
+    if started_from:
+        resume(state, started_from, about["settings"])
+    log = open_log(state, teacher.backbone, cases, skipped, cfg, device)
 
     # ---- train
     def assess(teacher_temp: float, probing: bool) -> dict:
@@ -422,15 +366,20 @@ def train(cfg, cache, cases, skipped, device, folder: Path, resume_from, stop: S
             row |= validate(state, loaders["val"], teacher_temp, cfg, device, stop)
         return row | (probe(teacher, cache, cases, cfg, device, stop) if probing else {})
 
-    stop.immediate = False
-    try:
+    def step(batches: list[dict], values: dict) -> dict:
+        if state.step == 0 and distributed.is_main():
+            draw_crops(batches[0], cfg, device, log)
+        return train_step(state, batches, values, cfg, device)
+
+    def epochs() -> None:
         if state.step == 0:
             row = {"epoch": 0, "step": 0} | assess(d.teacher_temp_start, probing=True)
             has_probes = probe_score(row) is not None
             state.select_by = "probe" if has_probes else "val_loss" if "val" in loaders else "loss"
             log.epoch(row, 0)
         while state.epoch < cfg.n_epochs:
-            row = train_epoch(state, loaders["train"], schedule, cases, cfg, device, log, stop)
+            parts = (about, cfg, device, log, stop)
+            row = train_epoch(state, loaders["train"], step, schedule, *parts)
             epoch = state.epoch + 1
             probing = epoch % cfg.probe.every == 0 or epoch == cfg.n_epochs
             row = {"epoch": epoch} | row | assess(row["teacher_temp"], probing)
@@ -440,37 +389,29 @@ def train(cfg, cache, cases, skipped, device, folder: Path, resume_from, stop: S
             best = is_best(state, row)
             keep = best or state.best is None  # until the first probe any backbone beats none
             files = {"backbone": teacher.backbone} if keep else None
-            save(state, folder / "checkpoints", about(cfg, cases), files)
+            save(state, log.folder / "checkpoints", about, files)
             if probing and distributed.is_main():
                 shown = cache.get((cases["val"] or cases["train"])[0])
                 draw_progress(state, shown, cfg, device, log)
-        log.message(f"done: {folder / 'checkpoints' / 'backbone.pt'}, {folder / 'report.html'}")
-        return 0
-    except Stopped as e:
-        save(state, folder / "checkpoints", about(cfg, cases))
-        distributed.barrier()  # torchrun ends all ranks when the first one exits
-        log.message(f"{e}: saved at step {state.step}; resume_training_from=auto goes on from it")
-        return EXIT_STOPPED
-    finally:
-        log.close()
+        backbone = log.folder / "checkpoints" / "backbone.pt"
+        log.message(f"done: {backbone}, {log.folder / 'report.html'}")
+
+    return until_stopped(epochs, state, about, log, stop)
 
 
 def main(argv: list[str]) -> int:
     # ---- setup
     cfg, check_only = parse_command_line(argv, CONFIG, DinoConfig, impossible_dino)
     device, stop = distributed.setup(), StopSignal()
-    folder = Path(cfg.results_dir) / cfg.experiment
-    resume_from = checkpoint.find(folder / "checkpoints", cfg.resume_training_from)
-    if not (resume_from or check_only or cfg.test_ckpt):
-        checkpoint.refuse_existing(folder)
-    if cfg.suprem_weights and not resume_from:  # a wrong file fails before hours of reading scans
+    started_from = resume_from(cfg)
+    if not (started_from or check_only or cfg.test_ckpt):
+        checkpoint.refuse_existing(folder_of(cfg))
+    if cfg.suprem_weights and not started_from:  # a wrong file fails before hours of reading scans
         load_backbone(build_network(cfg).backbone, cfg.suprem_weights)
     seed_everything(cfg.seed)
 
     # ---- data
-    spacing = None if cfg.data.spacing == "native" else cfg.data.spacing
-    form = StandardForm(spacing, cfg.data.modality, cfg.data.percentiles, cfg.data.crop_background)
-    cache = VolumeCache(cfg.cache_dir, form)
+    cache = VolumeCache(cfg.cache_dir, StandardForm.from_config(cfg.data))
     columns = ("path", "img_path")  # a segmentation CSV will do
     cases, skipped = load_cases(cfg, cache, cfg.probe_targets, columns, check_only)
     if check_only:
@@ -479,20 +420,10 @@ def main(argv: list[str]) -> int:
         print(format_problems(skipped, None))
         return 0
     if cfg.test_ckpt:
-        test(cfg, cache, cases, device, folder / "test")
+        test(cfg, cache, cases, device, folder_of(cfg) / "test")
         return 0
-    return train(cfg, cache, cases, skipped, device, folder, resume_from, stop)
+    return train(cfg, cache, cases, skipped, device, stop)
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except (ConfigError, CasesError, CheckpointError, WeightsError) as e:
-        if distributed.is_main():
-            print(e, file=sys.stderr)
-        sys.exit(EXIT_BAD_INPUT)
-    except Stopped as e:
-        print(f"{e}: stopped before training began", file=sys.stderr)
-        sys.exit(EXIT_STOPPED)
-    finally:
-        distributed.teardown()
+    sys.exit(exit_code(main))

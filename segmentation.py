@@ -10,7 +10,6 @@ config, IGNORE.
 
 import contextlib
 import itertools
-import json
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data.cache import VolumeCache
-from data.cases import Case, CasesError, format_problems
+from data.cases import Case, format_problems
 from data.check import mask_labels
 from data.datasets import EpochSampler, make_loader
 from data.masks import mask_notices
@@ -39,31 +38,34 @@ from models.segmenter import Segmenter, optimizer_groups, supervised
 from utils import checkpoint, distributed, schedules
 from utils.checkpoint import CheckpointError
 from utils.classes import IGNORE, Classes, unpaired_sides
-from utils.config import ConfigError, parse_command_line, save_resolved
+from utils.config import parse_command_line, save_resolved
+from utils.loop import (
+    exit_code,
+    folder_of,
+    open_log,
+    resume_from,
+    train_epoch,
+    until_stopped,
+    write_report,
+)
 from utils.plots import plot_crops, plot_curves
 from utils.plots_segmentation import plot_overlay
-from utils.report import write_training_report
-from utils.runlog import RunLog
 from utils.schema_segmentation import SegmentationConfig, impossible_segmentation
 from utils.segmentation_metrics import case_dice, case_metrics, mean_dice, predicted_volumes
 from utils.segmentation_report import describe as describe_case
 from utils.segmentation_report import file_name, write_test_report
 from utils.sliding_window import averaged, mirrored
-from utils.state import State, report_skipped, resume, save
+from utils.state import State, resume, save
 from utils.tested import open_tested
 from utils.training import (
-    Averages,
-    Stopped,
     StopSignal,
-    Stopwatch,
     autocast,
     hash_patients,
     seed_everything,
 )
-from utils.weights import LoadReport, WeightsError, compare_input, load_backbone
+from utils.weights import compare_input, load_backbone
 
 CONFIG = Path(__file__).with_name("segmentation_config.yaml")
-EXIT_BAD_INPUT, EXIT_STOPPED = 2, 75
 NUM_SHOWN = 3  # val cases that are drawn
 PICTURES = {
     "curves.png": "Each epoch.",
@@ -124,7 +126,7 @@ def train_step(state: State, batches: list[dict], lr: float, cfg, device) -> dic
     return numbers
 
 
-# ---------------------------------------------------------------------------------- one epoch
+# ---------------------------------------------------------------------------------- optimization
 
 
 def set_frozen(state: State, cfg) -> None:
@@ -138,51 +140,12 @@ def set_frozen(state: State, cfg) -> None:
         state.modules["segmenter"] = DistributedDataParallel(bare, broadcast_buffers=False)
 
 
-def train_epoch(state, loader, schedule, about, cfg, device, log, stop) -> dict[str, float]:
-    """The epoch from where it stands to its end; returns its means.
-
-    schedule: learning rate of each step.
-    """
-    start, total = state.step - state.epoch * state.steps_per_epoch, state.steps_per_epoch
-    loader.sampler.set_epoch(state.epoch, start * cfg.accumulate)
-    batches, averages, watch = iter(loader), Averages(state.averages), Stopwatch()
-    title, main = f"epoch {state.epoch + 1}/{cfg.n_epochs}", distributed.is_main()
-    bar = tqdm(range(start, total), title, total, initial=start, disable=not main)
-    for i in bar:
-        group = list(itertools.islice(batches, cfg.accumulate))
-        watch.lap("data")
-        if state.step == 0 and main:
-            draw_patches(group[0], cfg, device, log)
-        lr = schedule[state.step].item()
-        numbers = train_step(state, group, lr, cfg, device)
-        watch.lap("compute")
-        if numbers.pop("ok"):
-            state.bad_steps = 0
-            averages.add(numbers)
-        else:
-            report_skipped(state, numbers, group, loader.dataset.data, cfg, log)
-        if state.step % cfg.log_every == 0:
-            log.step(state.step, numbers | {"lr": lr})
-        bar.set_postfix_str(
-            f"loss {numbers['loss']:.3f}, waiting for data {watch.share('data'):.0%}"
-        )
-        state.step, state.averages = state.step + 1, averages.state
-        stop.raise_if_received()
-        if state.step % cfg.save_every == 0 and i < total - 1:
-            save(state, log.folder / "checkpoints", about)
-    row = {"step": state.step, **averages.means(), "lr": schedule[state.step - 1].item()}
-    images = (total - start) * cfg.accumulate * cfg.batch_size * distributed.world_size()
-    row |= {"images_per_s": images / max(watch.total(), 1e-9), "data_wait": watch.share("data")}
-    if device.type == "cuda":
-        row["peak_memory_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
-    return row
-
-
-def build_schedule(cfg, steps_per_epoch: int) -> np.ndarray:
+def build_schedule(cfg, steps_per_epoch: int) -> dict[str, np.ndarray]:
     """Learning rate per optimizer step."""
     rates = (cfg.learning_rate, min(cfg.min_learning_rate, cfg.learning_rate))
     steps = (cfg.n_epochs * steps_per_epoch, cfg.warmup_epochs * steps_per_epoch)
-    return {"adamw": schedules.cosine, "sgd": schedules.poly}[cfg.optimizer](*rates, *steps)
+    shape = {"adamw": schedules.cosine, "sgd": schedules.poly}[cfg.optimizer]
+    return {"lr": shape(*rates, *steps)}
 
 
 def build_optimizer(segmenter: Segmenter, cfg) -> torch.optim.Optimizer:
@@ -276,14 +239,10 @@ def draw_case(name: str, case: Case, entry, found, truth, classes: Classes, log,
     log.image(name, plot_overlay(log.folder / "plots" / f"{name}.png", *parts), step)
 
 
-def draw_progress(state: State, about: dict, log) -> None:
+def draw_progress(state: State, cfg, log) -> None:
     """plots/curves.png and report.html from what has been logged so far."""
     plot_curves(log.folder / "plots" / "curves.png", log.rows)
-    report = LoadReport(**state.weights) if state.weights else None
-    warnings = [*(report.warnings if report else []), *state.warnings.values()]
-    weights, title = report.rows() if report else None, about["config"]["experiment"]
-    parts = (f"Segmentation: {title}", PICTURES, warnings, about["config"], weights)
-    write_training_report(log, *parts)
+    write_report(state, f"Segmentation: {cfg.experiment}", PICTURES, cfg, log)
 
 
 # ---------------------------------------------------------------------------------- main
@@ -319,8 +278,9 @@ def build(cfg, classes: Classes) -> Segmenter:
     return Segmenter(backbone, classes.num_outputs, cfg.loss.deep_supervision)
 
 
-def train(cfg, cache, cases, skipped, notices, device, folder: Path, resume_from, stop) -> int:
+def train(cfg, cache, cases, skipped, notices, device, stop: StopSignal) -> int:
     """Fine-tune on the train cases; returns the exit code."""
+    started_from = resume_from(cfg)
     # ---- data
     classes, world = Classes.from_config(cfg.classes, cfg.ignore_labels), distributed.world_size()
     changes = PatchSettings.from_config(
@@ -334,7 +294,7 @@ def train(cfg, cache, cases, skipped, notices, device, folder: Path, resume_from
 
     # ---- model
     segmenter, report = build(cfg, classes), None
-    if (weights := cfg.suprem_weights or cfg.dino_weights) and not resume_from:
+    if (weights := cfg.suprem_weights or cfg.dino_weights) and not started_from:
         report = load_backbone(segmenter.backbone, weights)
         report.warnings += compare_input(report, cfg)
     optimizer = build_optimizer(segmenter, cfg)
@@ -358,35 +318,24 @@ def train(cfg, cache, cases, skipped, notices, device, folder: Path, resume_from
 
     # ---- resume
     about = describe(cfg, classes, cases)
-    if resume_from:
-        resume(state, resume_from, about["settings"])
-    log = RunLog(folder, state.step, state.epoch, skipped)
-    if distributed.is_main():
-        (folder / "plots").mkdir(exist_ok=True)
-        save_resolved(cfg, folder / "config.yaml")
-        if state.weights:
-            (folder / "weights.json").write_text(json.dumps(state.weights, indent=1))
-    if not resume_from:
-        log.message(str(report) if report else "weights: random")
-    log.message(
-        f"{', '.join(f'{len(found)} {name}' for name, found in cases.items())} cases, "
-        f"{len(skipped)} problems; {cfg.backbone}, "
-        f"{sum(p.numel() for p in segmenter.parameters()) / 1e6:.1f} M parameters, on "
-        f"{world} x {device.type}; {steps_per_epoch} steps per epoch, from step {state.step}"
-    )
-    for problem in skipped:
-        log.message(f"left out {problem.patient} (line {problem.row}): {problem.what}")
+    if started_from:
+        resume(state, started_from, about["settings"])
+    log = open_log(state, segmenter, cases, skipped, cfg, device)
     if notices:
         log.message(f"about the masks:\n{format_problems(notices)}")
     for warning in state.warnings.values():
         log.message(f"WARNING: {warning}")
 
     # ---- train
-    stop.immediate = False
-    try:
+    def step(batches: list[dict], values: dict) -> dict:
+        if state.step == 0 and distributed.is_main():
+            draw_patches(batches[0], cfg, device, log)
+        return train_step(state, batches, values["lr"], cfg, device)
+
+    def epochs() -> None:
         while state.epoch < cfg.n_epochs:
             set_frozen(state, cfg)
-            row = train_epoch(state, loader, schedule, about, cfg, device, log, stop)
+            row = train_epoch(state, loader, step, schedule, about, cfg, device, log, stop)
             epoch = state.epoch + 1
             row, last = {"epoch": epoch} | row, epoch == cfg.n_epochs
             assessing = last or epoch % cfg.val_every == 0
@@ -395,18 +344,13 @@ def train(cfg, cache, cases, skipped, notices, device, folder: Path, resume_from
                 row |= validate(state.bare("segmenter"), state.step, *parts)
             state.epoch, state.averages = epoch, {}
             log.epoch(row, state.step)
-            save(state, folder / "checkpoints", about, {} if note_best(state, row) else None)
+            best = {} if note_best(state, row) else None
+            save(state, log.folder / "checkpoints", about, best)
             if assessing and distributed.is_main():
-                draw_progress(state, about, log)
-        log.message(f"best: epoch {state.best_epoch}, {folder / 'checkpoints' / 'best.pt'}")
-        return 0
-    except Stopped as e:
-        save(state, folder / "checkpoints", about)
-        distributed.barrier()  # torchrun ends all ranks when the first one exits
-        log.message(f"{e}: saved at step {state.step}; resume_training_from=auto goes on from it")
-        return EXIT_STOPPED
-    finally:
-        log.close()
+                draw_progress(state, cfg, log)
+        log.message(f"best: epoch {state.best_epoch}, {log.folder / 'checkpoints' / 'best.pt'}")
+
+    return until_stopped(epochs, state, about, log, stop)
 
 
 def open_all(cfg) -> list[tuple[dict, SegmentationConfig]]:
@@ -474,20 +418,18 @@ def main(argv: list[str]) -> int:
     # ---- setup
     cfg, check_only = parse_command_line(argv, CONFIG, SegmentationConfig, impossible_segmentation)
     device, stop = distributed.setup(), StopSignal()
-    folder = Path(cfg.results_dir) / cfg.experiment
+    started_from = resume_from(cfg)
     opened = open_all(cfg) if cfg.test_ckpt else []
-    resume_from = checkpoint.find(folder / "checkpoints", cfg.resume_training_from)
-    if not (resume_from or check_only or opened):
-        checkpoint.refuse_existing(folder)
+    if not (started_from or check_only or opened):
+        checkpoint.refuse_existing(folder_of(cfg))
     weights = cfg.suprem_weights or cfg.dino_weights
-    if weights and not resume_from:  # a wrong file fails before hours of reading scans
+    if weights and not started_from:  # a wrong file fails before hours of reading scans
         load_backbone(from_config(cfg, decoder=True), weights)
     seed_everything(cfg.seed)
 
     # ---- data
     own = opened[0][1] if opened else cfg
-    spacing = None if own.data.spacing == "native" else own.data.spacing
-    form = StandardForm(spacing, own.data.modality, own.data.percentiles, own.data.crop_background)
+    form = StandardForm.from_config(own.data)
     cache, columns = VolumeCache(own.cache_dir, form), ("img_path", "path")
     classes = Classes.from_config(own.classes, own.ignore_labels)
     parts, needed = ([], columns, check_only, classes), ["test" if opened else "train"]
@@ -503,20 +445,10 @@ def main(argv: list[str]) -> int:
     if opened:
         print(format_problems([*skipped, *notices]))
         notes = [f"left out line {p.row} of the CSV: {p.what}" for p in skipped]
-        test(cfg, opened, cases["test"], cache, notes, device, folder / "test", stop)
+        test(cfg, opened, cases["test"], cache, notes, device, folder_of(cfg) / "test", stop)
         return 0
-    return train(cfg, cache, cases, skipped, notices, device, folder, resume_from, stop)
+    return train(cfg, cache, cases, skipped, notices, device, stop)
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except (ConfigError, CasesError, CheckpointError, WeightsError) as e:
-        if distributed.is_main():
-            print(e, file=sys.stderr)
-        sys.exit(EXIT_BAD_INPUT)
-    except Stopped as e:
-        print(f"{e}: stopped; resume_training_from=auto goes on", file=sys.stderr)
-        sys.exit(EXIT_STOPPED)
-    finally:
-        distributed.teardown()
+    sys.exit(exit_code(main))

@@ -12,7 +12,7 @@ from typing import NamedTuple, get_args
 
 from utils.config import nearest
 from utils.fields import Modality
-from utils.files import expand_path, read_text
+from utils.files import InputError, expand_path, read_text
 
 MODALITIES = get_args(Modality)
 # Kinds of problem that belong to one volume: such a case can be left out. The others (a patient in
@@ -28,7 +28,7 @@ class Problem(NamedTuple):
     kind: str = "CSV"
 
 
-class CasesError(ValueError):
+class CasesError(InputError):
     """The cases cannot be used; `.problems` has all reasons, the message is their table."""
 
     def __init__(self, problems: Sequence[Problem], heading: str = ""):

@@ -21,7 +21,7 @@ import numpy as np
 
 from data.standard import spacing_of
 
-FORMAT = 2  # part of every key: raise it when the content of a file changes its meaning
+FORMAT = 3  # part of every key: raise it when the content of a file changes its meaning
 CHUNK, BLOCK = 64, 16  # voxels per axis: unit of checksums, unit of decompression
 # LZ4HC: half of zstd's reading time for 2 % more bytes on noisy CT. Never add Filter.DELTA: blosc2
 # 4.3.3 then returns wrong values for slices.
@@ -63,6 +63,8 @@ class CacheEntry:
         slice_spacing: (3,) mm, the file's spacing along x, y, z.
         through_plane: the axis on which that is largest; 2 where all are equal.
         body: uint8 (ceil(X/8), ceil(Y/8), ceil(Z/8)), body fraction of each block, 0..255.
+        body_box: (start, stop) along x, y, z of the part that the volume would have without a
+            mask: labels that lie outside it widen the volume.
         has_seg: whether there is a mask.
         labels: its label values but 0, ascending; read at each access.
         class_coords: label -> int32 (n <= 10000, 3), voxels that have it; read at each access.
@@ -108,6 +110,7 @@ class CacheEntry:
         thick = int(np.argmax(self.slice_spacing))
         equal = self.slice_spacing[thick] < 1.01 * self.slice_spacing.min()
         self.through_plane = 2 if equal else thick
+        self.body_box = facts["body_box"]
         self.has_seg = facts["has_seg"]
         body = np.frombuffer(facts["body"], np.uint8)
         self.body = body.reshape([-(-n // 8) for n in self.shape])
@@ -231,6 +234,7 @@ def write_entry(path: Path, standard: dict, series_hash: str | None, seed: int) 
         "original_shape": standard["original_shape"],
         "original_affine": standard["original_affine"].tolist(),
         "slice_spacing": standard["slice_spacing"].tolist(),
+        "body_box": standard["body_box"],
         "has_seg": seg is not None,
         "series_hash": series_hash,
         "body": standard["body"].tobytes(),

@@ -8,7 +8,7 @@ of pre-training. In training the window is moved, zoomed, turned and its intensi
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -59,10 +59,8 @@ class ImageSettings:
 
 def standard_form(cfg) -> StandardForm:
     """The standard form of a ClassificationConfig: image.fit says what the cache holds."""
-    data, resize = cfg.data, cfg.image.fit == "resize"
-    spacing = None if resize or data.spacing == "native" else data.spacing
-    size = cfg.image.size if resize else None
-    return StandardForm(spacing, data.modality, data.percentiles, data.crop_background, size)
+    form = StandardForm.from_config(cfg.data)
+    return replace(form, spacing=None, size=cfg.image.size) if cfg.image.fit == "resize" else form
 
 
 def placements(flips: Sequence[bool], shift: float) -> list[Placement]:

@@ -47,7 +47,7 @@ def predict_case(
 
     Args:
         predict: (B, 1, x, y, z) in 0..1 -> probabilities (B, K, x, y, z), K <= 255.
-        entry: the case in standard form.
+        entry: the case in standard form; what its mask added to the volume is not looked at.
         roi, overlap, batch, device, log: see `utils.sliding_window.window_slabs`.
         hu_window: CT: HU mapped to 0 and 1.
     Returns:
@@ -55,13 +55,15 @@ def predict_case(
     Raises:
         RuntimeError: an output is not finite.
     """
-    image = fixed_view(entry, (0, 0, 0), entry.shape, hu_window)
+    start, stop = np.array(entry.body_box).T
+    image = fixed_view(entry, start, stop - start, hu_window)
+    affine = entry.affine @ nib.affines.from_matvec(np.eye(3), start)
     air = torch.tensor(entry.background)
     air = float(normalise(air, entry.scale, entry.offset, entry.kind, hu_window))
-    axis = int(np.argmax(entry.shape))
+    axis = int(np.argmax(image.shape[1:]))
     sums = torch.device("cpu") if device.type == "mps" else device  # MPS cannot resample in 3D
     slabs = window_slabs(predict, image, roi, overlap, batch, axis, air, device, sums, log)
-    grids = (entry.affine, entry.shape, entry.original_affine, entry.original_shape)
+    grids = (affine, image.shape[1:], entry.original_affine, entry.original_shape)
     return to_file_grid(map(_finite, slabs), axis, *grids)
 
 

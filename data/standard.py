@@ -47,6 +47,12 @@ class StandardForm:
     crop_background: bool = True
     size: tuple[int, int, int] | None = None
 
+    @classmethod
+    def from_config(cls, data) -> "StandardForm":
+        """The one that a config's section `data` describes."""
+        spacing = None if data.spacing == "native" else data.spacing
+        return cls(spacing, data.modality, data.percentiles, data.crop_background)
+
     def to_dict(self) -> dict:
         fields = asdict(self)
         if self.size is None:  # part of the cache's keys: without it they stay what they were
@@ -59,10 +65,11 @@ def standard_transform(form: StandardForm) -> Compose:
 
     The result holds `image` (1, X, Y, Z) int16 and, with a mask, `seg` (1, X, Y, Z) int16, both
     MetaTensors whose affine is RAS+ mm; `body` uint8, the body fraction (0..255) of each 8^3 block;
-    `kind` "CT" or "other"; `scale`, `offset` (value = stored * scale + offset: HU for CT, else 0..1
-    between the percentiles); `background` (stored value of air); `original_shape`,
-    `original_affine` (of the file); `slice_spacing` (3,) mm, the file's along x, y, z;
-    `modality`, `series_uid`. Raises (inside MONAI's RuntimeError) VolumeError.
+    `body_box` (start, stop) along each axis, what would be left without the mask; `kind` "CT" or
+    "other"; `scale`, `offset` (value = stored * scale + offset: HU for CT, else 0..1 between the
+    percentiles); `background` (stored value of air); `original_shape`, `original_affine` (of the
+    file); `slice_spacing` (3,) mm, the file's along x, y, z; `modality`, `series_uid`. Raises
+    (inside MONAI's RuntimeError) VolumeError.
     """
     keys = ("image", "seg")
     steps = [
@@ -190,6 +197,7 @@ class CropToBodyd(MapTransform):
     """Crop to the body and every label, plus a margin; leave `body` as fractions of 8^3 blocks.
 
     The box starts at multiples of 4 voxels, so that the map stays aligned with the voxels.
+    `body_box` is the part that would be left without a mask.
     """
 
     def __init__(self, keys, crop: bool):
@@ -205,19 +213,32 @@ class CropToBodyd(MapTransform):
                 # max |label| of each block
                 labels = data["seg"].as_tensor().abs().float()
                 keep = keep | (F.max_pool3d(labels, BLOCK, ceil_mode=True)[0] > 0).numpy()
-            box = []
-            for axis in range(3):
-                hit = np.flatnonzero(keep.any(axis=tuple({0, 1, 2} - {axis})))
-                box.append((max(0, hit[0] - MARGIN), hit[-1] + 1 + MARGIN))
+            box, inner = _box_around(keep), _box_around(body)
             body = body[tuple(slice(*b) for b in box)]
             crop = SpatialCrop(roi_slices=[slice(a * BLOCK, b * BLOCK) for a, b in box])
             for key in self.key_iterator(out):
                 out[key] = crop(out[key])
+            inner = [(low - a, high - a) for (low, high), (a, _) in zip(inner, box, strict=True)]
+        else:
+            inner = [(0, n) for n in body.shape]
+        out["body_box"] = [
+            (low * BLOCK, min(high * BLOCK, n))
+            for (low, high), n in zip(inner, out["image"].shape[1:], strict=True)
+        ]
         fraction = F.avg_pool3d(
             torch.as_tensor(body)[None].float(), 2, ceil_mode=True, count_include_pad=False
         )
         out["body"] = np.rint(fraction[0].numpy() * 255).astype(np.uint8)
         return out
+
+
+def _box_around(keep: np.ndarray) -> list[tuple[int, int]]:
+    """First and last block that is set, with the margin, along each axis."""
+    box = []
+    for axis in range(3):
+        hit = np.flatnonzero(keep.any(axis=tuple({0, 1, 2} - {axis})))
+        box.append((int(max(0, hit[0] - MARGIN)), int(hit[-1] + 1 + MARGIN)))
+    return box
 
 
 class Storedd(Transform):

@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from models.common import right_on_cpus
 from models.resunet import ResUNet
 from models.segresnet import SegResNet
 from models.swinunetr import SwinUNETR
@@ -29,7 +30,8 @@ def build_backbone(name: str, in_channels: int = 1, decoder: bool = True, **opti
     """
     if name not in BACKBONES:
         raise ValueError(f"backbone {name!r} is unknown; choose one of: {', '.join(BACKBONES)}")
-    return BACKBONES[name](in_channels=in_channels, decoder=decoder, **options)
+    network = BACKBONES[name](in_channels=in_channels, decoder=decoder, **options)
+    return right_on_cpus(network)
 
 
 def from_config(cfg, decoder: bool) -> nn.Module:

@@ -1,4 +1,6 @@
-"""What all backbones do: check the size of their input, and save memory by recomputing."""
+"""What all backbones do: check the size of their input, save memory by recomputing, and go round an
+error of PyTorch on CPUs.
+"""
 
 import contextlib
 from functools import partial
@@ -12,6 +14,29 @@ def check_size(name: str, x: torch.Tensor, stride: int) -> None:
     """Raise a ValueError where `stride` does not divide the size of x, (B, C, X, Y, Z)."""
     if any(size % stride for size in x.shape[2:]):
         raise ValueError(f"{name}: size {tuple(x.shape[2:])} not divisible by {stride}")
+
+
+class Conv3d(nn.Conv3d):
+    """A convolution that leaves bfloat16 where a CPU gets it wrong.
+
+    With oneDNN as in PyTorch 2.13 the weights' gradient of a 3x3x3 convolution in bfloat16 is what
+    the memory held before, whenever the map is 2 voxels long along its first axis: as the deepest
+    map is where a crop is twice the stride.
+    """
+
+    def forward(self, x):
+        if x.device.type != "cpu" or x.shape[2] != 2 or not torch.is_autocast_enabled("cpu"):
+            return super().forward(x)
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(x.float()).to(torch.get_autocast_dtype("cpu"))
+
+
+def right_on_cpus(network: nn.Module) -> nn.Module:
+    """The network, its plain convolutions made those above; names and values stay."""
+    for part in network.modules():
+        if type(part) is nn.Conv3d:
+            part.__class__ = Conv3d
+    return network
 
 
 def run(module, *args, recompute: bool):

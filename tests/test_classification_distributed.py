@@ -7,10 +7,9 @@ import sys
 import pandas as pd
 import pytest
 
-import classification
 from tests import small_classification as small
 from tests.conftest import CANARY, ROOT, equal, read_cases, without_times
-from utils import checkpoint
+from utils import checkpoint, loop
 
 COMMON = ("head.dropout=0.0", "learning_rate=0.0005")
 WAYS = {  # 8 train cases, of which some lack a label
@@ -35,7 +34,7 @@ def two(labelled, tmp_path_factory):
     runs += [
         ("", 0, "plain", (f"test_ckpt={best}", "batch_size=2")),
         ("spoil", 0, "spoiled", WAYS["plain"]),
-        ("stop", classification.EXIT_STOPPED, "stopped", WAYS["plain"]),
+        ("stop", loop.EXIT_STOPPED, "stopped", WAYS["plain"]),
         ("", 0, "stopped", (*WAYS["plain"], "resume_training_from=auto")),
     ]
     jobs = [

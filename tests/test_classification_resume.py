@@ -8,7 +8,7 @@ import pytest
 import classification
 from tests import small_classification as small
 from tests.conftest import equal, read_cases, without_times
-from utils import checkpoint
+from utils import checkpoint, loop
 
 # the backbone is frozen in the first epoch; dropout draws from the global random state
 SETTINGS = ("experiment=x", "head.dropout=0.3", "finetune.freeze_epochs=1", "n_epochs=3")
@@ -67,7 +67,7 @@ def test_interrupted_is_uninterrupted(
     overrides = (*SETTINGS, "resume_training_from=auto", f"n_workers={n_workers}")
     with monkeypatch.context() as patch:
         stop_at(patch, name, call)
-        assert small.run(labelled, tmp_path, *overrides) == classification.EXIT_STOPPED
+        assert small.run(labelled, tmp_path, *overrides) == loop.EXIT_STOPPED
     assert checkpoint.load(tmp_path / "x" / "checkpoints" / "last.pt")["step"] == step
     assert small.run(labelled, tmp_path, *overrides) == 0
     assert equal(result(tmp_path / "x"), uninterrupted)

@@ -6,9 +6,8 @@ import sys
 
 import pytest
 
-import dino
 from tests.conftest import CANARY, ROOT, equal, read_cases, result
-from utils import checkpoint
+from utils import checkpoint, loop
 
 WAYS = {  # per process; 16 regions per epoch
     "plain": ("batch_size=2",),
@@ -30,7 +29,7 @@ def two(arguments, tmp_path_factory):
     runs = [("", 0, name, settings) for name, settings in WAYS.items()]
     runs += [
         ("spoil", 0, "spoiled", ("batch_size=2",)),
-        ("stop", dino.EXIT_STOPPED, "stopped", ("batch_size=2",)),
+        ("stop", loop.EXIT_STOPPED, "stopped", ("batch_size=2",)),
         ("", 0, "stopped", ("batch_size=2", "resume_training_from=auto")),
     ]
     jobs = [

@@ -10,7 +10,7 @@ import pytest
 
 import dino
 from tests.conftest import ROOT, equal, result
-from utils import checkpoint
+from utils import checkpoint, loop
 
 SETTINGS = ("probe.every=5",)  # probes before and after training
 
@@ -56,7 +56,7 @@ def test_interrupted_is_uninterrupted(
     overrides = ("experiment=x", "resume_training_from=auto", f"n_workers={n_workers}", *SETTINGS)
     with monkeypatch.context() as patch:
         stop_at(patch, name, call)
-        assert train(*overrides) == dino.EXIT_STOPPED
+        assert train(*overrides) == loop.EXIT_STOPPED
     assert checkpoint.load(tmp_path / "x" / "checkpoints" / "last.pt")["step"] == step
     assert train(*overrides) == 0
     assert equal(result(tmp_path / "x"), uninterrupted)

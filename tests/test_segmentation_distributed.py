@@ -6,11 +6,10 @@ import sys
 
 import pytest
 
-import segmentation
 from tests import small_segmentation as small
 from tests.conftest import CANARY, ROOT, equal, read_cases
 from tests.test_segmentation_resume import result
-from utils import checkpoint
+from utils import checkpoint, loop
 
 WAYS = {  # per process; 8 or 16 patches per epoch
     "plain": ("batch_size=1",),
@@ -33,7 +32,7 @@ def masked(tmp_path_factory):
 def two(masked, tmp_path_factory):
     """Folder of the runs in two processes, started once: starting takes longer than running."""
     results = tmp_path_factory.mktemp("two")
-    stopped = segmentation.EXIT_STOPPED
+    stopped = loop.EXIT_STOPPED
     ds = ("backbone=segresnet", "segresnet.variant=ds", "segresnet.feature_size=8")
     ds += ("segresnet.blocks=[1,1,1]", "batch_size=1", "resume_training_from=auto")
     runs = [("", 0, name, way) for name, way in WAYS.items()]

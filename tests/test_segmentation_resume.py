@@ -8,7 +8,7 @@ import pytest
 import segmentation
 from tests import small_segmentation as small
 from tests.conftest import equal, read_cases, without_times
-from utils import checkpoint
+from utils import checkpoint, loop
 
 WAYS = {
     "adamw": (),
@@ -81,7 +81,7 @@ def test_interrupted_is_uninterrupted(
     overrides = ("experiment=x", "resume_training_from=auto", f"n_workers={n_workers}", *WAYS[way])
     with monkeypatch.context() as patch:
         stop_at(patch, name, call)
-        assert small.run(masked, tmp_path, *overrides) == segmentation.EXIT_STOPPED
+        assert small.run(masked, tmp_path, *overrides) == loop.EXIT_STOPPED
     assert checkpoint.load(tmp_path / "x" / "checkpoints" / "last.pt")["step"] == step
     assert small.run(masked, tmp_path, *overrides) == 0
     assert equal(result(tmp_path / "x"), uninterrupted[way])

@@ -18,7 +18,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from utils import strict_yaml
-from utils.files import read_text
+from utils.files import InputError, read_text
 
 Schema = TypeVar("Schema", bound=BaseModel)
 # {dotted key: value} of values that are valid by themselves -> [(key, what is wrong)]
@@ -44,7 +44,7 @@ class ConfigProblem(NamedTuple):
     what: str
 
 
-class ConfigError(ValueError):
+class ConfigError(InputError):
     """Everything that is wrong with a config file and the command line, in `.problems`."""
 
     def __init__(self, path: str | Path, problems: list[ConfigProblem]):

@@ -1,8 +1,16 @@
-"""Text files and paths that users write."""
+"""Files and paths that users write, and what is wrong with them."""
 
 import os
 import re
 from pathlib import Path
+
+
+class InputError(ValueError):
+    """What the user gave cannot be used; the message is meant for them: which file, and why."""
+
+
+class RunError(RuntimeError):
+    """What ends a run that had begun; the message is meant for the user: why, and what to do."""
 
 
 def read_text(path: str | Path) -> str:

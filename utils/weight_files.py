@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from utils.files import InputError
+
 NUMBERS = "bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64".split()
 NOT_WEIGHTS = {  # first bytes -> what the file is and what to do
     b"\x89HDF": "an HDF5 (Keras) file; only PyTorch and safetensors files can be read",
@@ -21,7 +23,7 @@ NOT_WEIGHTS = {  # first bytes -> what the file is and what to do
 }
 
 
-class WeightsError(ValueError):
+class WeightsError(InputError):
     """The file's weights cannot be used; the message names the file and says why."""
 
 
@@ -37,8 +39,10 @@ class WeightsFile:
     recent: bool | None
 
 
-def read(path: str | Path, map_location="cpu") -> WeightsFile:
+def read(path: str | Path, map_location="cpu", mmap: bool = False) -> WeightsFile:
     """Read a file of torch.save or safetensors.
+
+    mmap: checksums are compared, but of a zip archive's tensors only what is used is read.
 
     Raises:
         WeightsError: missing, empty, cut short or damaged; not weights at all; or one that needs
@@ -60,7 +64,7 @@ def read(path: str | Path, map_location="cpu") -> WeightsFile:
         return WeightsFile(_read_safetensors(path), "safetensors", None)
     _refuse_other_files(path, start)
     names = _check_zip(path) if start.startswith(b"PK") else None
-    content = _torch_load(path, map_location, legacy=names is None)
+    content = _torch_load(path, map_location, names is None, mmap)
     # .format_version came with PyTorch 2.7 (April 2025), https://github.com/pytorch/pytorch/pull/143879
     recent = names is not None and any(name.endswith("/.format_version") for name in names)
     return WeightsFile(content, "torch legacy" if names is None else "torch", recent)
@@ -123,11 +127,12 @@ def _check_zip(path: Path) -> list[str]:
     return names
 
 
-def _torch_load(path: Path, map_location, legacy: bool):
+def _torch_load(path: Path, map_location, legacy: bool, mmap: bool):
     with torch.serialization.safe_globals(_allowed_globals()), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of pickles that are refused below
         try:
-            return torch.load(path, map_location=map_location, weights_only=True)
+            options = {"map_location": map_location, "mmap": mmap and not legacy}
+            return torch.load(path, weights_only=True, **options)
         except Exception as e:  # torch raises many kinds; each means that nothing was loaded
             refused = re.findall(r"GLOBAL (\w[\w.]+) ", str(e))[:1]
             if refused and not legacy:

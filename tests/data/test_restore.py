@@ -1,6 +1,7 @@
 """Predictions on the user's own voxels: resampling, axes, headers, types."""
 
 import gzip
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
@@ -235,6 +236,28 @@ def test_air_around_small_volumes_and_the_longest_axis(case, tmp_path, monkeypat
     axis, background = asked[0][5:7]
     assert axis == np.argmax(entry.shape) > 0
     assert background == pytest.approx(0.5)  # -1000 HU
+
+
+def test_the_mask_does_not_say_where_to_look(case, tmp_path):
+    """Labels far from the body widen what is cached, not what the network is shown."""
+    this, shown = case("coronal"), {}
+    mask = nib.load(this.seg_path)
+    labels = np.zeros(mask.shape, np.uint8)
+    labels[tuple(n - 1 for n in mask.shape)] = labels[0, 0, 0] = 1
+    path = save(tmp_path / "far.nii.gz", labels, mask.affine)
+    for seg_path in (None, path):
+        seen = shown[seg_path] = []
+
+        def predict(x, seen=seen):
+            seen.append(x.clone())
+            return threshold(250)(x)
+
+        entry = entry_of(replace(this, seg_path=seg_path), tmp_path)
+        found = predict_case(predict, entry, (16, 16, 16), 0.5, 1, (0, 1000), CPU)
+        seen.append(torch.from_numpy(found))
+    assert sorted(entry.shape) == sorted(entry.original_shape)  # nothing is cropped
+    assert [x.shape for x in shown[None]] == [x.shape for x in shown[path]]
+    assert all(torch.equal(a, b) for a, b in zip(*shown.values(), strict=True))
 
 
 def test_what_is_not_finite_is_an_error(case, tmp_path):

@@ -1,0 +1,153 @@
+"""What the three scripts share: how a run begins, one epoch, how it ends.
+
+A script's own part is the step: step(batches, values) does one optimizer step over a list of
+batches with this step's `values` of the schedule, and returns numbers to log, equal on all ranks:
+at least `loss`, `grad_norm` and `ok`, whether the step counted.
+"""
+
+import itertools
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from utils import checkpoint, distributed
+from utils.config import save_resolved
+from utils.files import InputError
+from utils.report import write_training_report
+from utils.runlog import RunLog
+from utils.state import State, report_skipped, save
+from utils.training import Averages, Stopped, StopSignal, Stopwatch
+from utils.weights import LoadReport
+
+EXIT_BAD_INPUT, EXIT_STOPPED = 2, 75
+
+
+def folder_of(cfg) -> Path:
+    """Where all results of the run go."""
+    return Path(cfg.results_dir) / cfg.experiment
+
+
+def resume_from(cfg) -> Path | None:
+    """The checkpoint that the run goes on from."""
+    return checkpoint.find(folder_of(cfg) / "checkpoints", cfg.resume_training_from)
+
+
+def open_log(state: State, network: nn.Module, cases: dict, skipped, cfg, device) -> RunLog:
+    """The run's folder and log, whose first lines say what is trained on what.
+
+    network: whose parameters are counted. skipped: problems of the cases that were left out.
+    """
+    log, resumed = RunLog(folder_of(cfg), state.step, state.epoch, skipped), resume_from(cfg)
+    report = LoadReport(**state.weights) if state.weights else None
+    if distributed.is_main():
+        (log.folder / "plots").mkdir(exist_ok=True)
+        save_resolved(cfg, log.folder / "config.yaml")
+        if report:
+            (log.folder / "weights.json").write_text(json.dumps(state.weights, indent=1))
+    if not resumed:
+        log.message(str(report) if report else "weights: random")
+    log.message(
+        f"{', '.join(f'{len(found)} {name}' for name, found in cases.items())} cases, "
+        f"{len(skipped)} problems; {cfg.backbone}, "
+        f"{sum(p.numel() for p in network.parameters()) / 1e6:.1f} M parameters, on "
+        f"{distributed.world_size()} x {device.type}; {state.steps_per_epoch} steps per epoch, "
+        f"from step {state.step}"
+    )
+    for problem in skipped:
+        log.message(f"left out {problem.patient} (line {problem.row}): {problem.what}")
+    return log
+
+
+def train_epoch(
+    state: State,
+    loader,
+    step: Callable[[list[dict], dict[str, float]], dict],
+    schedule: dict[str, np.ndarray],
+    about: dict,
+    cfg,
+    device: torch.device,
+    log: RunLog,
+    stop: StopSignal,
+) -> dict[str, float]:
+    """The epoch from where it stands to its end; returns its means.
+
+    Args:
+        schedule: values of each optimizer step by name, such as lr.
+        about: what every checkpoint says of itself, for `utils.state.save`.
+    """
+    start, total = state.step - state.epoch * state.steps_per_epoch, state.steps_per_epoch
+    loader.sampler.set_epoch(state.epoch, start * cfg.accumulate)
+    batches, averages, watch = iter(loader), Averages(state.averages), Stopwatch()
+    title, main = f"epoch {state.epoch + 1}/{cfg.n_epochs}", distributed.is_main()
+    bar = tqdm(range(start, total), title, total, initial=start, disable=not main)
+    for i in bar:
+        group = list(itertools.islice(batches, cfg.accumulate))
+        watch.lap("data")
+        values = {name: array[state.step].item() for name, array in schedule.items()}
+        numbers = step(group, values)
+        watch.lap("compute")
+        if numbers.pop("ok"):
+            state.bad_steps = 0
+            averages.add(numbers)
+        else:
+            report_skipped(state, numbers, group, loader.dataset.data, cfg, log)
+        if state.step % cfg.log_every == 0:
+            log.step(state.step, numbers | values)
+        bar.set_postfix_str(
+            f"loss {numbers['loss']:.3f}, waiting for data {watch.share('data'):.0%}"
+        )
+        state.step, state.averages = state.step + 1, averages.state
+        stop.raise_if_received()
+        if state.step % cfg.save_every == 0 and i < total - 1:
+            save(state, log.folder / "checkpoints", about)
+    row = {"step": state.step, **averages.means()}
+    row |= {name: array[state.step - 1].item() for name, array in schedule.items()}
+    images = (total - start) * cfg.accumulate * cfg.batch_size * distributed.world_size()
+    row |= {"images_per_s": images / max(watch.total(), 1e-9), "data_wait": watch.share("data")}
+    if device.type == "cuda":
+        row["peak_memory_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
+    return row
+
+
+def until_stopped(epochs: Callable[[], None], state: State, about: dict, log, stop) -> int:
+    """Run epochs(); where a signal ends it, save. Returns the exit code."""
+    stop.immediate = False
+    try:
+        epochs()
+        return 0
+    except Stopped as e:
+        save(state, log.folder / "checkpoints", about)
+        distributed.barrier()  # torchrun ends all ranks when the first one exits
+        log.message(f"{e}: saved at step {state.step}; resume_training_from=auto goes on from it")
+        return EXIT_STOPPED
+    finally:
+        log.close()
+
+
+def write_report(state: State, title: str, pictures: dict[str, str], cfg, log: RunLog) -> None:
+    """report.html from what has been logged so far; pictures: file in plots/ -> caption."""
+    report = LoadReport(**state.weights) if state.weights else None
+    warnings = [*(report.warnings if report else []), *state.warnings.values()]
+    settings, weights = cfg.model_dump(mode="json"), report.rows() if report else None
+    write_training_report(log, title, pictures, warnings, settings, weights)
+
+
+def exit_code(main: Callable[[list[str]], int]) -> int:
+    """main(arguments), what it raises for the user to mend printed without a traceback."""
+    try:
+        return main(sys.argv[1:])
+    except InputError as e:
+        if distributed.is_main():
+            print(e, file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except Stopped as e:
+        print(f"{e}: stopped; resume_training_from=auto goes on", file=sys.stderr)
+        return EXIT_STOPPED
+    finally:
+        distributed.teardown()
