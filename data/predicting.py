@@ -5,7 +5,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from pydantic import ValidationError
 
 from data.cache import VolumeCache
 from data.cases import Case
@@ -23,10 +22,10 @@ from data.images import (
 )
 from data.prepare import load_cases
 from data.targets import Targets
-from utils import checkpoint, distributed
+from utils import distributed
 from utils.checkpoint import CheckpointError
 from utils.predictions import Predictions
-from utils.schema_classification import ClassificationConfig
+from utils.tested import open_tested as open_checkpoint
 from utils.training import autocast
 
 # keys of the config at hand that a test goes by; all others are those of the checkpoint
@@ -46,20 +45,7 @@ class Tested:
 
     def __init__(self, path: str, cfg):
         """cfg: the config at hand. Raises CheckpointError for a file not of classification.py."""
-        saved = checkpoint.load(path)
-        stage = saved.get("settings", {}).get("stage")
-        if "modules" not in saved or stage != "classification":
-            what = f"of stage {stage}; test_ckpt takes best.pt or last.pt of classification.py"
-            raise CheckpointError(f"{path}: {what}")
-        try:
-            own = ClassificationConfig.model_validate(saved["config"])
-        except ValidationError as e:
-            raise CheckpointError(f"{path}: its settings are not of this version: {e}") from e
-        data = {"max_bad_cases": cfg.data.max_bad_cases}
-        data |= {} if cfg.data.modality == "auto" else {"modality": cfg.data.modality}
-        changes = {key: getattr(cfg, key) for key in OF_THE_TEST}
-        changes |= {"data": own.data.model_copy(update=data), "train_folds": [], "val_folds": []}
-        self.cfg = own.model_copy(update=changes)
+        saved, self.cfg = open_checkpoint(path, "classification", cfg, OF_THE_TEST)
         self.targets = Targets.from_dict(saved["classes"])
         self.cache = VolumeCache(cfg.cache_dir, standard_form(self.cfg))
         self.seen_patients, self.weights = saved["seen_patients"], saved["modules"]["classifier"]

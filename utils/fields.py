@@ -77,6 +77,11 @@ def native_or_mm(value: Any, check: Any) -> Any:
     return value if value == "native" else check(value)
 
 
+def one_or_more(value: Any) -> Any:
+    """A path or a number alone is a list of one."""
+    return [value] if isinstance(value, str | int) else value
+
+
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[float, Field(ge=0)]
@@ -84,10 +89,13 @@ AboveZero = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Angle = Annotated[float, Field(ge=0, le=180)]
 Percent = Annotated[float, Field(ge=0, le=100)]
+Axes = Annotated[tuple[bool, bool, bool], Strict(False)]  # x, y, z
+Angles = Annotated[tuple[Angle, Angle, Angle], Strict(False)]  # about x, y, z
 Size = Annotated[tuple[Positive, Positive, Positive], Strict(False)]  # voxels
 Text = Annotated[str, BeforeValidator(quoted_if_bool), AfterValidator(not_empty)]
 Texts = Annotated[list[Text], AfterValidator(no_repeats)]
 PathText = Annotated[Text, AfterValidator(expand_path)]
+Paths = Annotated[list[PathText], Field(min_length=1), BeforeValidator(one_or_more)]
 Name = Annotated[Text, AfterValidator(folder_name)]
 Range = Annotated[
     tuple[float, float], Strict(False), AfterValidator(rising), AfterValidator(not_equal)

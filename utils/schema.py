@@ -15,9 +15,12 @@ from utils.fields import (
     STRICT,
     AboveZero,
     Count,
+    Factors,
+    Fraction,
     Modality,
     Name,
     NotNegative,
+    Paths,
     PathText,
     Percentiles,
     Positive,
@@ -103,6 +106,24 @@ class Run(BaseModel):
     data: Data
     log_every: Positive
     save_every: Positive
+
+
+class IntensityAugment(BaseModel):
+    model_config = STRICT
+    scale: Fraction
+    shift: NotNegative
+    gamma: Factors
+    noise: NotNegative
+    blur: NotNegative
+    hu_window: Fraction
+
+
+class FineTuned(Run):
+    """A stage that may start from `dino.py`'s backbone, and tests one checkpoint or several."""
+
+    dino_weights: PathText | None
+    test_ckpt: Paths | None
+    allow_seen_patients: bool
 
 
 # ---- what is impossible together

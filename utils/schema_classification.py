@@ -2,24 +2,23 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, Field, PlainSerializer, Strict, WrapValidator
+from pydantic import BaseModel, Field, PlainSerializer, WrapValidator
 
 from utils.fields import (
     STRICT,
     AboveZero,
-    Angle,
+    Angles,
+    Axes,
     Count,
     Factors,
-    Fraction,
-    NotNegative,
-    PathText,
     Size,
     Text,
     Texts,
 )
 from utils.schema import (
     FOLDS,
-    Run,
+    FineTuned,
+    IntensityAugment,
     Values,
     Wrong,
     impossible_run,
@@ -29,19 +28,12 @@ from utils.schema import (
 )
 
 
-def one_or_more(value: Any) -> Any:
-    """A path alone is a list of one."""
-    return [value] if isinstance(value, str) else value
-
-
 def all_or_count(value: Any, check: Any) -> Any:
     if isinstance(value, str) and value != "all":
         raise ValueError("expected a number of epochs, or all")
     return value if value == "all" else check(value)
 
 
-Paths = Annotated[list[PathText], Field(min_length=1), BeforeValidator(one_or_more)]
-Axes = Annotated[tuple[bool, bool, bool], Strict(False)]
 Epochs = Annotated[Count, WrapValidator(all_or_count), PlainSerializer(lambda value: value)]
 Shift = Annotated[float, Field(ge=0, le=0.5)]  # of the image's size
 
@@ -52,18 +44,11 @@ class Image(BaseModel):
     size: Size
 
 
-class Augment(BaseModel):
-    model_config = STRICT
+class Augment(IntensityAugment):
     flip: Axes
-    rotate: Annotated[tuple[Angle, Angle, Angle], Strict(False)]
+    rotate: Angles
     zoom: Factors
     translate: Shift
-    scale: Fraction
-    shift: NotNegative
-    gamma: Factors
-    noise: NotNegative
-    blur: NotNegative
-    hu_window: Fraction
 
 
 class Head(BaseModel):
@@ -89,13 +74,10 @@ class Test(BaseModel):
     shift: Shift
 
 
-class ClassificationConfig(Run):
+class ClassificationConfig(FineTuned):
     cls_targets: Texts
     reg_targets: Texts
     report_by: Texts
-    dino_weights: PathText | None
-    test_ckpt: Paths | None
-    allow_seen_patients: bool
     image: Image
     augment: Augment
     head: Head

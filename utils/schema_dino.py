@@ -2,12 +2,13 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, Field, Strict
+from pydantic import BaseModel, Field
 
 from utils.fields import (
     STRICT,
     AboveZero,
-    Angle,
+    Angles,
+    Axes,
     Count,
     Factors,
     Fraction,
@@ -18,6 +19,7 @@ from utils.fields import (
     Texts,
 )
 from utils.schema import (
+    IntensityAugment,
     Run,
     Values,
     Wrong,
@@ -41,16 +43,9 @@ class Crops(BaseModel):
     min_body: Fraction
 
 
-class Augment(BaseModel):
-    model_config = STRICT
-    flip: Annotated[tuple[bool, bool, bool], Strict(False)]
-    rotate: Annotated[tuple[Angle, Angle, Angle], Strict(False)]
-    scale: Fraction
-    shift: NotNegative
-    gamma: Factors
-    noise: NotNegative
-    blur: NotNegative
-    hu_window: Fraction
+class Augment(IntensityAugment):
+    flip: Axes
+    rotate: Angles
 
 
 class Dino(BaseModel):

@@ -2,24 +2,26 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, Field, Strict
+from pydantic import BaseModel, BeforeValidator, Field
 
 from utils.classes import class_problems
 from utils.fields import (
     STRICT,
     AboveZero,
-    Angle,
+    Angles,
+    Axes,
     Count,
     Factors,
     Fraction,
     NotNegative,
-    PathText,
     Positive,
     Size,
     Text,
+    one_or_more,
 )
 from utils.schema import (
-    Run,
+    FineTuned,
+    IntensityAugment,
     Values,
     Wrong,
     impossible_run,
@@ -28,15 +30,7 @@ from utils.schema import (
     stride_and_maps,
 )
 
-
-def one_or_more(value: Any) -> Any:
-    """A path or a number alone is a list of one."""
-    return [value] if isinstance(value, str | int) else value
-
-
-Paths = Annotated[list[PathText], Field(min_length=1), BeforeValidator(one_or_more)]
 Labels = Annotated[list[int], BeforeValidator(one_or_more)]
-Axes = Annotated[tuple[bool, bool, bool], Strict(False)]
 
 
 class Patches(BaseModel):
@@ -46,21 +40,14 @@ class Patches(BaseModel):
     foreground: Fraction
 
 
-class Augment(BaseModel):
-    model_config = STRICT
+class Augment(IntensityAugment):
     flip: Axes
     mirror_pairs: list[list[Text]]
-    rotate: Annotated[tuple[Angle, Angle, Angle], Strict(False)]
+    rotate: Angles
     zoom: Factors
     stretch: Annotated[float, Field(ge=1)]
     elastic: NotNegative
-    scale: Fraction
-    shift: NotNegative
-    gamma: Factors
-    noise: NotNegative
-    blur: NotNegative
     low_res: Annotated[float, Field(ge=1)]
-    hu_window: Fraction
 
 
 class Loss(BaseModel):
@@ -84,12 +71,9 @@ class Inference(BaseModel):
     tolerance: AboveZero
 
 
-class SegmentationConfig(Run):
+class SegmentationConfig(FineTuned):
     classes: dict[Text, Labels]
     ignore_labels: Labels
-    dino_weights: PathText | None
-    test_ckpt: Paths | None
-    allow_seen_patients: bool
     optimizer: Literal["adamw", "sgd"]
     val_every: Positive
     patches: Patches
