@@ -31,7 +31,8 @@ def plot_overlay(
     names: Sequence[str],
     title: str,
 ) -> np.ndarray:
-    """Truth and prediction outlined on the slices of three planes that hold most of them.
+    """Truth and prediction outlined on the slices of three planes that hold most of the truth, or,
+    where there is none, of the prediction.
 
     Args:
         image: (X, Y, Z) in RAS+, any unit; its window is taken from what is shown.
@@ -45,7 +46,8 @@ def plot_overlay(
     masks = {n: np.where(m == IGNORE, 0, m) for n, m in masks.items() if m is not None}
     anything = np.logical_or.reduce([m > 0 for m in masks.values()])
     box = _box(anything, spacing_mm)
-    places = {p: _fullest(anything, axis) for p, (axis, _) in PLANES.items()}
+    wanted = next((m > 0 for m in masks.values() if m.any()), anything)
+    places = {p: _fullest(wanted, axis) for p, (axis, _) in PLANES.items()}
     shown = {}
     for plane, (axis, _) in PLANES.items():
         cut = tuple(slice(None) if a == axis else box[a] for a in range(3))

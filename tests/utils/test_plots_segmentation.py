@@ -6,6 +6,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
 from utils.classes import IGNORE
+from utils.plots import PLANES
 from utils.plots_segmentation import color_of, plot_overlay, plot_scores
 
 SPACING = (1.0, 1.0, 2.0)
@@ -29,6 +30,25 @@ def test_saved_as_returned(tmp_path):
     rgb = plot_overlay(tmp_path / "a.png", image, mask, mask, SPACING, ["one"], "line 2")
     saved = np.rint(imread(tmp_path / "a.png")[..., :3] * 255).astype(np.uint8)
     assert rgb.dtype == np.uint8 and np.array_equal(saved, rgb)
+
+
+def test_slices_are_those_of_the_truth(tmp_path, monkeypatch):
+    """A wrong prediction at the rim does not draw the eye away from the organ."""
+    from utils import plots_segmentation
+
+    titles = []
+    real = plots_segmentation.slice_2d
+    monkeypatch.setattr(plots_segmentation, "slice_2d", lambda *a: titles.append(a[1:]) or real(*a))
+    image, truth = scene()
+    prediction = np.zeros_like(truth)
+    prediction[0], prediction[:, 0], prediction[:, :, 0] = 1, 1, 1
+    for found, expected in ((truth, truth), (0 * truth, prediction)):
+        titles.clear()
+        plot_overlay(tmp_path / "a.png", image, prediction, found, SPACING, ["one"], "line 2")
+        for plane, at in set(titles):
+            axis = PLANES[plane][0]
+            counts = (expected > 0).sum(axis=tuple({0, 1, 2} - {axis}))
+            assert counts[at] == counts.max()
 
 
 def test_slices_are_those_with_most_and_outlines_are_there(tmp_path, monkeypatch):
