@@ -2,17 +2,20 @@
 # make test   the tests
 # make faults broken scans, tables, settings, caches and weights, one table of what came of them
 # make lint   ruff
+# make lock   .ci/requirements.lock anew: the hashes of all packages, also those that others need
 # Another interpreter: make demo PYTHON=python3.12
+# Every package compared with its hash: make demo REQUIREMENTS=.ci/requirements.lock
 
 PYTHON ?= python3
 VENV ?= .venv
+REQUIREMENTS ?= requirements.txt
 BIN = $(VENV)/bin
 
 # Large arrays are reused instead of being returned to the system after every step: on a CPU,
 # training is otherwise spent in page faults (glibc only; ignored elsewhere).
 export GLIBC_TUNABLES = glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=17179869184:glibc.malloc.top_pad=268435456
 
-.PHONY: demo test faults lint
+.PHONY: demo test faults lint lock
 
 # What all three stages of the demo share: small networks, coarse volumes.
 SMALL = precision=fp32 n_workers=1 warmup_epochs=1 resunet.features=[16,16,32,64] \
@@ -48,10 +51,15 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+lock: $(VENV)/.installed
+	$(BIN)/python -m pip install -q --disable-pip-version-check uv
+	$(BIN)/uv pip compile requirements.txt --output-file .ci/requirements.lock --universal \
+	  --generate-hashes --python-version 3.10 --custom-compile-command "make lock" --quiet
+
 # The second way serves Pythons without ensurepip (Debian's without python3-venv).
-$(VENV)/.installed: requirements.txt
+$(VENV)/.installed: $(REQUIREMENTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, $(PYTHON) is %d.%d. Name another: make PYTHON=python3.12" % sys.version_info[:2])'
 	@$(PYTHON) -m venv $(VENV) >/dev/null 2>&1 || { $(PYTHON) -m venv --clear --without-pip $(VENV) && \
 	  $(PYTHON) -m pip install -q --target "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" pip; }
-	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install -q --disable-pip-version-check -r $(REQUIREMENTS)
 	@touch $@

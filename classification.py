@@ -47,16 +47,19 @@ from utils.loop import (
     exit_code,
     folder_of,
     open_log,
+    report_is_old,
     resume_from,
     train_epoch,
     until_stopped,
     write_report,
 )
+from utils.memory import explained
 from utils.plots import plot_crops, plot_curves
 from utils.predictions import pool
 from utils.schema_classification import ClassificationConfig, impossible_classification
 from utils.state import State, resume, save
 from utils.training import (
+    NotFinite,
     StopSignal,
     autocast,
     hash_patients,
@@ -135,7 +138,8 @@ def train_step(state: State, batches, truth, class_weights, lr: float, cfg, devi
             buffer.copy_(before)
         elif buffer.is_floating_point():  # all ranks validate with the same ones
             buffer.copy_(distributed.all_reduce(buffer, "mean"))
-    state.scaler.update()
+    # its scale answers gradients that overflow, not a loss that is no number
+    state.scaler.update(None if math.isfinite(numbers["loss"]) else state.scaler.get_scale())
     return numbers
 
 
@@ -191,6 +195,8 @@ def note_best(state: State, row: dict) -> bool:
     where the AUC is undefined by the val loss, without val cases by the train loss."""
     losses = [row.get("val_loss" if state.select_by == "val_auc" else state.select_by)]
     aucs = [row.get("val_auc")] if state.select_by == "val_auc" else []
+    if any(x is not None and math.isnan(x) for x in losses + aucs):
+        return False
     if None in losses + aucs:
         return state.best is None  # until there is a score, the newest
     score = [*aucs, *(-loss for loss in losses)]
@@ -316,7 +322,12 @@ def train(cfg, cache, cases, skipped, device, stop: StopSignal) -> int:
         if "val" not in loaders:
             return {}
         found = (loaders["val"], targets, learned["val"], cfg, device, stop)
-        return validate(classifier, *found)
+        try:
+            with explained("the validation", cfg):
+                return validate(classifier, *found)
+        except NotFinite as e:
+            log.message(f"WARNING: the validation is left out: {e}")
+            return {"val_loss": math.nan, "val_auc": math.nan}
 
     def step(batches: list[dict], values: dict) -> dict:
         return train_step(state, batches, *learned["train"], values["lr"], cfg, device)
@@ -340,6 +351,8 @@ def train(cfg, cache, cases, skipped, device, stop: StopSignal) -> int:
             last = state.epoch == cfg.n_epochs or stopped_early(state, cfg)
             if (last or state.epoch % DRAW_EVERY == 0) and distributed.is_main():
                 draw_progress(state, cfg, log)
+        if report_is_old(log):
+            draw_progress(state, cfg, log)
         early = f"no better {state.select_by} for {f.early_stopping} epochs; "
         early = early if stopped_early(state, cfg) and state.epoch < cfg.n_epochs else ""
         best = log.folder / "checkpoints" / "best.pt"
@@ -356,11 +369,12 @@ def test(cfg, tested: list[Tested], cases: list, device, folder: Path, stop: Sto
     absent = [name for name in targets.names if name not in cases[0].labels]
     notes += [f"The CSV has no column {name!r}: it is predicted, not scored" for name in absent]
     found, controls = [], []
-    for one in tested:
+    for path, one in zip(cfg.test_ckpt, tested, strict=True):
         classifier = build(one.cfg, one.targets).to(device)
-        classifier.load_state_dict(one.weights)
+        checkpoint.put_into(classifier, one.weights, path)
         loader = make_loader(*one.views(cases), one.cfg.n_workers, device.type == "cuda", collate)
-        found.append(predict(classifier, loader, one.targets, one.cfg, device, stop))
+        with explained("the test", one.cfg):
+            found.append(predict(classifier, loader, one.targets, one.cfg, device, stop))
         controls.append(one.control(cases))
     content = {"targets": targets, "cases": cases, "images": tested[0].image}
     content |= {"predictions": average(found), "control": average(controls)}

@@ -33,19 +33,23 @@ from utils.loop import (
     exit_code,
     folder_of,
     open_log,
+    report_is_old,
     resume_from,
     train_epoch,
     until_stopped,
     write_report,
 )
+from utils.memory import explained, in_parts
 from utils.plots import plot_crops, plot_curves, plot_feature_pca
 from utils.schema_dino import DinoConfig, impossible_dino
 from utils.state import State, resume, save
 from utils.training import (
+    NotFinite,
     StopSignal,
     autocast,
     hash_patients,
     parameter_groups,
+    refuse_not_finite,
     seed_everything,
 )
 from utils.weights import compare_input, load_backbone
@@ -110,6 +114,8 @@ def forward(student, teacher, targets, batch, teacher_temp: float, cfg, device):
         out["patch_teacher_entropy"] = monitor.entropy(q_patch)
         out["patch_target_usage"] = monitor.usage(q_patch, student.training)
         loss = loss + d.patch_weight * out["patch_loss"]
+        if not student.training:
+            out["masked_crops"] = mask.flatten(1).any(dim=1).sum()
     if d.koleo_weight > 0 and student.training:  # it compares the samples of all ranks
         global_views = s["pooled"].unflatten(0, views)[:NUM_GLOBAL]
         out["koleo_loss"] = torch.stack([koleo_loss(view) for view in global_views]).mean()
@@ -140,8 +146,7 @@ def train_step(state: State, batches: list[dict], values: dict, cfg, device) -> 
             group["weight_decay"] = values["weight_decay"]
     state.optimizer.zero_grad(set_to_none=True)
     # the running statistics of BatchNorm, which move before it is known whether the step counts
-    buffers = [b for network in (student, teacher) for b in network.buffers()]
-    buffers = [(b, b.clone()) for b in buffers if b.is_floating_point()]
+    buffers = [(b, b.clone()) for network in (student, teacher) for b in network.buffers()]
     sums, features = {}, []
     for i, batch in enumerate(batches):
         # gradients are averaged over ranks once, in the last backward pass
@@ -169,12 +174,15 @@ def train_step(state: State, batches: list[dict], values: dict, cfg, device) -> 
     if numbers["ok"]:
         state.scaler.step(state.optimizer)
         update_teacher(teacher, state.bare("student"), values["momentum"])
-    else:
-        for buffer, before in buffers:
+    for buffer, before in buffers:
+        if not numbers["ok"]:
             buffer.copy_(before)
+        elif buffer.is_floating_point():  # all ranks validate with the same ones
+            buffer.copy_(distributed.all_reduce(buffer, "mean"))
     for target in targets.values():
         target.update_center() if numbers["ok"] else target.forget()
-    state.scaler.update()
+    # its scale answers gradients that overflow, not a loss that is no number
+    state.scaler.update(None if math.isfinite(numbers["loss"]) else state.scaler.get_scale())
     return numbers
 
 
@@ -204,25 +212,38 @@ def build_schedule(cfg, steps_per_epoch: int) -> dict[str, np.ndarray]:
 
 @torch.no_grad()
 def validate(state: State, loader, teacher_temp: float, cfg, device, stop) -> dict[str, float]:
-    """Losses on fixed views of the val cases, spread and rank of the teacher's features."""
+    """Losses on fixed views of the val cases, spread and rank of the teacher's features.
+
+    Raises NotFinite on all ranks.
+    """
     networks = [state.bare(name).eval() for name in state.modules]  # DDP would wait for other ranks
-    sums, features = {}, []
-    for batch in itertools.takewhile(lambda _: not stop, loader):
-        out, pooled = forward(*networks, batch, teacher_temp, cfg, device)
+    sums, features, bad = {}, [], []
+
+    def look(batch: dict) -> tuple:
+        return forward(*networks, batch, teacher_temp, cfg, device)
+
+    for batch, (out, pooled) in in_parts(look, itertools.takewhile(lambda _: not stop, loader)):
         features.append(pooled.float().cpu())
-        for name, value in out.items():
-            sums[name] = sums.get(name, 0.0) + float(value) * len(pooled)
+        if not (out["loss"].isfinite() and pooled.isfinite().all()):
+            bad += [loader.dataset.data[i].patient for i in batch["index"].tolist()]
+        # means over samples and over masked crops, however they are divided into batches
+        counts = {"dino_loss": len(pooled), "teacher_entropy": len(pooled)}
+        counts |= {"patch_loss": int(out["masked_crops"])} if "patch_loss" in out else {}
+        for name, count in counts.items():
+            total, known = sums.get(name, (0.0, 0))
+            sums[name] = total + float(out[name]) * count, known + count
     for network in networks:
         network.train()
     stop.raise_if_received()
+    refuse_not_finite(bad)
     gathered = [x for x in distributed.gather_objects((sums, features)) if x[1]]
     features = torch.cat([part for _, parts in gathered for part in parts])
-    names = ("loss", "dino_loss", "patch_loss", "teacher_entropy")
-    row = {
-        f"val_{name}": sum(sums[name] for sums, _ in gathered) / len(features)
-        for name in names
-        if name in gathered[0][0]
-    }
+    means = {}
+    for name in gathered[0][0]:
+        totals, counts = zip(*[sums[name] for sums, _ in gathered], strict=True)
+        means[f"val_{name}"] = sum(totals) / max(sum(counts), 1)
+    patch = means.get("val_patch_loss", 0.0)
+    row = {"val_loss": means["val_dino_loss"] + cfg.dino.patch_weight * patch, **means}
     if len(features) > 1:
         row["val_feature_std"] = float(monitor.feature_std(features))
         row["rankme"] = monitor.rankme(features)
@@ -242,7 +263,7 @@ def is_best(state: State, row: dict) -> bool:
         score = probe_score(row)
     else:
         score = -row.get(state.select_by, math.inf)
-    if score is None or (state.best is not None and score <= state.best):
+    if score is None or math.isnan(score) or (state.best is not None and score <= state.best):
         return False
     state.best = score
     return True
@@ -310,8 +331,9 @@ def test(cfg, cache, cases, device, folder: Path) -> None:
     saved = checkpoint.load(cfg.test_ckpt)
     checkpoint.check_settings(cfg.test_ckpt, saved, settings_to_match(cfg))
     teacher = build_network(cfg).to(device).eval()
-    teacher.load_state_dict(saved["modules"]["teacher"])
-    write_embeddings(teacher, cache, cases, cfg, device, StopSignal(), folder)
+    checkpoint.put_into(teacher, saved["modules"]["teacher"], cfg.test_ckpt)
+    with explained("the test", cfg):
+        write_embeddings(teacher, cache, cases, cfg, device, StopSignal(), folder)
 
 
 def train(cfg, cache, cases, skipped, device, stop: StopSignal) -> int:
@@ -362,9 +384,15 @@ def train(cfg, cache, cases, skipped, device, stop: StopSignal) -> int:
     # ---- train
     def assess(teacher_temp: float, probing: bool) -> dict:
         row = {}
-        if "val" in loaders:
-            row |= validate(state, loaders["val"], teacher_temp, cfg, device, stop)
-        return row | (probe(teacher, cache, cases, cfg, device, stop) if probing else {})
+        try:
+            if "val" in loaders:
+                with explained("the validation", cfg):
+                    row |= validate(state, loaders["val"], teacher_temp, cfg, device, stop)
+            with explained("probing", cfg):
+                return row | (probe(teacher, cache, cases, cfg, device, stop) if probing else {})
+        except NotFinite as e:
+            log.message(f"WARNING: the validation is left out: {e}")
+            return row | {"val_loss": math.nan}
 
     def step(batches: list[dict], values: dict) -> dict:
         if state.step == 0 and distributed.is_main():
@@ -387,12 +415,15 @@ def train(cfg, cache, cases, skipped, device, stop: StopSignal) -> int:
             log.epoch(row, state.step)
             note_collapse(state, row, cfg, log)
             best = is_best(state, row)
-            keep = best or state.best is None  # until the first probe any backbone beats none
+            # until the first probe any backbone beats none
+            keep = best or (state.best is None and not math.isnan(row.get("val_loss", 0.0)))
             files = {"backbone": teacher.backbone} if keep else None
             save(state, log.folder / "checkpoints", about, files)
             if probing and distributed.is_main():
                 shown = cache.get((cases["val"] or cases["train"])[0])
                 draw_progress(state, shown, cfg, device, log)
+        if report_is_old(log):
+            draw_progress(state, cache.get((cases["val"] or cases["train"])[0]), cfg, device, log)
         backbone = log.folder / "checkpoints" / "backbone.pt"
         log.message(f"done: {backbone}, {log.folder / 'report.html'}")
 

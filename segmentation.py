@@ -43,11 +43,13 @@ from utils.loop import (
     exit_code,
     folder_of,
     open_log,
+    report_is_old,
     resume_from,
     train_epoch,
     until_stopped,
     write_report,
 )
+from utils.memory import explained
 from utils.plots import plot_crops, plot_curves
 from utils.plots_segmentation import plot_overlay
 from utils.schema_segmentation import SegmentationConfig, impossible_segmentation
@@ -58,9 +60,11 @@ from utils.sliding_window import averaged, mirrored
 from utils.state import State, resume, save
 from utils.tested import open_tested
 from utils.training import (
+    NotFinite,
     StopSignal,
     autocast,
     hash_patients,
+    refuse_not_finite,
     seed_everything,
 )
 from utils.weights import compare_input, load_backbone
@@ -122,7 +126,8 @@ def train_step(state: State, batches: list[dict], lr: float, cfg, device) -> dic
             buffer.copy_(before)
         elif buffer.is_floating_point():  # all ranks validate with the same ones
             buffer.copy_(distributed.all_reduce(buffer, "mean"))
-    state.scaler.update()
+    # its scale answers gradients that overflow, not a loss that is no number
+    state.scaler.update(None if math.isfinite(numbers["loss"]) else state.scaler.get_scale())
     return numbers
 
 
@@ -189,18 +194,23 @@ def own_share(cases: Sequence[Case], stop: StopSignal) -> Iterator[Case]:
 def validate(segmenter, step: int, cases, cache, classes, cfg, device, log, stop) -> dict:
     """Dice of the val cases, mean and of each class. None: a class that is in no case, nor found.
 
-    Draws the first cases to plots/. step: for TensorBoard.
+    Draws the first cases to plots/. step: for TensorBoard. Raises NotFinite on all ranks.
     """
-    predict, rows = probabilities([segmenter], cfg, device), []
+    predict, rows, bad = probabilities([segmenter], cfg, device), [], []
     for n, case in enumerate(own_share(cases, stop), 1):
         entry = cache.get(case)
-        found = segment(predict, entry, cfg, device, log.message)
+        try:
+            found = segment(predict, entry, cfg, device, log.message)
+        except NotFinite:
+            bad.append(case.patient)
+            continue
         truth = read_truth(case, entry, classes)
         rows += case_dice(found, truth, classes.names)
         if distributed.is_main() and n <= NUM_SHOWN:
             draw_case(f"val_{n}", case, entry, found, truth, classes, log, step)
     segmenter.train()
     stop.raise_if_received()
+    refuse_not_finite(bad)
     rows = list(itertools.chain(*distributed.gather_objects(rows)))
     row = {"val_dice": mean_dice(rows)}
     for name in classes.names:
@@ -212,6 +222,8 @@ def note_best(state: State, row: dict) -> bool:
     """Whether this epoch is the best so far, by the mean val Dice, without val cases by the train
     loss. Until there is one, the newest is the best."""
     value = row.get(state.select_by)
+    if value is not None and math.isnan(value):
+        return False
     if value is None:
         return state.best is None
     score = value if state.select_by == "val_dice" else -value
@@ -341,13 +353,20 @@ def train(cfg, cache, cases, skipped, notices, device, stop: StopSignal) -> int:
             assessing = last or epoch % cfg.val_every == 0
             if assessing and cases["val"]:
                 parts = (cases["val"], cache, classes, cfg, device, log, stop)
-                row |= validate(state.bare("segmenter"), state.step, *parts)
+                try:
+                    with explained("the validation", cfg):
+                        row |= validate(state.bare("segmenter"), state.step, *parts)
+                except NotFinite as e:
+                    log.message(f"WARNING: the validation is left out: {e}")
+                    row["val_dice"] = math.nan
             state.epoch, state.averages = epoch, {}
             log.epoch(row, state.step)
             best = {} if note_best(state, row) else None
             save(state, log.folder / "checkpoints", about, best)
             if assessing and distributed.is_main():
                 draw_progress(state, cfg, log)
+        if report_is_old(log):
+            draw_progress(state, cfg, log)
         log.message(f"best: epoch {state.best_epoch}, {log.folder / 'checkpoints' / 'best.pt'}")
 
     return until_stopped(epochs, state, about, log, stop)
@@ -373,8 +392,8 @@ def test(cfg, opened, cases: list[Case], cache, notes, device, folder: Path, sto
     notes += refuse_seen(cases, seen, "test_ckpt", cfg.allow_seen_patients)
     cfg, classes = opened[0][1], Classes.from_dict(opened[0][0]["classes"])
     networks = [build(own, classes).to(device) for _, own in opened]
-    for network, (saved, _) in zip(networks, opened, strict=True):
-        network.load_state_dict(saved["modules"]["segmenter"])
+    for path, network, (saved, _) in zip(cfg.test_ckpt, networks, opened, strict=True):
+        checkpoint.put_into(network, saved["modules"]["segmenter"], path)
     axes = [axis for axis, mirror in enumerate(cfg.inference.mirror) if mirror]
     unlike = [a for a in axes if not all(own.augment.flip[a] for _, own in opened)]
     if unlike:
@@ -382,12 +401,18 @@ def test(cfg, opened, cases: list[Case], cache, notes, device, folder: Path, sto
         notes.append(f"inference.mirror along {where}, but trained without augment.flip there")
     pairs = [[classes.names.index(n) + 1 for n in pair] for pair in cfg.augment.mirror_pairs]
     predict = mirrored(probabilities(networks, cfg, device), axes, pairs)
-    rows, tolerance, files = [], cfg.inference.tolerance, folder / "predictions"
+    rows, bad, tolerance, files = [], [], cfg.inference.tolerance, folder / "predictions"
     files.mkdir(parents=True, exist_ok=True)
     total = -(-len(cases) // distributed.world_size())
     for case in tqdm(own_share(cases, stop), "test", total, disable=not distributed.is_main()):
         entry, name = cache.get(case), f"{file_name(case.patient, case.row)}.nii.gz"
-        found, spacing = segment(predict, entry, cfg, device), spacing_of(entry.original_affine)
+        spacing = spacing_of(entry.original_affine)
+        try:
+            with explained("the test", cfg):
+                found = segment(predict, entry, cfg, device)
+        except NotFinite:
+            bad.append(case.patient)
+            continue
         write_prediction(files / name, found, classes, case, entry)
         if case.seg_path:
             truth = read_truth(case, entry, classes)
@@ -397,6 +422,7 @@ def test(cfg, opened, cases: list[Case], cache, notes, device, folder: Path, sto
         who = {"PatientID": case.patient, "csv_line": case.row, "prediction": name}
         rows += [who | row for row in of_case]
     stop.raise_if_received()
+    refuse_not_finite(bad)
     rows = list(itertools.chain(*distributed.gather_objects(rows)))
     if not distributed.is_main():
         return

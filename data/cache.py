@@ -5,7 +5,6 @@ the format, so that a changed source or setting means another file and nothing i
 appear under their name only when complete; several processes may build at once.
 """
 
-import errno
 import hashlib
 import json
 import os
@@ -28,6 +27,7 @@ from data.nifti import read_nifti_grid
 from data.readers import VolumeError
 from data.standard import StandardForm, standard_transform
 from data.volume import spacing_of
+from utils.files import InputError
 from utils.parallel import in_processes
 
 BYTES_PER_VOXEL = 1.2  # in the cache; CT 0.95 to 1.1, MR 1.2 to 1.7
@@ -87,7 +87,7 @@ class VolumeCache:
         Args:
             on_error: called for each unreadable case; without it the first one is raised.
         Raises:
-            OSError: what is to be built will not fit on the disk (before anything is built).
+            InputError: what is to be built will not fit on the disk (before anything is built).
             RuntimeError: a process was killed.
         """
         self.cache_dir.mkdir(parents=True, exist_ok=True)
@@ -125,10 +125,9 @@ class VolumeCache:
         need, free = self.estimate_bytes(cases), shutil.disk_usage(self.cache_dir).free
         text = f"{len(cases)} volumes take about {need / 1e9:.1f} GB in {self.cache_dir}"
         if need > free:
-            raise OSError(
-                errno.ENOSPC,
+            raise InputError(
                 f"{text}, where only {free / 1e9:.1f} GB are free: make room, or set cache_dir to "
-                "another disk or data.spacing to larger voxels",
+                "another disk or data.spacing to larger voxels"
             )
         print(f"{text} ({free / 1e9:.1f} GB free)")
 

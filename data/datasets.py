@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Sampler
 from data.intensity import normalise
 from data.views import Size, ViewSettings, sample_region, sample_views
 
+WORKER_TIMEOUT_S = 600  # for a batch: a worker may build an entry of the cache anew
 Key = tuple[int, int, int]  # epoch, index of the case, draw: all that an item's chance depends on
 
 
@@ -173,7 +174,8 @@ def make_loader(
     """Batches in the sampler's order. Call sampler.set_epoch before each pass.
 
     Has its own generator: starting a pass draws nothing from torch's global random state, so that a
-    resumed run finds that state as it left it.
+    resumed run finds that state as it left it. A worker that is killed, or that brings no batch
+    for WORKER_TIMEOUT_S, is an error.
     """
     return DataLoader(
         dataset,
@@ -185,6 +187,7 @@ def make_loader(
         collate_fn=collate_fn,
         generator=torch.Generator().manual_seed(sampler.seed),
         worker_init_fn=_ignore_signals,
+        timeout=WORKER_TIMEOUT_S if n_workers > 0 else 0,
     )
 
 

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -21,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import pydicom
-from pydicom.encaps import get_frame
+from pydicom.encaps import encapsulate, get_frame
 from pydicom.pixels import get_decoder
 from pydicom.uid import (
     HTJ2K,
@@ -47,6 +48,7 @@ JPEG_2000 = (*JPEG2000TransferSyntaxes, HTJ2K, HTJ2KLossless, HTJ2KLosslessRPCL)
 JPEG_FAMILY = (*JPEGTransferSyntaxes, *JPEGLSTransferSyntaxes, *JPEG_2000)
 END_OF_IMAGE = b"\xff\xd9"  # the last two bytes of every JPEG, JPEG-LS and JPEG 2000 stream
 PADDING = b"\0\xff"  # what may follow them
+CODESTREAM = b"\xff\x4f\xff\x51"  # the first of JPEG 2000
 ROOT = Path(__file__).resolve().parents[1]
 
 _process: subprocess.Popen | None = None
@@ -174,6 +176,8 @@ if hasattr(os, "register_at_fork"):
 
 def _serve() -> None:
     """Answer requests until the parent closes the pipe."""
+    if resource is not None:
+        _lower(resource.RLIMIT_FSIZE, 0)  # decoders have no file to write, nor have their crashes
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what decoders print must not get between the answers
     answers.write(READY)
@@ -210,8 +214,34 @@ def _decode(dataset: pydicom.Dataset, index: int) -> np.ndarray:
         stream = get_frame(dataset.PixelData, index, number_of_frames=frames)
         if not stream.rstrip(PADDING).endswith(END_OF_IMAGE):
             raise ValueError("truncated: its stream breaks off")
+        if syntax in JPEG_2000 and not stream.startswith(CODESTREAM):
+            dataset, index = _with_frame(dataset, _unwrapped(stream)), 0
     decoder = get_decoder(syntax)
     return decoder.as_array(dataset, index=index, raw=True, correct_unused_bits=False)[0]
+
+
+def _unwrapped(jp2: bytes) -> bytes:
+    """The codestream within a JP2 file, which is all that DICOM allows (PS3.5 A.4.4), but not all
+    that there is. What is around it is kept from OpenJPEG: its reader of that, up to version 2.5.3,
+    can be made to write anywhere (CVE-2025-54874)."""
+    at = 0
+    while at + 8 <= len(jp2):
+        length, kind = struct.unpack_from(">I4s", jp2, at)
+        if kind == b"jp2c" and jp2.startswith(CODESTREAM, at + 8):
+            return jp2[at + 8 : at + length if length else None]
+        if length < 8:
+            break
+        at += length
+    raise ValueError("holds no JPEG 2000 codestream")
+
+
+def _with_frame(dataset: pydicom.Dataset, stream: bytes) -> pydicom.Dataset:
+    """An image of one frame, otherwise like the dataset's."""
+    image = dataset.group_dataset(0x0028)
+    image.pop("NumberOfFrames", None)
+    image.PixelData = encapsulate([stream])
+    image.file_meta = dataset.file_meta
+    return image
 
 
 def _limit(frame_bytes: int) -> None:

@@ -83,8 +83,8 @@ def read_header(path: Path) -> Image | None:
     try:
         elements = read_elements(path)
         values = elements.values
-        outside = _text(values, "MediaStorageSOPClassUID")
-        sop_class = _text(values, "SOPClassUID") or outside
+        outside, within = (_text(values, f"{w}SOPClassUID") for w in ("MediaStorage", ""))
+        sop_class = within or outside
         keyword = UID(sop_class).keyword if sop_class else ""
         if keyword and "Image" not in keyword:  # DICOM's name of every image class has the word
             if "Image" in UID(outside).keyword:
@@ -92,7 +92,7 @@ def read_header(path: Path) -> Image | None:
             return None
         if "Rows" in values or elements.pixels is not None:
             return _image(path, elements, keyword)
-        if sop_class and not keyword and sop_class == (outside or sop_class):
+        if _is_uid(within) and not keyword and within == (outside or within):
             return None  # a private class without an image
     except (NotDicom, OSError, VolumeError):
         raise
@@ -160,7 +160,11 @@ def _frame(image: Image, index: int, sources: list[dict[str, bytes]]) -> Frame:
 
 def shown(uid: str) -> str:
     """A UID in an error; what is none may be a piece of a damaged header, with a name in it."""
-    return uid if re.fullmatch(r"[0-9.]{1,64}", uid) else "(no UID)"
+    return uid if _is_uid(uid) else "(no UID)"
+
+
+def _is_uid(text: str) -> bool:
+    return re.fullmatch(r"[0-9.]{1,64}", text) is not None
 
 
 def _text(values: dict[str, bytes], keyword: str) -> str:

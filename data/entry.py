@@ -17,11 +17,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import blosc2
+import msgpack
 import numpy as np
 
 from data.standard import spacing_of
 
-FORMAT = 3  # part of every key: raise it when the content of a file changes its meaning
+FORMAT = 4  # part of every key: raise it when the content of a file changes its meaning
 CHUNK, BLOCK = 64, 16  # voxels per axis: unit of checksums, unit of decompression
 # LZ4HC: half of zstd's reading time for 2 % more bytes on noisy CT. Never add Filter.DELTA: blosc2
 # 4.3.3 then returns wrong values for slices.
@@ -97,7 +98,7 @@ class CacheEntry:
         self._spans = _check_structure(self.path)
         self._checked = self._spans["size"] == 0
         facts = self._read_meta("facts")
-        if facts["key"] != self.path.stem:
+        if not isinstance(facts, dict) or facts.get("key") != self.path.stem:
             raise DamagedEntry(f"{self.path}: another volume's file")
         for name in ("scale", "offset", "background", "kind", "modality", "series_hash"):
             setattr(self, name, facts[name])
@@ -177,7 +178,10 @@ class CacheEntry:
 
     def _read_meta(self, name: str) -> dict:
         array = _open(self.path)  # must outlive its schunk, whose memory blosc2 frees with it
-        return array.schunk.vlmeta[name]
+        try:  # not vlmeta[name], nor `in`, which run code in the same way
+            return msgpack.unpackb(array.schunk.vlmeta.get_vlmeta(name))
+        except KeyError as error:
+            raise DamagedEntry(f"{self.path}: has no {name}") from error
 
     def _heal(self, read: Callable):
         """Do `read`; where the file is damaged or gone, build it anew and try again."""
@@ -224,10 +228,10 @@ def write_entry(path: Path, standard: dict, series_hash: str | None, seed: int) 
         blocks=(1, *(min(BLOCK, n) for n in shape)),
         cparams=blosc2.CParams(**COMPRESSION),
     )
-    vlmeta = array.schunk.vlmeta
+    metadata = {}
     if seg is not None:
-        vlmeta["class_coords"] = _class_steps(voxels[1], seed)
-    vlmeta["facts"] = {
+        metadata["class_coords"] = _class_steps(voxels[1], seed)
+    metadata["facts"] = {
         "key": path.stem,
         "shape": shape,
         "affine": np.asarray(image.affine, np.float64).tolist(),
@@ -240,6 +244,8 @@ def write_entry(path: Path, standard: dict, series_hash: str | None, seed: int) 
         "body": standard["body"].tobytes(),
         **{k: standard[k] for k in ("scale", "offset", "background", "kind", "modality")},
     }
+    for name, content in metadata.items():
+        array.schunk.vlmeta.set_vlmeta(name, msgpack.packb(content), typesize=1)
     frame = array.to_cframe()
     temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex}.tmp")
     try:
@@ -268,8 +274,14 @@ def _stamp(path: Path) -> tuple[int, int, int]:
 
 
 def _open(path: Path) -> blosc2.NDArray:
+    """The array in a file. Not by `blosc2.open`, which also follows what the file says: links to
+    other files, and functions of arrays, whose code it runs."""
     # memory-mapped: blosc2 otherwise opens the file anew for every chunk
-    return blosc2.open(str(path), mode="r", mmap_mode="r", dparams=blosc2.DParams(nthreads=1))
+    options = {"mmap_mode": "r", "dparams": blosc2.DParams(nthreads=1)}
+    array = blosc2.blosc2_ext.open(str(path), "r", 0, **options)
+    if not isinstance(array, blosc2.NDArray):
+        raise DamagedEntry(f"{path}: not an array")
+    return array
 
 
 def _checks(frame: bytes) -> bytes:

@@ -24,9 +24,10 @@ from data.prepare import load_cases
 from data.targets import Targets
 from utils import distributed
 from utils.checkpoint import CheckpointError
+from utils.memory import in_parts
 from utils.predictions import Predictions
 from utils.tested import open_tested as open_checkpoint
-from utils.training import autocast
+from utils.training import autocast, refuse_not_finite
 
 # keys of the config at hand that a test goes by; all others are those of the checkpoint
 OF_THE_TEST = (
@@ -109,14 +110,17 @@ def predict(network, loader, targets: Targets, cfg, device, stop) -> dict[str, n
     The cases of `loader` are split over ranks; all ranks get all of them, in their order.
 
     Raises:
-        RuntimeError: a prediction is not finite, naming the patient.
+        NotFinite: on all ranks.
     """
     network.eval()
     own = {name: {} for name in targets.names}
-    for batch in itertools.takewhile(lambda _: not stop, loader):
+
+    def look(batch: dict) -> dict:
         images = cut_images(batch, cfg.image.size, device)
         with autocast(device, cfg.precision):
-            outputs = network(images)
+            return network(images)
+
+    for batch, outputs in in_parts(look, itertools.takewhile(lambda _: not stop, loader)):
         for name, y in outputs.items():
             y = y.softmax(dim=1) if name in targets.classes else y
             y = y.unflatten(0, (-1, len(batch["index"]))).mean(dim=0)  # (views * B, K) -> (B, K)
@@ -127,9 +131,8 @@ def predict(network, loader, targets: Targets, cfg, device, stop) -> dict[str, n
     for name in targets.names:
         rows = {i: row for part in parts for i, row in part[name].items()}
         found[name] = np.stack([rows[i] for i in range(len(cases))])
-        for case, row in zip(cases, found[name], strict=True):
-            if not np.isfinite(row).all():
-                raise RuntimeError(f"patient {case.patient}: {name} is predicted as {row}")
+        pairs = zip(cases, found[name], strict=True)
+        refuse_not_finite([case.patient for case, row in pairs if not np.isfinite(row).all()])
     return found | {name: targets.to_units(name, found[name][:, 0]) for name in targets.moments}
 
 

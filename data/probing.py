@@ -5,6 +5,7 @@ A network here is anything with `backbone.encode` and `pool`, such as `models.di
 
 import itertools
 import json
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,8 +18,9 @@ from data.cases import Case
 from data.datasets import fixed_view, window_starts
 from data.views import body_fraction
 from utils import distributed
+from utils.memory import in_parts
 from utils.probes import DenseProbe, label_probes
-from utils.training import autocast
+from utils.training import NotFinite, autocast, refuse_not_finite
 
 PROBE_WINDOWS = 8  # windows of a volume that are looked at during training
 DENSE_WINDOWS = 4  # of each of probe.dense_cases volumes; more of each where there are fewer
@@ -43,6 +45,11 @@ def embed(network, cache, cases, cfg, device, stop, limit=10**9) -> np.ndarray:
     """(N, D) pooled features, each the mean over windows that tile the volume. Split over ranks."""
     rank, world, own = distributed.rank(), distributed.world_size(), []
     size = cfg.crops.global_size
+
+    def look(x: torch.Tensor) -> torch.Tensor:
+        with autocast(device, cfg.precision):
+            return network.pool(network.backbone.encode(x.to(device))[-1]).float()
+
     for case in tqdm(
         cases[rank::world], "embedding", leave=False, disable=not distributed.is_main()
     ):
@@ -50,15 +57,17 @@ def embed(network, cache, cases, cfg, device, stop, limit=10**9) -> np.ndarray:
             break
         entry, pooled = cache.get(case), 0.0
         starts = windows(entry, size, limit)
-        for i in range(0, len(starts), cfg.batch_size):
-            batch = [
-                fixed_view(entry, s, size, cfg.data.hu_window) for s in starts[i:][: cfg.batch_size]
-            ]
-            with autocast(device, cfg.precision):
-                maps = network.backbone.encode(torch.stack(batch).to(device))
-            pooled = pooled + network.pool(maps[-1]).float().sum(dim=0).cpu()
+        batches = (
+            torch.stack([fixed_view(entry, start, size, cfg.data.hu_window) for start in some])
+            for i in range(0, len(starts), cfg.batch_size)
+            for some in [starts[i : i + cfg.batch_size]]
+        )
+        for _, features in in_parts(look, batches):
+            pooled = pooled + features.sum(dim=0).cpu()
         own.append((pooled / len(starts)).numpy())
     stop.raise_if_received()
+    pairs = zip(cases[rank::world], own, strict=True)
+    refuse_not_finite([case.patient for case, x in pairs if not np.isfinite(x).all()])
     parts = distributed.gather_objects(own)
     return np.stack([parts[i % world][i // world] for i in range(len(cases))])
 
@@ -100,6 +109,8 @@ def dense_score(
             x = fixed_view(entry, start, size, cfg.data.hu_window)[None].to(device)
             with autocast(device, cfg.precision):
                 maps = [m[0] for m in network.backbone.encode(x)]
+            if not all(m.isfinite().all() for m in maps):
+                raise NotFinite(f"the network's output is not finite for {case.patient}")
             yield maps, torch.from_numpy(entry.read_seg(start, size)).long()
 
     def count(cases):
@@ -142,7 +153,10 @@ def probe(teacher, cache, cases, cfg, device, stop) -> dict[str, float | None]:
             scores = label_probes(x["train"], y["train"], x["val"], y["val"])
             row |= {f"probe_{target}_{name}": value for name, value in scores.items()}
     if distributed.is_main():
-        score = dense_score(teacher, cache, cases["train"], cases["val"], cfg, device, stop)
+        try:
+            score = dense_score(teacher, cache, cases["train"], cases["val"], cfg, device, stop)
+        except NotFinite:  # on this rank only
+            score = math.nan
         row |= {} if score is None else {"probe_dense_dice": score}
     stop.raise_if_received()
     teacher.train()

@@ -24,7 +24,9 @@ from data.intensity import normalise
 from data.readers import VolumeError, read_volume
 from data.volume import spacing_of
 from utils.classes import Classes
-from utils.sliding_window import Predict, attempt, window_slabs
+from utils.memory import attempt
+from utils.sliding_window import Predict, window_slabs
+from utils.training import NotFinite
 
 MIXED = 255  # not the index of a class: neighbours disagree
 EDGE = 0.5 + 1e-3  # voxels that a volume reaches beyond the centres of its outermost voxels
@@ -53,7 +55,7 @@ def predict_case(
     Returns:
         uint8 index of the class, of entry.original_shape: in the axes of the volume as read.
     Raises:
-        RuntimeError: an output is not finite.
+        NotFinite: without the patient, who is not known here.
     """
     start, stop = np.array(entry.body_box).T
     image = fixed_view(entry, start, stop - start, hu_window)
@@ -69,7 +71,7 @@ def predict_case(
 
 def _finite(slab: tuple[int, Tensor]) -> tuple[int, Tensor]:
     if not slab[1].sum().isfinite():
-        raise RuntimeError("the network's output is not finite")
+        raise NotFinite("the network's output is not finite")
     return slab
 
 

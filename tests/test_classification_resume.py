@@ -71,33 +71,3 @@ def test_interrupted_is_uninterrupted(
     assert checkpoint.load(tmp_path / "x" / "checkpoints" / "last.pt")["step"] == step
     assert small.run(labelled, tmp_path, *overrides) == 0
     assert equal(result(tmp_path / "x"), uninterrupted)
-
-
-def test_a_crash_loses_what_came_after_the_last_checkpoint(
-    labelled, monkeypatch, tmp_path, uninterrupted
-):
-    overrides = (*SETTINGS, "resume_training_from=auto", "save_every=2")
-    with monkeypatch.context() as patch:
-        calls, train_step = [], classification.train_step
-
-        def killed(*args):
-            calls.append(1)
-            if len(calls) == 8:
-                raise KeyboardInterrupt
-            return train_step(*args)
-
-        patch.setattr(classification, "train_step", killed)
-        with pytest.raises(KeyboardInterrupt):
-            small.run(labelled, tmp_path, *overrides)
-    assert checkpoint.load(tmp_path / "x" / "checkpoints" / "last.pt")["step"] == 6
-    assert small.run(labelled, tmp_path, *overrides) == 0
-    assert equal(result(tmp_path / "x"), uninterrupted)
-
-
-def test_a_finished_run_can_be_made_longer(labelled, tmp_path):
-    overrides = ("experiment=x", "resume_training_from=auto")
-    for n_epochs in (1, 1, 2):
-        assert small.run(labelled, tmp_path, *overrides, f"n_epochs={n_epochs}") == 0
-    assert checkpoint.load(tmp_path / "x" / "checkpoints" / "last.pt")["step"] == 8
-    epochs = [row["epoch"] for row in read_cases(tmp_path / "x" / "metrics.csv")]
-    assert epochs == ["0", "1", "2"]

@@ -2,14 +2,11 @@
 
 import os
 import signal
-import subprocess
-import sys
-import time
 
 import pytest
 
 import dino
-from tests.conftest import ROOT, equal, result
+from tests.conftest import equal, result
 from utils import checkpoint, loop
 
 SETTINGS = ("probe.every=5",)  # probes before and after training
@@ -60,57 +57,6 @@ def test_interrupted_is_uninterrupted(
     assert checkpoint.load(tmp_path / "x" / "checkpoints" / "last.pt")["step"] == step
     assert train(*overrides) == 0
     assert equal(result(tmp_path / "x"), uninterrupted)
-
-
-def test_a_signal_to_all_processes_of_a_run(arguments, train, tmp_path, uninterrupted):
-    """As a scheduler sends it: to the script and to its workers."""
-    overrides = ("experiment=x", "resume_training_from=auto", "n_workers=2", *SETTINGS)
-    command = [sys.executable, "-W", "ignore", "dino.py", *arguments(tmp_path, *overrides)]
-    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # bits depend on how sums are split
-    run = subprocess.Popen(
-        command, cwd=ROOT, env=one_thread, start_new_session=True, stderr=subprocess.PIPE
-    )
-    log = tmp_path / "x" / "log.jsonl"
-    while run.poll() is None and not (log.exists() and log.stat().st_size):
-        time.sleep(0.02)
-    os.killpg(run.pid, signal.SIGTERM)
-    errors = run.communicate(timeout=60)[1].decode()
-    assert run.returncode == 75, errors
-    assert train(*overrides) == 0
-    assert equal(result(tmp_path / "x"), uninterrupted)
-
-
-def test_a_crash_loses_what_came_after_the_last_checkpoint(
-    train, monkeypatch, tmp_path, uninterrupted
-):
-    overrides = ("experiment=x", "resume_training_from=auto", "save_every=2", *SETTINGS)
-    with monkeypatch.context() as patch:
-        calls, train_step = [], dino.train_step
-
-        def killed(*args):
-            calls.append(1)
-            if len(calls) == 8:
-                raise KeyboardInterrupt
-            return train_step(*args)
-
-        patch.setattr(dino, "train_step", killed)
-        with pytest.raises(KeyboardInterrupt):
-            train(*overrides)
-    assert checkpoint.load(tmp_path / "x" / "checkpoints" / "last.pt")["step"] == 6
-    assert train(*overrides) == 0
-    assert equal(result(tmp_path / "x"), uninterrupted)
-
-
-def test_a_finished_run_can_only_be_made_longer(train, tmp_path, uninterrupted):
-    overrides = ("experiment=x", "resume_training_from=auto", "val_folds=[]")
-    folder = tmp_path / "x" / "checkpoints"
-    assert train(*overrides, "n_epochs=1") == 0
-    before = {p: p.read_bytes() for p in folder.iterdir()}
-    assert train(*overrides, "n_epochs=1") == 0
-    assert before == {p: p.read_bytes() for p in folder.iterdir()}
-    assert train(*overrides, "n_epochs=2") == 0
-    assert checkpoint.load(folder / "last.pt")["step"] == 8
-    assert [row["epoch"] for row in result(tmp_path / "x")["metrics"]] == ["0", "1", "2"]
 
 
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(train, tmp_path, capsys, uninterrupted):

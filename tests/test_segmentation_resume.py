@@ -87,37 +87,6 @@ def test_interrupted_is_uninterrupted(
     assert equal(result(tmp_path / "x"), uninterrupted[way])
 
 
-def test_a_crash_loses_what_came_after_the_last_checkpoint(
-    masked, monkeypatch, tmp_path, uninterrupted
-):
-    overrides = ("experiment=x", "resume_training_from=auto", "save_every=2")
-    with monkeypatch.context() as patch:
-        calls, train_step = [], segmentation.train_step
-
-        def killed(*args):
-            calls.append(1)
-            if len(calls) == 8:
-                raise KeyboardInterrupt
-            return train_step(*args)
-
-        patch.setattr(segmentation, "train_step", killed)
-        with pytest.raises(KeyboardInterrupt):
-            small.run(masked, tmp_path, *overrides)
-    assert checkpoint.load(tmp_path / "x" / "checkpoints" / "last.pt")["step"] == 6
-    assert small.run(masked, tmp_path, *overrides) == 0
-    assert equal(result(tmp_path / "x"), uninterrupted["adamw"])
-
-
-def test_a_finished_run_stays_as_it_is_and_can_be_made_longer(masked, tmp_path):
-    overrides = ("experiment=x", "resume_training_from=auto", "val_folds=[]")
-    folder = tmp_path / "x" / "checkpoints"
-    for _ in range(2):
-        assert small.run(masked, tmp_path, *overrides, "n_epochs=1") == 0
-        assert checkpoint.load(folder / "last.pt")["step"] == 4
-    assert small.run(masked, tmp_path, *overrides) == 0
-    assert [row["epoch"] for row in read_cases(tmp_path / "x" / "metrics.csv")] == ["1", "2"]
-
-
 def test_other_classes_cannot_be_resumed(masked, tmp_path):
     overrides = ("experiment=x", "val_folds=[]", "n_epochs=1")
     assert small.run(masked, tmp_path, *overrides) == 0

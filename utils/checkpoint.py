@@ -4,40 +4,75 @@ A file is complete or absent: it is written under a temporary name in the same f
 renamed. torch.save stores a CRC-32 of every record, which torch.load ignores and `load` checks.
 """
 
+import contextlib
+import errno
 import os
+import shutil
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from utils import weight_files
+from utils.files import InputError, RunError
 from utils.weight_files import WeightsError
 
 FORMAT = 1
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room, no quota, beyond a limit
+LAST = ("last.pt", "next.pt", "previous.pt")  # where to look for the newest, in this order
 
 
-class CheckpointError(ValueError):
+class CheckpointError(InputError):
     """The file is not a readable checkpoint of ours; the message names it and says why."""
 
 
 def save(path: str | Path, state: dict) -> None:
-    """Write `state` (tensors, numbers, text, None, nested dicts and lists) to `path`."""
+    """Write `state` (tensors, numbers, text, None, nested dicts and lists) to `path`.
+
+    Raises:
+        RunError: it cannot be written. The file of that name is as before, no other is left.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for left in path.parent.glob(f".{path.name}.*.tmp"):  # by processes that were killed
+            left.unlink()
         with open(temporary, "wb") as file:
             torch.save({"format": FORMAT, **state}, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
+        _sync_folder(path.parent)
+    except BaseException as e:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        found = e
+        while found and not isinstance(found, OSError):  # torch raises its own on top
+            found = found.__cause__ or found.__context__
+        if found is None:
+            raise
+        raise RunError(_not_saved(path, state, found)) from e
 
 
-def load(path: str | Path, map_location="cpu") -> dict:
-    """Read what `save` wrote.
+def _not_saved(path: Path, state: dict, error: OSError) -> str:
+    what = f"{path}: the checkpoint cannot be written: {error.strerror or error}."
+    if error.errno in FULL:
+        free = shutil.disk_usage(path.parent).free
+        what += f" It takes {size_of(state):,} bytes, {free:,} bytes are free there: make room."
+    return f"{what} Those before it are intact: resume_training_from=auto goes on from the last one"
+
+
+def size_of(state) -> int:
+    """Bytes of the tensors in nested dicts and lists; a file of them is little larger."""
+    if isinstance(state, torch.Tensor):
+        return state.nbytes
+    parts = state.values() if isinstance(state, dict) else state
+    return sum(map(size_of, parts)) if isinstance(state, dict | list | tuple) else 0
+
+
+def load(path: str | Path, map_location="cpu", mmap: bool = False) -> dict:
+    """Read what `save` wrote. mmap: see `utils.weight_files.read`.
 
     Raises:
         CheckpointError: missing, truncated or damaged file, or one that `save` did not write.
@@ -45,7 +80,7 @@ def load(path: str | Path, map_location="cpu") -> dict:
     if not Path(path).exists():
         raise CheckpointError(f"{path}: no such checkpoint")
     try:
-        state = weight_files.read(path, map_location).content
+        state = weight_files.read(path, map_location, mmap).content
     except WeightsError as e:
         raise CheckpointError(str(e)) from e
     if not isinstance(state, dict) or state.get("format") != FORMAT:
@@ -57,31 +92,40 @@ def load(path: str | Path, map_location="cpu") -> dict:
 
 
 def save_last(folder: str | Path, state: dict) -> None:
-    """Write <folder>/last.pt and keep the one before as previous.pt.
+    """Write <folder>/last.pt and keep the one before, if it is whole, as previous.pt.
 
-    The new file is complete on disk before the old one is renamed: at every moment at least one of
-    the two names holds a whole checkpoint.
+    The new file is complete on disk, as next.pt, before the old one is renamed, and a damaged one
+    does not take the place of a good one: at every moment the newest is under one of the names at
+    which `load_last` looks.
+
+    Raises RunError: see `save`.
     """
     folder = Path(folder)
+    last = folder / "last.pt"
     save(folder / "next.pt", state)
-    if (folder / "last.pt").exists():
-        os.replace(folder / "last.pt", folder / "previous.pt")
-    os.replace(folder / "next.pt", folder / "last.pt")
+    with contextlib.suppress(CheckpointError):
+        load(last, mmap=True)
+        os.replace(last, folder / "previous.pt")
+    os.replace(folder / "next.pt", last)
     _sync_folder(folder)
 
 
 def load_last(path: str | Path, warn=print, map_location="cpu") -> dict:
-    """Read a checkpoint; where it is damaged or missing, previous.pt beside it, saying so."""
-    path = Path(path)
-    try:
-        return load(path, map_location)
-    except CheckpointError as e:
-        previous = path.with_name("previous.pt")
-        if path.name != "last.pt" or not previous.exists():
-            raise
-        state = load(previous, map_location)
-        warn(f"{e}; using {previous}, step {state.get('step')}")
+    """Read a checkpoint; where last.pt is damaged or missing, the newest beside it, saying so."""
+    path, errors = Path(path), []
+    names = LAST if path.name == "last.pt" else (path.name,)
+    for candidate in map(path.with_name, names):
+        if errors and not candidate.exists():
+            continue
+        try:
+            state = load(candidate, map_location)
+        except CheckpointError as e:
+            errors.append(e)
+            continue
+        if errors:
+            warn(f"{errors[0]}; using {candidate}, step {state.get('step')}")
         return state
+    raise CheckpointError("\n".join(map(str, errors))) from errors[0]
 
 
 def find(folder: str | Path, resume_training_from: str | None) -> Path | None:
@@ -89,12 +133,12 @@ def find(folder: str | Path, resume_training_from: str | None) -> Path | None:
     if resume_training_from != "auto":
         return Path(resume_training_from) if resume_training_from else None
     last = Path(folder) / "last.pt"
-    return last if last.exists() or last.with_name("previous.pt").exists() else None
+    return last if any(last.with_name(name).exists() for name in LAST) else None
 
 
 def refuse_existing(experiment: str | Path) -> None:
     """Raise CheckpointError where a new run would overwrite an old one."""
-    if (Path(experiment) / "checkpoints" / "last.pt").exists():
+    if any((Path(experiment) / "checkpoints").glob("*.pt")):
         raise CheckpointError(
             f"{experiment} already holds a run: set resume_training_from=auto to continue it, or "
             "give this one another name (experiment)"
@@ -107,7 +151,7 @@ def check_settings(path: str | Path, state: dict, expected: dict) -> None:
     Raises:
         CheckpointError: listing each setting that differs.
     """
-    found, wanted = _flat(state.get("settings", {})), _flat(expected)
+    found, wanted = _flat(_settings(state)), _flat(expected)
     key = "suprem_weights" if wanted.get("stage") == "dino" else "dino_weights"
     if "modules" not in state:
         raise CheckpointError(
@@ -123,6 +167,24 @@ def check_settings(path: str | Path, state: dict, expected: dict) -> None:
         if found.get("stage") != wanted.get("stage"):
             different.append(f"  weights of another stage go into {key}")
         raise CheckpointError("\n".join([f"{path}: does not fit the config", *different]))
+
+
+def stage_of(state: dict) -> str | None:
+    """The stage that a checkpoint is of, as it says."""
+    return _settings(state).get("stage")
+
+
+def _settings(state: dict) -> dict:
+    settings = state.get("settings")
+    return settings if isinstance(settings, dict) else {}
+
+
+def put_into(module: nn.Module, tensors: dict, path: str | Path) -> None:
+    """Load a module's tensors. Raises CheckpointError where they do not fit, naming the file."""
+    try:
+        module.load_state_dict(tensors)
+    except (AttributeError, RuntimeError, TypeError) as e:
+        raise CheckpointError(f"{path}: does not fit the network it says it is of: {e}") from e
 
 
 def _flat(settings: dict, prefix: str = "") -> dict:

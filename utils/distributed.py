@@ -20,7 +20,12 @@ def setup() -> torch.device:
         device = torch.device("cpu")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=PATIENCE)
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=PATIENCE))
+        # torchrun may start the processes again with the store that those before them wrote to
+        restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(f"start {restart}", store)
+        options = {"store": store, "rank": rank, "world_size": world_size}
+        dist.init_process_group(backend, timeout=PATIENCE, **options)
     return device
 
 

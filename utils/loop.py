@@ -7,6 +7,7 @@ at least `loss`, `grad_norm` and `ok`, whether the step counted.
 
 import itertools
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,15 +18,17 @@ from torch import nn
 from tqdm import tqdm
 
 from utils import checkpoint, distributed
+from utils.checkpoint import FULL
 from utils.config import save_resolved
-from utils.files import InputError
+from utils.files import InputError, RunError
+from utils.memory import explained
 from utils.report import write_training_report
 from utils.runlog import RunLog
-from utils.state import State, report_skipped, save
-from utils.training import Averages, Stopped, StopSignal, Stopwatch
+from utils.state import State, check_space, report_skipped, save
+from utils.training import Averages, Stopped, StopSignal, Stopwatch, end_workers
 from utils.weights import LoadReport
 
-EXIT_BAD_INPUT, EXIT_STOPPED = 2, 75
+EXIT_FAILED, EXIT_BAD_INPUT, EXIT_STOPPED = 1, 2, 75
 
 
 def folder_of(cfg) -> Path:
@@ -43,6 +46,7 @@ def open_log(state: State, network: nn.Module, cases: dict, skipped, cfg, device
 
     network: whose parameters are counted. skipped: problems of the cases that were left out.
     """
+    check_space(state, folder_of(cfg) / "checkpoints", network)
     log, resumed = RunLog(folder_of(cfg), state.step, state.epoch, skipped), resume_from(cfg)
     report = LoadReport(**state.weights) if state.weights else None
     if distributed.is_main():
@@ -90,7 +94,8 @@ def train_epoch(
         group = list(itertools.islice(batches, cfg.accumulate))
         watch.lap("data")
         values = {name: array[state.step].item() for name, array in schedule.items()}
-        numbers = step(group, values)
+        with explained("a training step", cfg):
+            numbers = step(group, values)
         watch.lap("compute")
         if numbers.pop("ok"):
             state.bad_steps = 0
@@ -119,6 +124,8 @@ def until_stopped(epochs: Callable[[], None], state: State, about: dict, log, st
     """Run epochs(); where a signal ends it, save. Returns the exit code."""
     stop.immediate = False
     try:
+        if state.step == 0:  # a disk that cannot take it shows now, not after an epoch
+            save(state, log.folder / "checkpoints", about)
         epochs()
         return 0
     except Stopped as e:
@@ -138,16 +145,35 @@ def write_report(state: State, title: str, pictures: dict[str, str], cfg, log: R
     write_training_report(log, title, pictures, warnings, settings, weights)
 
 
+def report_is_old(log: RunLog) -> bool:
+    """On the main rank: whether report.html lacks the last checkpoint, for the run was killed."""
+    times = [log.folder / name for name in ("report.html", "checkpoints/last.pt")]
+    times = [path.stat().st_mtime if path.exists() else 0.0 for path in times]
+    return distributed.is_main() and times[0] < times[1]
+
+
 def exit_code(main: Callable[[list[str]], int]) -> int:
     """main(arguments), what it raises for the user to mend printed without a traceback."""
+    place = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
     try:
         return main(sys.argv[1:])
     except InputError as e:
         if distributed.is_main():
             print(e, file=sys.stderr)
         return EXIT_BAD_INPUT
+    except RunError as e:
+        print(f"{place}{e}", file=sys.stderr)
+        return EXIT_FAILED
+    except OSError as e:
+        if e.errno not in FULL:
+            raise
+        bare = e.strerror == os.strerror(e.errno)
+        where = f": {e.filename or 'results_dir or cache_dir'}" if bare else ""
+        print(f"{place}{e.strerror}{where}", file=sys.stderr)
+        return EXIT_FAILED
     except Stopped as e:
         print(f"{e}: stopped; resume_training_from=auto goes on", file=sys.stderr)
         return EXIT_STOPPED
     finally:
         distributed.teardown()
+        end_workers()

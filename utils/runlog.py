@@ -32,7 +32,9 @@ class RunLog:
         ]
         lines = self._lines("log.jsonl")
         kept = [line for line in lines if json.loads(line)["step"] < step]
-        (self.folder / "log.jsonl").write_text("".join(kept))
+        temporary = self.folder / ".log.jsonl.tmp"
+        temporary.write_text("".join(kept))
+        temporary.replace(self.folder / "log.jsonl")
         self._write_metrics()
         self.board = SummaryWriter(self.folder / "tensorboard", purge_step=step)
 

@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from monai.data.utils import compute_importance_map, dense_patch_slices
 from torch import Tensor
 
+from utils.memory import attempt
+
 SIGMA = 0.125  # of the Gaussian, in windows
 CPU = torch.device("cpu")
 Predict = Callable[[Tensor], Tensor]  # (B, 1, x, y, z) -> (B, K, x, y, z)
@@ -203,17 +205,6 @@ class _Sums:
         if self.total is not None:
             self.total, self.norm = self.total.to(CPU), self.norm.to(CPU)
             self.product = torch.empty_like(self.product, device=CPU)
-
-
-def attempt(function: Callable, *args):
-    """The function's result, which is never None, or None where the device's memory ran out."""
-    try:
-        return function(*args)
-    except torch.OutOfMemoryError:
-        pass  # its traceback holds tensors and must be gone before the memory is free
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    return None
 
 
 def _evaluate(predict: Predict, image: Tensor, boxes: list[Box], device) -> Tensor | list:

@@ -2,6 +2,8 @@
 
 import itertools
 import math
+import shutil
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,7 +12,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from utils import checkpoint, distributed
+from utils.checkpoint import CheckpointError
 from utils.config import environment
+from utils.files import InputError, RunError
 from utils.training import rng_state, set_rng_state
 
 PROGRESS = (
@@ -64,7 +68,17 @@ def save(
         folder: <experiment>/checkpoints.
         about: JSON for every file: settings, config, seen_patients, ...
         best_as: {"backbone": module} writes backbone.pt with that module's tensors; None: not best.
+    Raises:
+        RunError: weights are not finite, or cannot be written; the files are as before.
     """
+    parts = {name: state.bare(name).state_dict() for name in state.modules}
+    tensors = {f"{name}.{key}": x for name, part in parts.items() for key, x in part.items()}
+    if broken := [name for name, x in tensors.items() if not x.isfinite().all()]:
+        raise RunError(
+            f"step {state.step}: {len(broken)} of {len(tensors)} weights are not finite, such as "
+            f"{broken[0]}. They are not saved, the last checkpoint is intact; try a lower "
+            "learning_rate, clip_grad=1 or precision=fp32"
+        )
     rng = distributed.gather_objects(rng_state())
     if not distributed.is_main():
         return
@@ -74,17 +88,17 @@ def save(
     about |= {"versions": environment(), "step": state.step}
     whole = {
         **about,
-        "modules": {name: state.bare(name).state_dict() for name in state.modules},
+        "modules": parts,
         "optimizer": state.optimizer.state_dict(),
         "scaler": state.scaler.state_dict(),
         "rng": rng,
         "progress": {name: getattr(state, name) for name in PROGRESS},
     }
-    checkpoint.save_last(folder, whole)
-    if best_as is not None:
+    if best_as is not None:  # before last.pt, which says that it is there
         checkpoint.save(folder / "best.pt", whole)
         for name, module in best_as.items():
             checkpoint.save(folder / f"{name}.pt", {**about, name: module.state_dict()})
+    checkpoint.save_last(folder, whole)
 
 
 def resume(state: State, path: str | Path, settings: dict) -> dict:
@@ -95,19 +109,13 @@ def resume(state: State, path: str | Path, settings: dict) -> dict:
     Raises:
         CheckpointError: unreadable, or its settings differ from those of the config.
     """
-    saved = checkpoint.load_last(path)
+    saved = checkpoint.load_last(path, print if distributed.is_main() else lambda text: None)
     checkpoint.check_settings(path, saved, settings)
-    for name in state.modules:
-        state.bare(name).load_state_dict(saved["modules"][name])
-    state.optimizer.load_state_dict(saved["optimizer"])
-    state.scaler.load_state_dict(saved["scaler"])
-    if len(saved["rng"]) == distributed.world_size():
-        set_rng_state(saved["rng"][distributed.rank()])
     steps_per_epoch = state.steps_per_epoch
-    for name in PROGRESS:
-        if name in saved["progress"]:  # all are, but in files of an older version
-            setattr(state, name, saved["progress"][name])
-    state.weights = saved.get("weights")
+    try:
+        _put_back(state, saved)
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as e:  # torch's many
+        raise CheckpointError(f"{path}: does not fit this run: {e}") from e
     if state.steps_per_epoch != steps_per_epoch:  # other batch size, number of processes or cases
         print(
             f"{path}: an epoch now has {steps_per_epoch} steps; epoch {state.epoch + 1} starts anew"
@@ -115,6 +123,62 @@ def resume(state: State, path: str | Path, settings: dict) -> dict:
         state.steps_per_epoch, state.averages = steps_per_epoch, {}
         state.step = state.epoch * steps_per_epoch
     return saved
+
+
+def _put_back(state: State, saved: dict) -> None:
+    for name in state.modules:
+        state.bare(name).load_state_dict(saved["modules"][name])
+    # the options of its groups are loaded too: those of another kind would take their place
+    kinds = [
+        ["betas" in group for group in source["param_groups"]]
+        for source in (state.optimizer.state_dict(), saved["optimizer"])
+    ]
+    if kinds[0] != kinds[1]:
+        raise ValueError("it is of another optimizer")
+    state.optimizer.load_state_dict(saved["optimizer"])
+    state.scaler.load_state_dict(saved["scaler"])
+    if len(saved["rng"]) == distributed.world_size():
+        set_rng_state(saved["rng"][distributed.rank()])
+    elif distributed.is_main():
+        print(f"saved by {len(saved['rng'])} processes: random states, as of dropout, start anew")
+    for name in PROGRESS:
+        if name in saved["progress"]:  # all are, but in files of an older version
+            setattr(state, name, saved["progress"][name])
+    state.weights = saved.get("weights")
+
+
+def check_space(state: State, folder: Path, network: nn.Module) -> None:
+    """Refuse to begin a run whose checkpoints would not fit on the disk; all ranks call it.
+
+    Args:
+        folder: of the checkpoints. network: what is also saved alone, as backbone.pt.
+    Raises:
+        InputError: with the bytes needed and free.
+    """
+    error = None
+    if distributed.is_main():
+        weights = [p for group in state.optimizer.param_groups for p in group["params"]]
+        moments = 2 if isinstance(state.optimizer, torch.optim.AdamW) else 1  # SGD: its momentum
+        whole = sum(checkpoint.size_of(state.bare(name).state_dict()) for name in state.modules)
+        whole += moments * checkpoint.size_of(weights)
+        there = [path.stat().st_size for path in folder.glob("*.pt")]
+        # last, previous and best, and the one being written
+        needed = 4 * whole + checkpoint.size_of(network.state_dict()) - sum(there)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+            free = shutil.disk_usage(folder).free
+        except OSError as e:
+            error = f"{folder}: cannot be written to: {e.strerror}"
+        else:
+            if needed > free:
+                error = (
+                    f"{folder}: the checkpoints of this run need {needed:,} bytes more "
+                    f"({whole:,} each), {free:,} bytes are free: make room, or set results_dir to "
+                    "another disk"
+                )
+    if error := distributed.gather_objects(error)[0]:
+        raise InputError(error)
 
 
 def report_skipped(state: State, numbers: dict, batches: list[dict], cases, cfg, log) -> None:
@@ -137,7 +201,7 @@ def report_skipped(state: State, numbers: dict, batches: list[dict], cases, cfg,
         f"{what} log.txt names the patients"  # checkpoints do not
     )
     if state.bad_steps >= cfg.max_bad_steps:
-        raise RuntimeError(
+        raise RunError(
             f"{state.bad_steps} steps in a row were not finite. The last checkpoint is intact; try "
             "a lower learning_rate, clip_grad=1 or precision=fp32, and look at the patients named"
         )

@@ -23,7 +23,7 @@ def open_tested(path: str, stage: str, cfg: Config, keys: Sequence[str]) -> tupl
         CheckpointError: unreadable, of another stage, or of a version with other keys.
     """
     saved = checkpoint.load(path)
-    found = saved.get("settings", {}).get("stage")
+    found = checkpoint.stage_of(saved)
     if "modules" not in saved or found != stage:
         what = f"of stage {found}; test_ckpt takes best.pt or last.pt of {stage}.py"
         raise CheckpointError(f"{path}: {what}")

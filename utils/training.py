@@ -1,7 +1,9 @@
 """Small pieces that the training loops share."""
 
 import hashlib
+import itertools
 import math
+import multiprocessing
 import random
 import signal
 import time
@@ -13,6 +15,7 @@ import torch
 from torch import nn
 
 from utils import distributed
+from utils.files import RunError
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -57,6 +60,17 @@ def parameter_groups(model: nn.Module) -> list[dict]:
     ]
 
 
+class NotFinite(RunError):
+    """A network's outputs are NaN or infinite; the message names the patients."""
+
+
+def refuse_not_finite(patients: list[str]) -> None:
+    """Raise NotFinite on all ranks if any rank has patients with such outputs; all call it."""
+    found = list(dict.fromkeys(itertools.chain(*distributed.gather_objects(patients))))
+    if found:
+        raise NotFinite(f"the network's output is not finite for {', '.join(found)}")
+
+
 class Stopped(Exception):
     """A signal asked to stop; the message names it."""
 
@@ -86,6 +100,15 @@ class StopSignal:
         received = [name for name in distributed.gather_objects(self.received) if name]
         if received:
             raise Stopped(received[0])
+
+
+def end_workers() -> None:
+    """Kill what loaders have started: at its end Python waits for such processes, and they ignore
+    the signal by which it asks them to end (see `data.datasets.make_loader`)."""
+    if hasattr(signal, "SIGCHLD"):  # torch raises an error when a worker is killed
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for process in multiprocessing.active_children():
+        process.kill()
 
 
 class Averages:

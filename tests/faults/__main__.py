@@ -29,6 +29,8 @@ def main() -> int:
         results[group.name] = run(group, group.subject, options.long)
         seconds = time.monotonic() - started
         print(f"{group.name}: {len(results[group.name])} faults, {seconds:.0f} s", flush=True)
+        if group.note:
+            print(f"  {group.note()}", flush=True)
         for name, variant in group.variants.items():
             found = run(group, variant, long=False, every=group.every)
             wrong = num_silent(found)

@@ -52,6 +52,7 @@ class HighWater:
     """How far the memory of this process and of its decoder rises."""
 
     def __enter__(self) -> "HighWater":
+        decoder.stop()  # one that has served before has a mark of its own
         self.started = time.monotonic()
         self.limits = resource.getrlimit(resource.RLIMIT_AS)
         self.is_measured = Path("/proc/self/clear_refs").exists()
@@ -73,7 +74,6 @@ class HighWater:
 
 def _refused(make: Callable[[Path], Path], folder: Path, reader) -> Outcome:
     path = make(folder)
-    decoder.stop()
     with HighWater() as water:
         outcome = judge(lambda: reader(path), lambda _: False, names=[path.name])
     if water.bytes > MOST_BYTES:

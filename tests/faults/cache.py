@@ -104,10 +104,10 @@ def _damaged(damage: Damage, seed: int, opened: bool, folder: Path, make: type) 
         assert not read_box(cache, case, rng)
     damage(cache.path(cases[0]), rng)
     reader = cache if opened else make(folder / "cache", FORM)
-    return _whole(reader, cases[0])
+    return whole(reader, cases[0])
 
 
-def _whole(cache, case: Case, form: StandardForm = FORM) -> Outcome:
+def whole(cache, case: Case, form: StandardForm = FORM) -> Outcome:
     """The whole of a case's entry against the source as it is now."""
 
     def is_right(found: np.ndarray) -> None:
@@ -130,7 +130,7 @@ def _new_source(change: Callable[[Path], None], folder: Path, make: type) -> Out
     make(folder / "cache", FORM).get(case)
     time.sleep(0.01)  # file systems tell times apart by about 4 ms
     change(Path(case.path))
-    return _whole(make(folder / "cache", FORM), case)
+    return whole(make(folder / "cache", FORM), case)
 
 
 def _rewrite(path: Path) -> None:
@@ -156,7 +156,7 @@ def _new_form(form: StandardForm, folder: Path, make: type) -> list[Outcome]:
     """One setting, another, the first again."""
     case = make_cases(folder, 1)[0]
     forms = (FORM, form, FORM)
-    return [_whole(make(folder / "cache", each), case, each) for each in forms]
+    return [whole(make(folder / "cache", each), case, each) for each in forms]
 
 
 def _changed_in_a_run(folder: Path, make: type) -> Outcome:
@@ -166,7 +166,7 @@ def _changed_in_a_run(folder: Path, make: type) -> Outcome:
     cache.path(case)
     time.sleep(0.01)
     _rewrite(Path(case.path))
-    return _whole(cache, case)
+    return whole(cache, case)
 
 
 def _other_mask(folder: Path, make: type) -> Outcome:
@@ -192,18 +192,18 @@ def _full(limit: int, folder: Path, make: type) -> list[Outcome]:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
-        first = _whole(cache, case)
+        first = whole(cache, case)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     left = list((folder / "cache").iterdir())
     if left:
         first = Outcome(WRONG, f"left behind: {left}")
-    return [first, _whole(make(folder / "cache", FORM), case)]
+    return [first, whole(make(folder / "cache", FORM), case)]
 
 
 def _no_folder(obstacle: Callable[[Path], None], folder: Path, make: type) -> Outcome:
     obstacle(folder / "cache")
-    return _whole(make(folder / "cache", FORM), make_cases(folder, 1)[0])
+    return whole(make(folder / "cache", FORM), make_cases(folder, 1)[0])
 
 
 def _leftovers(folder: Path, make: type) -> Outcome:
@@ -212,7 +212,7 @@ def _leftovers(folder: Path, make: type) -> Outcome:
     cache = make(folder / "cache", FORM)
     (folder / "cache").mkdir()
     (folder / "cache" / f".{cache.path(case).stem}.0.tmp").write_bytes(b"half")
-    return _whole(cache, case)
+    return whole(cache, case)
 
 
 FAULTS = [
@@ -312,7 +312,7 @@ def _killed(seconds: float, folder: Path, subject: tuple[str, int]) -> list[Outc
     os.kill(ids[0], signal.SIGKILL)
     process.communicate()
     cache = CLASSES[subject[0]](folder / "cache", FORM)
-    return [_whole(cache, case) for case in make_cases(folder, 12)]
+    return [whole(cache, case) for case in make_cases(folder, 12)]
 
 
 def _on_a_full_disk(folder: Path, subject: tuple[str, int]) -> list[Outcome]:

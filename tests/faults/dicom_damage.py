@@ -20,12 +20,14 @@ from pydicom.uid import (
 
 from tests.data.dicom_factory import (
     OBLIQUE,
+    assert_phantom,
     make_series,
     save,
     save_series,
 )
 from tests.faults.dicom_build import (
     LARGE,
+    SECRETS,
     SHAPE,
     SYNTAXES,
     Build,
@@ -38,7 +40,8 @@ from tests.faults.dicom_build import (
     series,
     some,
 )
-from tests.faults.frame import Fault
+from tests.faults.dicom_series import as_jp2
+from tests.faults.frame import Fault, Outcome, judge
 
 # ---- refused: damage
 
@@ -77,6 +80,10 @@ def damage() -> list[Fault]:
             "JPEG 2000 cut within whole fragments",
             files(_cut_fragment, series(syntax=JPEG2000Lossless, rows=64, columns=64)),
         ),
+        refused(
+            "a JP2 file without an image",
+            files(partial(as_jp2, kind=b"free"), series(syntax=JPEG2000Lossless, **LARGE)),
+        ),
         refused("no pixel data", series(some(slice(3, 4), PixelData=None))),
         refused("pixel data of half the length", series(_half_pixels)),
         refused(
@@ -112,6 +119,7 @@ def damage() -> list[Fault]:
             ),
         ),
         *(_header_flip(seed) for seed in range(26)),
+        Fault("each bit of a header flipped", _every_bit, long=True),
         *(_header_flip(seed, long=True) for seed in range(26, 416)),
     ]
 
@@ -184,6 +192,33 @@ def _header_flip(seed: int, long: bool = False) -> Fault:
     build = files(flip, series(orientation=OBLIQUE))
     # a flip in the last digits moves a slice by less than the 4 % of its spacing that are allowed
     return Fault(f"bit {seed} flipped, in {keyword}", partial(read, build, SHAPE, 3.0), long=long)
+
+
+def _every_bit(folder: Path, reader) -> list[Outcome]:
+    """Each bit of the header of the last slice, whose loss would leave no gap.
+
+    But for its rescaling: a slice may have its own, so that nothing shows it to be damaged.
+    """
+    path = series(orientation=OBLIQUE)(folder)
+    file = next(f for f in path.iterdir() if pydicom.dcmread(f).InstanceNumber == 8)
+    data = file.read_bytes()
+    end = data.index(struct.pack("<HH2s", 0x7FE0, 0x10, b"OW")) + 12
+    slope, intercept = (data.index(struct.pack("<HH2s", 0x28, e, b"DS")) for e in (0x1053, 0x1052))
+    spared = {*range(slope, slope + 12), *range(intercept, intercept + 12)}
+
+    def is_right(volume) -> None:
+        assert_phantom(volume, SHAPE, 3.0)
+        assert volume.modality in ("CT", None)
+
+    outcomes = []
+    for at in sorted(set(range(132, end)) - spared):
+        for bit in range(8):
+            flipped = bytearray(data)
+            flipped[at] ^= 1 << bit
+            file.write_bytes(flipped)
+            found = judge(lambda: reader(path), is_right, [str(folder)], secrets=SECRETS)
+            outcomes.append(found._replace(detail=f"byte {at}, bit {bit}: {found.detail}"))
+    return outcomes
 
 
 # ---- refused: what is no greyscale volume

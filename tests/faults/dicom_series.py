@@ -206,6 +206,18 @@ def encodings() -> list[Fault]:
             files(_fragmented, series(syntax=JPEG2000Lossless, **LARGE)),
             LARGE_SHAPE,
         ),
+        right(
+            "JPEG 2000 within a JP2 file",
+            files(as_jp2, series(syntax=JPEG2000Lossless, **LARGE)),
+            LARGE_SHAPE,
+        ),
+        right(
+            "JPEG 2000 within a JP2 file of nonsense",
+            files(
+                partial(as_jp2, header=bytes(range(40))), series(syntax=JPEG2000Lossless, **LARGE)
+            ),
+            LARGE_SHAPE,
+        ),
         Fault(
             "explicit by name, implicit within",
             partial(read, files(mislabelled, series(syntax=ImplicitVRLittleEndian)), SHAPE, 0.501),
@@ -261,6 +273,17 @@ def _fragmented(paths: list[Path]) -> None:
         ds = pydicom.dcmread(path)
         frame = next(generate_frames(ds.PixelData, number_of_frames=1))
         ds.PixelData = encapsulate([frame], fragments_per_frame=3, has_bot=False)
+        ds.save_as(path)
+
+
+def as_jp2(paths: list[Path], header: bytes = b"", kind: bytes = b"jp2c") -> None:
+    """Streams as files of their own: boxes of a mark, a type, a header and the image."""
+    for path in paths:
+        ds = pydicom.dcmread(path)
+        stream = next(generate_frames(ds.PixelData, number_of_frames=1)).rstrip(b"\0")
+        boxes = ((b"jP  ", b"\r\n\x87\n"), (b"ftyp", b"jp2 \0\0\0\0jp2 "), (b"jp2h", header))
+        packed = [struct.pack(">I4s", 8 + len(d), k) + d for k, d in (*boxes, (kind, stream))]
+        ds.PixelData = encapsulate([b"".join(packed)])
         ds.save_as(path)
 
 

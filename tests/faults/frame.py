@@ -42,13 +42,14 @@ class Fault:
 @dataclass(frozen=True)
 class Group:
     """Faults of one kind; subject: what they are given to; variants: broken ones, by name, which
-    get each `every`-th fault."""
+    get each `every`-th fault. note: a line to print with the table."""
 
     name: str
     subject: Any
     faults: Sequence[Fault]
     variants: dict[str, Any] = field(default_factory=dict)
     every: int = 1
+    note: Callable[[], str] | None = None
 
 
 def judge(
@@ -111,8 +112,8 @@ def run(group: Group, subject: Any, long: bool, every: int = 1) -> list[tuple[Fa
 
 
 def num_silent(results: list[tuple[Fault, Outcome]]) -> int:
-    """How many came out wrong without so much as an exception."""
-    return sum(outcome.kind == WRONG and not outcome.raised for _, outcome in results)
+    """How many came out lost or wrong without so much as an exception."""
+    return sum(outcome.kind in (LOST, WRONG) and not outcome.raised for _, outcome in results)
 
 
 def table(results: dict[str, list[tuple[Fault, Outcome]]]) -> str:

@@ -45,12 +45,21 @@ HEADER = {
     "DeviceSerialNumber": "ZQXCANARY99",
     "ImageComments": "Zqxcanary",
     "StudyDate": "19010203",
+    "StudyInstanceUID": "1.2.826.0.1.3680043.19010203.1",
+    "PatientBirthName": "Zqxcanarygeborene",
+    "PatientMotherBirthName": "Zqxcanarymutter",
+    "IssuerOfPatientID": "ZQXCANARY",
+    "EthnicGroup": "Zqxcanary",
+    "Occupation": "Zqxcanary",
+    "CurrentPatientLocation": "Zqxcanary",
+    "PerformingPhysicianName": "Zqxcanaryaerztin^C",
+    "RequestedProcedureDescription": "Zqxcanary",
 }
 SHAPE = (24, 26, 22)
 FOLDS = (0, 0, 0, 0, 1, 1, 2, 2)
 # PatientIDs of the CSV. "$" stands for the folder of the test.
 NAMES = (
-    "../../x",
+    "../../<script>x",  # unreadable, so that reports name it
     "$/outside",
     "CON",
     "x" * 300,
@@ -75,6 +84,9 @@ def write_scans(folder: Path) -> None:
         for k, ds in enumerate(series):
             for keyword, text in HEADER.items():
                 setattr(ds, keyword, text)
+            nested = pydicom.Dataset()
+            nested.PatientID, nested.PatientName = HEADER["PatientID"], HEADER["PatientName"]
+            ds.OtherPatientIDsSequence = pydicom.Sequence([nested])
             ds.private_block(0x0029, "ZQXCANARY", create=True).add_new(0x10, "LO", "Zqxcanaryname")
             ds.PixelData = (hu[:, :, k].T + 1024).astype("<u2").tobytes()
         path = save_series(series, folder / f"scan{i}")
@@ -87,7 +99,7 @@ def write_scans(folder: Path) -> None:
         nib.save(nib.Nifti1Image(ball.astype(np.uint8), affine), folder / f"mask{i}.nii.gz")
         patient = name.replace("$", str(folder.parent))
         row = {"PatientID": patient, "path": f"scan{i}", "seg_path": f"mask{i}.nii.gz"}
-        rows.append(row | {"fold": fold, "lesion": i % 2})
+        rows.append(row | {"fold": fold, "lesion": i % 2, "../../lesion": i % 2})
     with open(folder / "cases.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
@@ -100,11 +112,17 @@ def _settings(stage: str) -> dict[str, str]:
     if stage == "dino":
         return conftest.SMALL | {"probe.every": "1"}
     if stage == "classification":
-        targets = {"cls_targets": "[lesion]", "reg_targets": "[]", "report_by": "[]"}
+        targets = {"cls_targets": "[../../lesion]", "reg_targets": "[]", "report_by": "[]"}
         return small_classification.SMALL | targets
-    return small_segmentation.SMALL | {"classes": "{ball: 1}"}
+    return small_segmentation.SMALL | {"classes": "{../../ball: 1}"}
 
 
+KINDS = ("*.b2nd", "*.pt", "*tfevents*", "*.png", "report.html", "*.jsonl", "terminal.txt")
+TESTS = {  # what a test of each stage writes beside its pictures
+    "dino": ("test/features.npz", "test/*.csv"),
+    "classification": ("test/predictions.csv", "test/report.html", "test/plots/*.png"),
+    "segmentation": ("test/cases.csv", "test/report.html", "test/predictions/*.nii.gz"),
+}
 RUN = """
 import importlib, json, os, sys, torch
 torch.set_num_threads(1)
@@ -147,7 +165,8 @@ def run_stage(stage: str, folder: Path) -> Path:
 
 
 def _searched(stage: str, folder: Path, run: Callable[[str, Path], Path]) -> list[Outcome]:
-    """Nobody is named; every file lies where it belongs; the terminal and all kinds are there."""
+    """Nobody is named; every file lies where it belongs; the terminal and all kinds are there;
+    no text of the CSV is part of a page's code."""
     out = run(stage, folder)
     headers = (folder / "scans").glob("scan*/*0")
     uids = {str(pydicom.dcmread(path).SeriesInstanceUID) for path in headers}
@@ -159,9 +178,12 @@ def _searched(stage: str, folder: Path, run: Callable[[str, Path], Path]) -> lis
         inside = path.is_relative_to(out) or path.is_relative_to(folder / "scans")
         if path.is_file() and not inside:
             outcomes.append(Outcome(WRONG, f"written outside: {path}"))
-    for kind in ("*.b2nd", "*.pt", "*tfevents*", "*.png", "report.html", "*.jsonl", "terminal.txt"):
+    for kind in (*KINDS, *TESTS[stage]):
         if not list(out.rglob(kind)):
             outcomes.append(Outcome(WRONG, f"nothing to search: no {kind}"))
+    pages = [path.read_text() for path in out.rglob("*.html")]
+    if any("<script>" in page for page in pages) or not any("&lt;script&gt;" in p for p in pages):
+        outcomes.append(Outcome(WRONG, "a PatientID is not escaped in a report, or not there"))
     return outcomes
 
 

@@ -7,6 +7,7 @@ import torch
 
 from utils import checkpoint
 from utils.checkpoint import CheckpointError
+from utils.files import RunError
 
 
 def state(step):
@@ -79,7 +80,7 @@ def test_a_failed_save_leaves_the_good_file_and_no_rubbish(tmp_path, monkeypatch
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(RunError, match=r"last.pt: .*No space.* takes 40,000 bytes, \d+"):
         checkpoint.save(tmp_path / "last.pt", state(2))
     assert checkpoint.load(tmp_path / "last.pt")["step"] == 1
     assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
