@@ -31,8 +31,9 @@ def main() -> int:
         print(f"{group.name}: {len(results[group.name])} faults, {seconds:.0f} s", flush=True)
         if group.note:
             print(f"  {group.note()}", flush=True)
-        for name, variant in group.variants.items():
-            found = run(group, variant, long=False, every=group.every)
+        variants = group.variants if options.long or not group.thorough else {}
+        for name, variant in variants.items():
+            found = run(group, variant, long=group.thorough, every=group.every)
             wrong = num_silent(found)
             print(f"  broken variant, {name}: {wrong} of {len(found)} silently wrong", flush=True)
             blind += [] if wrong else [f"{group.name}: {name}"]

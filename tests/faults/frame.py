@@ -42,13 +42,15 @@ class Fault:
 @dataclass(frozen=True)
 class Group:
     """Faults of one kind; subject: what they are given to; variants: broken ones, by name, which
-    get each `every`-th fault. note: a line to print with the table."""
+    get each `every`-th fault of the short run, or, `thorough`, of the long one and only there.
+    note: a line to print with the table."""
 
     name: str
     subject: Any
     faults: Sequence[Fault]
     variants: dict[str, Any] = field(default_factory=dict)
     every: int = 1
+    thorough: bool = False
     note: Callable[[], str] | None = None
 
 

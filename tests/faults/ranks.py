@@ -27,9 +27,10 @@ KILL = {"function": "train_step", "call": 7, "number": signal.SIGKILL}
 class Torchrun:
     """A script in two ranks under torchrun, in a process group of its own."""
 
-    def __init__(self, stage: str, folder: Path, at: dict | None, *options: str):
+    def __init__(self, stage: str, folder: Path, at: dict | None, broken: str, *options: str):
         self.terminal = folder / "terminal.txt"
         line = {"stage": stage, "arguments": arguments(stage, folder, **TWO), "at": at}
+        line |= {"broken": broken}
         command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
         command += ["--nproc_per_node=2", *options, "-m", "tests.faults.script", json.dumps(line)]
         with open(self.terminal, "ab") as file:
@@ -53,7 +54,7 @@ class Torchrun:
         return self.terminal.read_text(errors="replace")
 
 
-def _by_hand(stage: str, folder: Path, at: dict | None = None) -> list[Run]:
+def _by_hand(stage: str, folder: Path, at: dict | None = None, broken: str = "") -> list[Run]:
     """Two ranks as srun starts them: nobody ends one when the other is gone."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -65,7 +66,8 @@ def _by_hand(stage: str, folder: Path, at: dict | None = None) -> list[Run]:
         env = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
         env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         shared = {"results_dir": folder, "cache_dir": folder / "cache"}
-        runs.append(Run(stage, place, {"env": env, "at": at}, **TWO, **shared))
+        options = {"env": env, "at": at, "broken": broken}
+        runs.append(Run(stage, place, options, **TWO, **shared))
     return runs
 
 
@@ -121,18 +123,18 @@ def _processes(text: str) -> Iterator[int]:
                 yield int(path.parent.name)
 
 
-def _restarted(stage: str, rank: int, folder: Path, subject) -> Outcome:
+def _restarted(stage: str, rank: int, folder: Path, broken: str) -> Outcome:
     """torchrun starts both again."""
-    run = Torchrun(stage, folder, KILL | {"rank": rank}, "--max-restarts=1")
+    run = Torchrun(stage, folder, KILL | {"rank": rank}, broken, "--max-restarts=1")
     code = run.wait()
     if code != 0 or ACTED not in run.said():
         return Outcome(LOST, f"exit code {code}: {run.said()[-2000:]}")
     return _gone(folder) or _compared(stage, folder)
 
 
-def _ended(stage: str, rank: int, folder: Path, subject) -> list[Outcome]:
+def _ended(stage: str, rank: int, folder: Path, broken: str) -> list[Outcome]:
     """torchrun ends; later it is started by hand."""
-    run = Torchrun(stage, folder, KILL | {"rank": rank})
+    run = Torchrun(stage, folder, KILL | {"rank": rank}, broken)
     run.wait_until_acted()
     code = run.wait(LIMIT_S)
     if code is None or code == 0:
@@ -143,10 +145,10 @@ def _ended(stage: str, rank: int, folder: Path, subject) -> list[Outcome]:
     return [outcome, _goes_on(stage, folder)]
 
 
-def _signalled(stage: str, number: int, folder: Path, subject) -> Outcome:
+def _signalled(stage: str, number: int, folder: Path, broken: str) -> Outcome:
     """torchrun is signalled: it passes it on, the ranks save, and it ends with code 1."""
     at = {"function": "train_step", "call": 6}
-    run = Torchrun(stage, folder, at, "--signals-to-handle=SIGTERM,SIGUSR1")
+    run = Torchrun(stage, folder, at, broken, "--signals-to-handle=SIGTERM,SIGUSR1")
     run.wait_until_acted()
     os.kill(run.process.pid, number)
     code = run.wait(30)
@@ -155,10 +157,12 @@ def _signalled(stage: str, number: int, folder: Path, subject) -> Outcome:
     return _gone(folder) or _goes_on(stage, folder)
 
 
-def _survivor(stage: str, rank: int, function: str, call: int, folder: Path, subject) -> Outcome:
+def _survivor(
+    stage: str, rank: int, function: str, call: int, folder: Path, broken: str
+) -> Outcome:
     """`rank` is killed: the other ends too, with an error about the connection."""
     at = {"function": function, "call": call, "number": signal.SIGKILL, "rank": rank}
-    runs = _by_hand(stage, folder, at)
+    runs = _by_hand(stage, folder, at, broken)
     runs[rank].wait(90)
     other = runs[1 - rank]
     code, said = other.wait(LIMIT_S), other.said()
@@ -169,9 +173,10 @@ def _survivor(stage: str, rank: int, function: str, call: int, folder: Path, sub
     return Outcome(WRONG, f"exit code {code} after {LIMIT_S} s: {said[-1500:]}")
 
 
-def _both_signalled(stage: str, function: str, call: int, folder: Path, subject) -> Outcome:
+def _both_signalled(stage: str, function: str, call: int, folder: Path, broken: str) -> Outcome:
     """As a scheduler does it: both save and end with 75."""
-    runs = _by_hand(stage, folder, {"function": function, "call": call, "sleep": 1})
+    at = {"function": function, "call": call, "sleep": 1}
+    runs = _by_hand(stage, folder, at, broken)
     runs[0].wait_until_acted()
     for run in runs:
         os.kill(run.process.pid, signal.SIGTERM)
@@ -223,4 +228,5 @@ FAULTS = [
         for stage, number in (("dino", signal.SIGTERM), ("classification", signal.SIGUSR1))
     ),
 ]
-RANKS = Group("ranks", None, FAULTS)
+BROKEN = ("deaf to signals", "epochs started anew")
+RANKS = Group("ranks", "", FAULTS, {name: name for name in BROKEN}, every=5, thorough=True)

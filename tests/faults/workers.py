@@ -62,4 +62,5 @@ FAULTS = [
     for stage in STAGES
     for what, how in WAYS.items()
 ]
-WORKERS = Group("workers", "little patience", FAULTS)
+BROKEN = {"workers left alone": "workers left alone"}
+WORKERS = Group("workers", "little patience", FAULTS, BROKEN, every=999, thorough=True)
