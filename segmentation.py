@@ -61,6 +61,7 @@ from utils.state import State, resume, save
 from utils.tested import open_tested
 from utils.training import (
     NotFinite,
+    Stopped,
     StopSignal,
     autocast,
     hash_patients,
@@ -196,7 +197,13 @@ def validate(segmenter, step: int, cases, cache, classes, cfg, device, log, stop
 
     Draws the first cases to plots/. step: for TensorBoard. Raises NotFinite on all ranks.
     """
-    predict, rows, bad = probabilities([segmenter], cfg, device), [], []
+    softmax, rows, bad = probabilities([segmenter], cfg, device), [], []
+
+    def predict(x: torch.Tensor) -> torch.Tensor:
+        if stop:  # not after a volume, which takes minutes on a CPU
+            raise Stopped(stop.received)
+        return softmax(x)
+
     for n, case in enumerate(own_share(cases, stop), 1):
         entry = cache.get(case)
         try:
@@ -204,6 +211,8 @@ def validate(segmenter, step: int, cases, cache, classes, cfg, device, log, stop
         except NotFinite:
             bad.append(case.patient)
             continue
+        except Stopped:
+            break
         truth = read_truth(case, entry, classes)
         rows += case_dice(found, truth, classes.names)
         if distributed.is_main() and n <= NUM_SHOWN:

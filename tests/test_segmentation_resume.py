@@ -92,3 +92,23 @@ def test_other_classes_cannot_be_resumed(masked, tmp_path):
     assert small.run(masked, tmp_path, *overrides) == 0
     with pytest.raises(checkpoint.CheckpointError, match=r"classes.names: .*'ball', 'shell'"):
         small.run(masked, tmp_path, *overrides, "resume_training_from=auto", "classes={ball: 300}")
+
+
+def test_a_signal_ends_a_validation_between_two_windows(masked, monkeypatch, tmp_path):
+    """A large volume takes minutes on a CPU, and schedulers do not wait that long."""
+    windows, whole = [], segmentation.probabilities
+
+    def signalled(*args):
+        predict = whole(*args)
+
+        def at_first(x):
+            windows.append(1)
+            os.kill(os.getpid(), signal.SIGTERM)
+            return predict(x)
+
+        return at_first
+
+    monkeypatch.setattr(segmentation, "probabilities", signalled)
+    assert small.run(masked, tmp_path, "experiment=x") == loop.EXIT_STOPPED
+    assert len(windows) == 1
+    assert checkpoint.load(tmp_path / "x" / "checkpoints" / "last.pt")["step"] == 4
