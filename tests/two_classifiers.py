@@ -40,7 +40,7 @@ def main():
         classification.label_losses = spoiled_losses if change == "spoil" else label_losses
         classification.train_step = stopped_step if change == "stop" else train_step
         assert classification.main(arguments) == expected, f"{change} {arguments}"
-    distributed.teardown()
+    distributed.leave(0)
 
 
 if __name__ == "__main__":

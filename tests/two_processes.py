@@ -45,7 +45,7 @@ def main():
     for change, expected, arguments in json.loads(sys.argv[1]):
         dino.forward = changes[change]
         assert dino.main(arguments) == expected, f"{change} {arguments}"
-    distributed.teardown()
+    distributed.leave(0)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def main():
         }
         segmentation.supervised = changes[change]
         assert segmentation.main(arguments) == expected, f"{change} {arguments}"
-    distributed.teardown()
+    distributed.leave(0)
 
 
 if __name__ == "__main__":

@@ -153,7 +153,17 @@ def report_is_old(log: RunLog) -> bool:
 
 
 def exit_code(main: Callable[[list[str]], int]) -> int:
-    """main(arguments), what it raises for the user to mend printed without a traceback."""
+    """main(arguments), what it raises for the user to mend printed without a traceback.
+
+    One of several processes ends here (see `distributed.leave`).
+    """
+    code = _exit_code(main)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        distributed.leave(code)
+    return code
+
+
+def _exit_code(main: Callable[[list[str]], int]) -> int:
     place = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
     try:
         return main(sys.argv[1:])
