@@ -23,25 +23,18 @@ from data.cases import CasesError, format_problems
 from data.control import Control
 from data.datasets import EpochSampler, make_loader
 from data.folds import load_to_train, rotations, split
-from data.images import (
-    PLAIN,
-    ImageDataset,
-    ImageSettings,
-    balance_weights,
-    collate,
-    cut_images,
-    label_tensors,
-    standard_form,
-)
+from data.images import PLAIN, ImageDataset, ImageSettings, collate, cut_images, standard_form
 from data.predicting import Tested, average, control_features_of, load_to_test, open_tested, predict
 from data.prepare import refuse_seen
-from data.targets import Targets
+from data.targets import Targets, balance_weights, label_tensors
 from models.backbones import from_config
 from models.classifier import Classifier, label_losses, label_weights, optimizer_groups
 from utils import checkpoint, distributed, schedules
+from utils.checkpoint import hash_patients
 from utils.classes import unpaired_sides
 from utils.classification_report import write_test_report
 from utils.config import parse_command_line, save_resolved
+from utils.errors import NotFinite
 from utils.evaluation import evaluate
 from utils.loop import (
     exit_code,
@@ -57,14 +50,9 @@ from utils.memory import explained
 from utils.plots import plot_crops, plot_curves
 from utils.predictions import pool
 from utils.schema_classification import ClassificationConfig, impossible_classification
+from utils.signals import StopSignal
 from utils.state import State, resume, save
-from utils.training import (
-    NotFinite,
-    StopSignal,
-    autocast,
-    hash_patients,
-    seed_everything,
-)
+from utils.training import autocast, seed_everything
 from utils.weights import compare_input, load_backbone
 
 CONFIG = Path(__file__).with_name("classification_config.yaml")

@@ -20,15 +20,18 @@ from torch.nn.parallel import DistributedDataParallel
 
 from data.cache import VolumeCache
 from data.cases import format_problems
-from data.datasets import EpochSampler, RegionDataset, make_loader
+from data.datasets import EpochSampler, make_loader
 from data.prepare import load_cases
 from data.probing import feature_maps, probe, write_embeddings
 from data.standard import StandardForm
-from data.views import NUM_GLOBAL, ViewSettings, apply_views
+from data.views import NUM_GLOBAL, RegionDataset, ViewSettings, apply_views
+from models.common import parameter_groups
 from models.dino import build_network, random_masks, update_teacher
 from models.losses import TeacherTargets, dino_loss, koleo_loss, patch_loss
 from utils import checkpoint, distributed, monitor, schedules
+from utils.checkpoint import hash_patients
 from utils.config import parse_command_line
+from utils.errors import NotFinite
 from utils.loop import (
     exit_code,
     folder_of,
@@ -42,16 +45,9 @@ from utils.loop import (
 from utils.memory import explained, in_parts
 from utils.plots import plot_crops, plot_curves, plot_feature_pca
 from utils.schema_dino import DinoConfig, impossible_dino
+from utils.signals import StopSignal
 from utils.state import State, resume, save
-from utils.training import (
-    NotFinite,
-    StopSignal,
-    autocast,
-    hash_patients,
-    parameter_groups,
-    refuse_not_finite,
-    seed_everything,
-)
+from utils.training import autocast, refuse_not_finite, seed_everything
 from utils.weights import compare_input, load_backbone
 
 CONFIG = Path(__file__).with_name("dino_config.yaml")

@@ -32,13 +32,15 @@ from data.prepare import load_cases, refuse_seen
 from data.readers import read_volume
 from data.restore import predict_case, read_picture, read_truth, write_prediction
 from data.segmentation import PatchDataset, collate_patches
-from data.standard import StandardForm, spacing_of
+from data.standard import StandardForm
+from data.volume import spacing_of
 from models.backbones import from_config
 from models.segmenter import Segmenter, optimizer_groups, supervised
 from utils import checkpoint, distributed, schedules
-from utils.checkpoint import CheckpointError
+from utils.checkpoint import CheckpointError, hash_patients
 from utils.classes import IGNORE, Classes, unpaired_sides
 from utils.config import parse_command_line, save_resolved
+from utils.errors import NotFinite
 from utils.loop import (
     exit_code,
     folder_of,
@@ -56,18 +58,11 @@ from utils.schema_segmentation import SegmentationConfig, impossible_segmentatio
 from utils.segmentation_metrics import case_dice, case_metrics, mean_dice, predicted_volumes
 from utils.segmentation_report import describe as describe_case
 from utils.segmentation_report import file_name, write_test_report
+from utils.signals import Stopped, StopSignal
 from utils.sliding_window import averaged, mirrored
 from utils.state import State, resume, save
 from utils.tested import open_tested
-from utils.training import (
-    NotFinite,
-    Stopped,
-    StopSignal,
-    autocast,
-    hash_patients,
-    refuse_not_finite,
-    seed_everything,
-)
+from utils.training import autocast, refuse_not_finite, seed_everything
 from utils.weights import compare_input, load_backbone
 
 CONFIG = Path(__file__).with_name("segmentation_config.yaml")

@@ -27,7 +27,7 @@ from data.nifti import read_nifti_grid
 from data.readers import VolumeError
 from data.standard import StandardForm, standard_transform
 from data.volume import spacing_of
-from utils.files import InputError
+from utils.errors import InputError
 from utils.parallel import in_processes
 
 BYTES_PER_VOXEL = 1.2  # in the cache; CT 0.95 to 1.1, MR 1.2 to 1.7

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, get_args
 
-from utils.config import nearest
+from utils.errors import InputError, nearest
 from utils.fields import Modality
-from utils.files import InputError, expand_path, read_text
+from utils.files import expand_path, read_text
 
 MODALITIES = get_args(Modality)
 # Kinds of problem that belong to one volume: such a case can be left out. The others (a patient in

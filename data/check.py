@@ -15,7 +15,8 @@ from tqdm import tqdm
 from data.cache import VolumeCache, fingerprint
 from data.cases import Case, Problem
 from data.readers import VolumeError
-from data.standard import CheckMaskd, ReadVolumed, spacing_of
+from data.standard import CheckMaskd, ReadVolumed
+from data.volume import spacing_of
 from utils.parallel import in_processes
 
 VERSION = 2  # of what is remembered: raise it when the readers refuse more than before

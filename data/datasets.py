@@ -2,81 +2,18 @@
 
 from __future__ import annotations
 
-import signal
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from itertools import product
-from typing import Any
 
 import numpy as np
 import torch
 from monai.data import Dataset
-from monai.transforms import Compose, Transform
-from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from data.intensity import normalise
-from data.views import Size, ViewSettings, sample_region, sample_views
+from utils.signals import ignore_signals
 
 WORKER_TIMEOUT_S = 600  # for a batch: a worker may build an entry of the cache anew
 Key = tuple[int, int, int]  # epoch, index of the case, draw: all that an item's chance depends on
-
-
-class ReadRegiond(Transform):
-    """{"entry", "rng"} -> adds region (1, *region_size) int16, scale, offset, start, shape."""
-
-    def __init__(self, settings: ViewSettings):
-        self.settings = settings
-
-    def __call__(self, data: dict[str, Any]) -> dict[str, Any]:
-        entry = data["entry"]
-        start, shape = sample_region(data["rng"], entry, self.settings)
-        region = entry.read_region(start, shape)
-        # Repeating the last voxels is what the views' resampling does outside a region, so the
-        # volume's upper and lower ends look the same and the padding never shows as a dark wedge.
-        widths = [(0, n - m) for n, m in zip(self.settings.region_size, shape, strict=True)]
-        region = np.pad(region, [(0, 0), *widths], mode="edge")
-        return data | {
-            "region": torch.from_numpy(np.ascontiguousarray(region)),
-            "scale": torch.tensor(entry.scale, dtype=torch.float32),
-            "offset": torch.tensor(entry.offset, dtype=torch.float32),
-            "start": start,
-            "shape": shape,
-        }
-
-
-class SampleViewsd(Transform):
-    """Adds "global" and "local": the parameters of the region's views (see `sample_views`)."""
-
-    def __init__(self, settings: ViewSettings):
-        self.settings = settings
-
-    def __call__(self, data: dict[str, Any]) -> dict[str, Any]:
-        views = sample_views(
-            data["rng"], data["entry"], data["start"], data["shape"], self.settings
-        )
-        return data | views
-
-
-class RegionDataset(Dataset):
-    """One region of a case and its view parameters per (epoch, index, draw) key.
-
-    Items: region (1, *region_size) int16; scale, offset (value = stored * scale + offset); global
-    and local (see `sample_views`); index of the case; key. They are a function of seed and key
-    alone. Raises what cache.get raises for a case that cannot be read.
-    """
-
-    def __init__(self, cases: Sequence[Any], cache: Any, settings: ViewSettings, seed: int):
-        super().__init__(cases, Compose([ReadRegiond(settings), SampleViewsd(settings)]))
-        self.cache = cache
-        self.seed = seed
-
-    def __getitem__(self, key: Key) -> dict[str, Any]:
-        epoch, index, draw = key
-        rng = np.random.Generator(np.random.PCG64([self.seed, epoch, index, draw]))
-        item = self.transform({"entry": self.cache.get(self.data[index]), "rng": rng})
-        kept = {name: item[name] for name in ("region", "scale", "offset", "global", "local")}
-        return kept | {"index": index, "key": torch.tensor(key)}
 
 
 class EpochSampler(Sampler):
@@ -186,32 +123,6 @@ def make_loader(
         pin_memory=pin_memory,
         collate_fn=collate_fn,
         generator=torch.Generator().manual_seed(sampler.seed),
-        worker_init_fn=_ignore_signals,
+        worker_init_fn=ignore_signals,
         timeout=WORKER_TIMEOUT_S if n_workers > 0 else 0,
     )
-
-
-def _ignore_signals(worker: int) -> None:
-    """A scheduler signals all processes; the training process finishes its step with its workers,
-    and they end when it does."""
-    for name in ("SIGTERM", "SIGUSR1"):
-        if hasattr(signal, name):  # Windows has no SIGUSR1
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
-
-
-def window_starts(shape: Sequence[int], size: Sequence[int]) -> list[Size]:
-    """First voxels of windows that tile a volume: side by side, the last one at its end."""
-    along = []
-    for n, s in zip(shape, size, strict=True):
-        along.append([*range(0, max(n - s, 0), s), max(n - s, 0)])
-    return list(product(*along))
-
-
-def fixed_view(
-    entry: Any, start: Sequence[int], size: Sequence[int], hu_window: tuple[float, float]
-) -> Tensor:
-    """A window of a cached volume as model input, (1, *size) float32 in 0..1; air past its end."""
-    region = entry.read_region(start, size)
-    widths = [(0, n - m) for n, m in zip(size, region.shape[1:], strict=True)]
-    region = np.pad(region, [(0, 0), *widths], constant_values=entry.background)
-    return normalise(torch.from_numpy(region), entry.scale, entry.offset, entry.kind, hu_window)

@@ -20,7 +20,7 @@ import blosc2
 import msgpack
 import numpy as np
 
-from data.standard import spacing_of
+from data.volume import spacing_of
 
 FORMAT = 4  # part of every key: raise it when the content of a file changes its meaning
 CHUNK, BLOCK = 64, 16  # voxels per axis: unit of checksums, unit of decompression

@@ -18,12 +18,11 @@ from monai.data import Dataset
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from data.cases import Case
 from data.datasets import Key
-from data.intensity import sample_intensity
+from data.geometry import Size, sample_rotation, view_matrix
+from data.intensity import IntensitySettings, sample_intensity
 from data.standard import StandardForm
-from data.targets import Targets
-from data.views import Size, apply_views, sample_rotation, view_matrix
+from data.views import apply_views
 
 Placement = tuple[tuple[float, ...], tuple[float, ...]]  # 1 or -1 per axis; shift / size per axis
 PLAIN: Placement = ((1.0, 1.0, 1.0), (0.0, 0.0, 0.0))
@@ -31,30 +30,24 @@ PLAIN: Placement = ((1.0, 1.0, 1.0), (0.0, 0.0, 0.0))
 
 @dataclass(frozen=True)
 class ImageSettings:
-    """image.size, data.hu_window and the augment: section of classification_config.yaml; units as
-    there. As they start, the last ones change nothing."""
+    """image.size and the augment: section of classification_config.yaml; units as there. As they
+    start, the last ones change nothing."""
 
     size: Size
-    hu_window: tuple[float, float]
+    intensity: IntensitySettings
     flip: tuple[bool, bool, bool] = (False, False, False)
     rotate: tuple[float, float, float] = (0.0, 0.0, 0.0)
     zoom: tuple[float, float] = (1.0, 1.0)
     translate: float = 0.0
-    scale: float = 0.0
-    shift: float = 0.0
-    gamma: tuple[float, float] = (1.0, 1.0)
-    noise: float = 0.0
-    blur: float = 0.0
-    window_prob: float = 0.0  # augment.hu_window
 
     @classmethod
     def from_config(cls, cfg, augment: bool) -> ImageSettings:
         """From a ClassificationConfig; without augmentation: the fixed view."""
+        a = cfg.augment
         if not augment:
-            return cls(cfg.image.size, cfg.data.hu_window)
-        changes = cfg.augment.model_dump()
-        window_prob = changes.pop("hu_window")
-        return cls(cfg.image.size, cfg.data.hu_window, window_prob=window_prob, **changes)
+            return cls(cfg.image.size, IntensitySettings(hu_window=cfg.data.hu_window))
+        intensity = IntensitySettings.from_config(a.model_dump(), cfg.data.hu_window)
+        return cls(cfg.image.size, intensity, a.flip, a.rotate, a.zoom, a.translate)
 
 
 def standard_form(cfg) -> StandardForm:
@@ -115,7 +108,8 @@ class ImageDataset(Dataset):
             "region": entry.read_region(low, high - low),
             "scale": torch.tensor(entry.scale, dtype=torch.float32),
             "offset": torch.tensor(entry.offset, dtype=torch.float32),
-            "views": views | sample_intensity(rng, len(matrices), entry.kind, self.settings),
+            "views": views
+            | sample_intensity(rng, len(matrices), entry.kind, self.settings.intensity),
             "index": index,
         }
 
@@ -165,25 +159,3 @@ def cut_images(batch: Mapping[str, Any], size: Size, device: torch.device) -> Te
     """(V * B, 1, *size) float32 in 0..1: all cases of view 0, then of view 1, ..."""
     region = batch["region"].to(device, non_blocking=True)
     return apply_views(region, batch["scale"], batch["offset"], batch["views"], size)
-
-
-def label_tensors(targets: Targets, cases: Sequence[Case]) -> dict[str, Tensor]:
-    """{target: (N,) int64 class indices, -1 where missing; or float32 standardised numbers, nan
-    where missing}."""
-    labels = [targets.encode(case) for case in cases]
-    dtypes = {
-        name: torch.int64 if name in targets.classes else torch.float32 for name in targets.names
-    }
-    return {
-        name: torch.tensor([label[name] for label in labels], dtype=dtype)
-        for name, dtype in dtypes.items()
-    }
-
-
-def balance_weights(targets: Targets, cases: Sequence[Case], name: str) -> np.ndarray:
-    """(N,) how often to draw each case, relative to the others, so that the classes of a target
-    come equally often; cases without a label come as often as before."""
-    y = label_tensors(targets, cases)[name].numpy()
-    counts = np.bincount(y[y >= 0], minlength=len(targets.classes[name]))
-    labelled = counts.sum() / (len(counts) * np.maximum(counts, 1))
-    return np.where(y >= 0, labelled[y], 1.0)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from data.views import ViewSettings
 
 # How often a view gets each change. DINO jitters colour with 0.8 and blurs its views with 1.0, 0.1
 # and 0.5 (Caron et al. 2021, appendix E); nnU-Net uses 0.3 for gamma, 0.2 for blur, 0.1 for noise.
@@ -23,6 +21,30 @@ PROB_NOISE = 0.3
 # mediastinum 40/400, lung -600/1500, bone 400/1800); others show most crops as one flat value.
 MIN_WINDOW_HU = 300.0
 SOFT_TISSUE_HU = 40.0
+
+
+@dataclass(frozen=True)
+class IntensitySettings:
+    """The intensity changes of an augment: section, and data.hu_window; units as there. As they
+    start they change nothing."""
+
+    scale: float = 0.0
+    shift: float = 0.0
+    gamma: tuple[float, float] = (1.0, 1.0)
+    noise: float = 0.0
+    blur: float = 0.0
+    window_prob: float = 0.0  # augment.hu_window
+    hu_window: tuple[float, float] = (-1000.0, 1000.0)
+
+    @classmethod
+    def from_config(
+        cls, augment: Mapping[str, Any], hu_window: tuple[float, float]
+    ) -> IntensitySettings:
+        """augment: the section, whose other keys are passed over; {} for no changes."""
+        names = ("scale", "shift", "gamma", "noise", "blur")
+        fields = {name: augment[name] for name in names if name in augment}
+        fields |= {"window_prob": augment.get("hu_window", 0.0), "hu_window": hu_window}
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
 
 
 def base_window(kind: str, hu_window: tuple[float, float]) -> tuple[float, float]:
@@ -50,7 +72,7 @@ def random_window(
 
 
 def sample_intensity(
-    rng: np.random.Generator, num: int, kind: str, settings: ViewSettings
+    rng: np.random.Generator, num: int, kind: str, settings: IntensitySettings
 ) -> dict[str, Tensor]:
     """Draw the intensity changes of `num` views.
 

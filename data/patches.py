@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import product
 from typing import Any
 
 import numpy as np
@@ -17,8 +16,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data.intensity import apply_intensity, lower_resolution, sample_intensity
-from data.views import Size, sample_rotation, sampling_grid, view_matrix
+from data.geometry import (
+    CELLS,
+    EXACT,
+    Size,
+    covered_box,
+    interpolate_labels,
+    sample_rotation,
+    sampling_grid,
+    spline_field,
+    view_matrix,
+)
+from data.intensity import IntensitySettings, apply_intensity, lower_resolution, sample_intensity
 from utils.classes import IGNORE
 
 # How often a patch gets each change: nnU-Net's (Isensee et al. 2021, supplement 4), whose elastic
@@ -27,11 +36,9 @@ PROB_ROTATE = 0.2
 PROB_ZOOM = 0.2
 PROB_ELASTIC = 0.2
 PROB_LOW_RES = 0.25
-CELLS = 4  # of the elastic deformation's control grid, along each axis of a patch
 # Cubic B-splines whose control points move by less than 1/2.48 of a cell along each axis do not
 # fold (Choi and Lee 2000, "Injectivity conditions of 2D and 3D uniform cubic B-spline functions").
 MAX_ELASTIC = 0.4  # cells
-EXACT = 1e-5  # voxels; matrices that differ less from whole numbers copy voxels
 
 
 @dataclass(frozen=True)
@@ -44,24 +51,19 @@ class PatchSettings:
     stretch: float = 1.0
     elastic: float = 0.0
     flip: tuple[bool, bool, bool] = (False, False, False)
-    scale: float = 0.0
-    shift: float = 0.0
-    gamma: tuple[float, float] = (1.0, 1.0)
-    noise: float = 0.0
-    blur: float = 0.0
     low_res: float = 1.0
-    window_prob: float = 0.0  # augment.hu_window
-    hu_window: tuple[float, float] = (-1000.0, 1000.0)
+    intensity: IntensitySettings = IntensitySettings()
 
     @classmethod
     def from_config(
         cls, patch_size: Size, augment: Mapping[str, Any], hu_window: tuple[float, float]
     ) -> PatchSettings:
         """From the size, the augment section of the config ({}: no changes) and data.hu_window."""
-        fields = {key: tuple(v) if isinstance(v, list) else v for key, v in augment.items()}
-        fields.pop("mirror_pairs", None)  # of the classes, not of space
-        fields["window_prob"] = fields.pop("hu_window", 0.0)
-        return cls(patch_size=tuple(patch_size), hu_window=tuple(hu_window), **fields)
+        names = ("rotate", "zoom", "stretch", "elastic", "flip", "low_res")
+        fields = {key: augment[key] for key in names if key in augment}
+        fields = {key: tuple(v) if isinstance(v, list) else v for key, v in fields.items()}
+        intensity = IntensitySettings.from_config(augment, hu_window)
+        return cls(patch_size=tuple(patch_size), intensity=intensity, **fields)
 
 
 # ---------------------------------------------------------------------------------- sample
@@ -120,7 +122,7 @@ def sample_patch(
         "scale": torch.tensor(entry.scale, dtype=torch.float32),
         "offset": torch.tensor(entry.offset, dtype=torch.float32),
     }
-    intensity = sample_intensity(rng, 1, entry.kind, settings)
+    intensity = sample_intensity(rng, 1, entry.kind, settings.intensity)
     return start, end - start, params | {"intensity": intensity}
 
 
@@ -149,16 +151,6 @@ def sample_low_res(rng, through_plane: int, most: float) -> np.ndarray:
     if rng.random() < 0.5:
         factors[np.arange(3) != through_plane] = 1
     return np.float32(factors if rng.random() < PROB_LOW_RES else np.ones(3))
-
-
-def covered_box(matrix, displacement, size) -> tuple[np.ndarray, np.ndarray]:
-    """First voxel and end (3,) of the box with all voxels that the patch is interpolated from."""
-    corners = np.stack(np.meshgrid(*[(0, n - 1) for n in size], [1])).reshape(4, -1)
-    at = matrix @ corners
-    # a B-spline stays between the least and the largest of its control points
-    low = at.min(1) + displacement.min((1, 2, 3))
-    high = at.max(1) + displacement.max((1, 2, 3))
-    return np.floor(low + EXACT).astype(int), np.ceil(high - EXACT).astype(int) + 1
 
 
 # ---------------------------------------------------------------------------------- apply
@@ -233,45 +225,6 @@ def cut_patch(
     return image, interpolate_labels(labels, grid[0])
 
 
-def interpolate_labels(labels: Tensor, grid: Tensor) -> Tensor:
-    """The label that has most weight among the 8 voxels around each point, weighted as linear
-    interpolation does: the argmax of the interpolated one-hot labels, at a cost that does not grow
-    with their number. Balls of 10 voxels radius keep a Dice of 0.98, with nearest voxels 0.96.
-
-    Args:
-        labels: (X, Y, Z) uint8, two voxels or more along each axis.
-        grid: (x, y, z, 3) as `F.grid_sample(align_corners=True)` takes it; beyond -1..1 the border
-            is repeated.
-    """
-    last = torch.tensor(labels.shape, device=grid.device, dtype=torch.int32) - 1
-    at = (grid.flip(-1).flatten(0, 2) + 1) * (last / 2)
-    at = torch.minimum(at.clamp_(min=0), last.float())
-    first = torch.minimum(at.int(), last - 1)  # of the 8 voxels
-    steps = labels.shape[1] * labels.shape[2], labels.shape[2], 1
-    corner = sum(first[:, axis] * step for axis, step in enumerate(steps))
-    low = high = labels
-    for axis, n in enumerate(labels.shape):
-        low = torch.minimum(low.narrow(axis, 0, n - 1), low.narrow(axis, 1, n - 1))
-        high = torch.maximum(high.narrow(axis, 0, n - 1), high.narrow(axis, 1, n - 1))
-    mixed = F.pad(low != high, [0, 1] * 3).flatten()
-    labels = labels.flatten()
-    out = labels.index_select(0, corner)
-    where = mixed.index_select(0, corner).nonzero().flatten()  # elsewhere all 8 agree
-    corner = corner[where]
-    x, y, z = ((1 - part, part) for part in (at[where] - first[where]).unbind(1))
-    around, weights = [], []
-    for i, j, k in product((0, 1), repeat=3):
-        around.append(labels.index_select(0, corner + (i * steps[0] + j * steps[1] + k)))
-        weights.append(x[i] * y[j] * z[k])
-    best, most = around[0], torch.zeros_like(weights[0])
-    for one in around:
-        votes = sum((other == one) * w for other, w in zip(around, weights, strict=True))
-        best = torch.where(votes > most, one, best)
-        most = torch.maximum(votes, most)
-    out[where] = best
-    return out.view(grid.shape[:3])
-
-
 def _copy(source: Tensor, matrix: Tensor, size: Size, outside: float) -> Tensor:
     """The voxels that a matrix of 1, -1 and whole shifts shows."""
     out = source.new_full(size, outside)
@@ -285,19 +238,3 @@ def _copy(source: Tensor, matrix: Tensor, size: Size, outside: float) -> Tensor:
         flipped += [axis] * (sign < 0)
     out[tuple(into)] = source[tuple(take)]
     return out.flip(flipped) if flipped else out
-
-
-def spline_field(control: Tensor, size: Size) -> Tensor:
-    """Uniform cubic B-spline of control points (3, CELLS + 3, ...) over a patch: (3, *size)."""
-    for axis, spec in ((0, "xi,cijk->cxjk"), (1, "yj,cxjk->cxyk"), (2, "zk,cxyk->cxyz")):
-        control = torch.einsum(spec, spline_weights(size[axis], control.device), control)
-    return control
-
-
-def spline_weights(n: int, device: torch.device) -> Tensor:
-    """(n, CELLS + 3) weights of the control points at the voxels of one axis."""
-    at = (torch.arange(n, device=device) + 0.5) * (CELLS / n)  # cells from the patch's face
-    distance = (at[:, None] - torch.arange(-1, CELLS + 2, device=device)).abs()
-    near = 2 / 3 - distance**2 + distance**3 / 2
-    far = (2 - distance).clamp(min=0) ** 3 / 6
-    return torch.where(distance < 1, near, far)

@@ -10,8 +10,8 @@ from data.check import check_volumes, mask_labels
 from data.demo import make_demo
 from data.masks import mask_problems
 from utils import distributed
+from utils.checkpoint import hash_patients
 from utils.classes import Classes
-from utils.training import hash_patients
 
 DEMO = Path("demo_data")  # where the shipped YAML files point
 Parts = dict[str, list[Case]]  # "train", "val", "test"
@@ -89,7 +89,7 @@ def _split(cases: Sequence[Case], folds: dict[str, list[str]]) -> Parts:
 
 
 def seen_problems(cases: Sequence[Case], seen: Collection[str], by: str) -> list[Problem]:
-    """The rows of patients among the hashes (utils.training.hash_patients) that `by` has seen."""
+    """The rows of patients among the hashes (utils.checkpoint.hash_patients) that `by` has seen."""
     what = f"{by} has seen this patient in training or pre-training"
     return [
         Problem(

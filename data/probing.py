@@ -15,12 +15,13 @@ from tqdm import tqdm
 
 from data.cache import VolumeCache
 from data.cases import Case
-from data.datasets import fixed_view, window_starts
-from data.views import body_fraction
+from data.geometry import body_fraction
+from data.windows import fixed_view, window_starts
 from utils import distributed
+from utils.errors import NotFinite
 from utils.memory import in_parts
 from utils.probes import DenseProbe, label_probes
-from utils.training import NotFinite, autocast, refuse_not_finite
+from utils.training import autocast, refuse_not_finite
 
 PROBE_WINDOWS = 8  # windows of a volume that are looked at during training
 DENSE_WINDOWS = 4  # of each of probe.dense_cases volumes; more of each where there are fewer

@@ -18,15 +18,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.cases import Case
-from data.datasets import fixed_view
 from data.entry import CacheEntry
 from data.intensity import normalise
 from data.readers import VolumeError, read_volume
 from data.volume import spacing_of
+from data.windows import fixed_view
 from utils.classes import Classes
+from utils.errors import NotFinite
 from utils.memory import attempt
 from utils.sliding_window import Predict, window_slabs
-from utils.training import NotFinite
 
 MIXED = 255  # not the index of a class: neighbours disagree
 EDGE = 0.5 + 1e-3  # voxels that a volume reaches beyond the centres of its outermost voxels

@@ -14,9 +14,8 @@ from monai.data import MetaTensor
 from monai.transforms import Compose, MapTransform, Orientationd, Spacingd, SpatialCrop, Transform
 from scipy import ndimage
 
-from data.masks import check_mask_values, grid_difference
 from data.readers import VolumeError, read_volume
-from data.volume import spacing_of
+from data.volume import check_mask_values, grid_difference, spacing_of
 
 BLOCK = 4  # voxels; edge of the blocks on which the body is found
 MARGIN = 1  # blocks of air left around the body

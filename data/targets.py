@@ -13,6 +13,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from data.cases import Case, Problem
 
@@ -265,3 +267,25 @@ def _groups(items: Sequence[str], key) -> list[list[str]]:
 def _and(items: Sequence[str], quote: bool = True) -> str:
     items = [repr(item) if quote else item for item in items]
     return f"{', '.join(items[:-1])} and {items[-1]}"
+
+
+def label_tensors(targets: Targets, cases: Sequence[Case]) -> dict[str, Tensor]:
+    """{target: (N,) int64 class indices, -1 where missing; or float32 standardised numbers, nan
+    where missing}."""
+    labels = [targets.encode(case) for case in cases]
+    dtypes = {
+        name: torch.int64 if name in targets.classes else torch.float32 for name in targets.names
+    }
+    return {
+        name: torch.tensor([label[name] for label in labels], dtype=dtype)
+        for name, dtype in dtypes.items()
+    }
+
+
+def balance_weights(targets: Targets, cases: Sequence[Case], name: str) -> np.ndarray:
+    """(N,) how often to draw each case, relative to the others, so that the classes of a target
+    come equally often; cases without a label come as often as before."""
+    y = label_tensors(targets, cases)[name].numpy()
+    counts = np.bincount(y[y >= 0], minlength=len(targets.classes[name]))
+    labelled = counts.sum() / (len(counts) * np.maximum(counts, 1))
+    return np.where(y >= 0, labelled[y], 1.0)

@@ -6,23 +6,23 @@ Axes are (X, Y, Z) of the region. Voxel i is centred at i, so a region of n voxe
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from monai.data import Dataset
+from monai.transforms import Compose, Transform
 from torch import Tensor
 
-from data.intensity import apply_intensity, sample_intensity
+from data.datasets import Key
+from data.geometry import Size, body_fraction, sample_rotation, sampling_grid, view_matrix
+from data.intensity import IntensitySettings, apply_intensity, sample_intensity
 
 NUM_GLOBAL = 2
-BODY_BLOCK = 8  # voxels along each side of a block of the cache's body map
 MAX_TRIES = 10  # for a region, and for each view, that holds enough body
-THICK_SLICES = 3.0  # slices thicker than this many pixels are turned only in their own plane
-
-Size = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -39,13 +39,7 @@ class ViewSettings:
     min_body: float = 0.0
     flip: tuple[bool, bool, bool] = (False, False, False)
     rotate: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    scale: float = 0.0
-    shift: float = 0.0
-    gamma: tuple[float, float] = (1.0, 1.0)
-    noise: float = 0.0
-    blur: float = 0.0
-    window_prob: float = 0.0  # augment.hu_window
-    hu_window: tuple[float, float] = (-1000.0, 1000.0)
+    intensity: IntensitySettings = IntensitySettings()
 
     @classmethod
     def from_config(
@@ -53,9 +47,9 @@ class ViewSettings:
     ) -> ViewSettings:
         """From the two sections of the config and data.hu_window."""
         fields = {key: value for key, value in crops.items() if key != "regions_per_case"}
-        fields |= {key: value for key, value in augment.items() if key != "hu_window"}
-        fields |= {"window_prob": augment["hu_window"], "hu_window": hu_window}
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+        fields |= {key: augment[key] for key in ("flip", "rotate")}
+        fields = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+        return cls(intensity=IntensitySettings.from_config(augment, hu_window), **fields)
 
 
 def sample_region(
@@ -106,7 +100,7 @@ def sample_views(
             degrees = sample_rotation(rng, entry, settings.rotate)
             matrices[v] = view_matrix(size, fov, centre, flips, degrees, entry.spacing)
         views[name] = {"matrix": torch.from_numpy(matrices), "body": torch.from_numpy(body)}
-        views[name] |= sample_intensity(rng, num, entry.kind, settings)
+        views[name] |= sample_intensity(rng, num, entry.kind, settings.intensity)
     return views
 
 
@@ -132,42 +126,6 @@ def sample_centre(rng, fov, body, start, shape, min_body: float) -> tuple[np.nda
     return centre, best
 
 
-def sample_rotation(rng, entry, limits) -> np.ndarray:
-    """Angles about x, y, z in degrees; thick slices turn only about their normal."""
-    degrees = rng.uniform(-1, 1, 3) * limits
-    in_plane = np.delete(entry.slice_spacing, entry.through_plane).mean()
-    if entry.slice_spacing[entry.through_plane] > THICK_SLICES * in_plane:
-        degrees[np.arange(3) != entry.through_plane] = 0
-    return degrees
-
-
-def view_matrix(size, fov, centre, flips, degrees, spacing) -> np.ndarray:
-    """(3, 4) from output voxels to region voxels: the box of `fov` voxels about `centre`, flipped,
-    then turned in mm by Rz Ry Rx."""
-    turn = np.eye(3)
-    for axis, angle in enumerate(np.deg2rad(degrees)):
-        one, two = (axis + 1) % 3, (axis + 2) % 3
-        about_axis = np.eye(3)
-        about_axis[[one, two], [one, two]] = np.cos(angle)
-        about_axis[one, two], about_axis[two, one] = -np.sin(angle), np.sin(angle)
-        turn = about_axis @ turn
-    spacing, size = np.asarray(spacing, float), np.asarray(size, float)
-    linear = turn * (np.asarray(flips) * spacing * fov / size) / spacing[:, None]
-    return np.column_stack([linear, centre - linear @ ((size - 1) / 2)])
-
-
-def body_fraction(body: np.ndarray, low: np.ndarray, high: np.ndarray) -> float:
-    """Fraction of body (0..1) in the box low..high, in voxels from the volume's outer face."""
-    first = np.floor(low / BODY_BLOCK).astype(int)
-    last = np.minimum(np.ceil(high / BODY_BLOCK).astype(int), body.shape)
-    blocks = body[tuple(slice(a, b) for a, b in zip(first, last, strict=True))] / 255.0
-    for axis in (2, 1, 0):  # mean over the last axis, weighted by how much of each block is inside
-        edges = np.arange(first[axis], last[axis] + 1) * BODY_BLOCK
-        overlap = np.diff(np.clip(edges, low[axis], high[axis]))
-        blocks = blocks @ (overlap / overlap.sum())
-    return float(blocks)
-
-
 def apply_views(
     regions: Tensor, scale: Tensor, offset: Tensor, params: Mapping[str, Tensor], size: Size
 ) -> Tensor:
@@ -190,21 +148,58 @@ def apply_views(
         return apply_intensity(x, scale.cpu().repeat(num), offset.cpu().repeat(num), flat)
 
 
-def sampling_grid(matrix: Tensor, size: Size, shape: Size) -> Tensor:
-    """Matrices (B, V, 3, 4) -> grid (B, V * x, y, z, 3) of F.grid_sample(align_corners=True).
+class ReadRegiond(Transform):
+    """{"entry", "rng"} -> adds region (1, *region_size) int16, scale, offset, start, shape."""
 
-    The views of a case follow each other along the first axis, so that one call cuts them all
-    without repeating the region.
+    def __init__(self, settings: ViewSettings):
+        self.settings = settings
+
+    def __call__(self, data: dict[str, Any]) -> dict[str, Any]:
+        entry = data["entry"]
+        start, shape = sample_region(data["rng"], entry, self.settings)
+        region = entry.read_region(start, shape)
+        # Repeating the last voxels is what the views' resampling does outside a region, so the
+        # volume's upper and lower ends look the same and the padding never shows as a dark wedge.
+        widths = [(0, n - m) for n, m in zip(self.settings.region_size, shape, strict=True)]
+        region = np.pad(region, [(0, 0), *widths], mode="edge")
+        return data | {
+            "region": torch.from_numpy(np.ascontiguousarray(region)),
+            "scale": torch.tensor(entry.scale, dtype=torch.float32),
+            "offset": torch.tensor(entry.offset, dtype=torch.float32),
+            "start": start,
+            "shape": shape,
+        }
+
+
+class SampleViewsd(Transform):
+    """Adds "global" and "local": the parameters of the region's views (see `sample_views`)."""
+
+    def __init__(self, settings: ViewSettings):
+        self.settings = settings
+
+    def __call__(self, data: dict[str, Any]) -> dict[str, Any]:
+        views = sample_views(
+            data["rng"], data["entry"], data["start"], data["shape"], self.settings
+        )
+        return data | views
+
+
+class RegionDataset(Dataset):
+    """One region of a case and its view parameters per (epoch, index, draw) key.
+
+    Items: region (1, *region_size) int16; scale, offset (value = stored * scale + offset); global
+    and local (see `sample_views`); index of the case; key. They are a function of seed and key
+    alone. Raises what cache.get raises for a case that cannot be read.
     """
-    # grid_sample wants -1..1 between the centres of the first and last voxel, and the axes z, y, x
-    steps = torch.tensor([max(n - 1, 1) for n in shape], device=matrix.device)
-    matrix = matrix * (2.0 / steps)[:, None]
-    matrix[..., 3] -= 1
-    matrix = matrix.flip(2)
-    x, y, z = (torch.arange(n, device=matrix.device, dtype=matrix.dtype) for n in size)
-    along_x = matrix[:, :, None, :, 0] * x[:, None] + matrix[:, :, None, :, 3]  # (B, V, x, 3)
-    along_yz = (  # (B, V, y, z, 3)
-        matrix[:, :, None, None, :, 1] * y[:, None, None]
-        + matrix[:, :, None, None, :, 2] * z[:, None]
-    )
-    return (along_x[:, :, :, None, None] + along_yz[:, :, None]).flatten(1, 2)
+
+    def __init__(self, cases: Sequence[Any], cache: Any, settings: ViewSettings, seed: int):
+        super().__init__(cases, Compose([ReadRegiond(settings), SampleViewsd(settings)]))
+        self.cache = cache
+        self.seed = seed
+
+    def __getitem__(self, key: Key) -> dict[str, Any]:
+        epoch, index, draw = key
+        rng = np.random.Generator(np.random.PCG64([self.seed, epoch, index, draw]))
+        item = self.transform({"entry": self.cache.get(self.data[index]), "rng": rng})
+        kept = {name: item[name] for name in ("region", "scale", "offset", "global", "local")}
+        return kept | {"index": index, "key": torch.tensor(key)}

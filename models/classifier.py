@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from models.common import parameter_groups
 from models.dino import POOLINGS
 from models.unet import BatchStatisticsNorm
 from utils.distributed import all_reduce
-from utils.training import parameter_groups
 
 
 class RunningNorm(nn.Module):

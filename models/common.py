@@ -71,3 +71,12 @@ def _statistics_kept(norms):
     finally:
         for norm, momentum, count in before:
             norm.momentum, norm.num_batches_tracked = momentum, count
+
+
+def parameter_groups(model: nn.Module) -> list[dict]:
+    """All trainable parameters; biases and other vectors (norms, scalars) without weight decay."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.ndim > 1], "decay": True},
+        {"params": [p for p in parameters if p.ndim <= 1], "decay": False, "weight_decay": 0.0},
+    ]

@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from monai.losses import DiceLoss
 from torch import nn
 
+from models.common import parameter_groups
 from models.unet import BatchStatisticsNorm
 from utils.classes import IGNORE
-from utils.training import parameter_groups
 from utils.weight_match import ENCODERS
 
 # Background is one class of the softmax, of the cross-entropy and of the argmax. Dice, in the loss

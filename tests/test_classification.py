@@ -15,8 +15,7 @@ from models.backbones import build_backbone
 from tests import small_classification as small
 from tests.conftest import CANARY, ROOT, equal, read_cases, without_times, write_cases
 from utils import checkpoint
-from utils.checkpoint import CheckpointError
-from utils.training import hash_patients
+from utils.checkpoint import CheckpointError, hash_patients
 
 
 @pytest.fixture(scope="module")

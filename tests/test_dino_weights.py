@@ -11,8 +11,7 @@ import dino
 from models.backbones import build_backbone
 from tests.conftest import ROOT, SMALL, equal
 from utils import checkpoint
-from utils.checkpoint import CheckpointError
-from utils.training import hash_patients
+from utils.checkpoint import CheckpointError, hash_patients
 from utils.weights import WeightsError, load_backbone
 
 SIZES = {"features": (4, 8, 8), "blocks": (1, 1, 1)}  # as in SMALL

@@ -6,15 +6,18 @@ renamed. torch.save stores a CRC-32 of every record, which torch.load ignores an
 
 import contextlib
 import errno
+import hashlib
 import os
 import shutil
+import unicodedata
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from utils import weight_files
-from utils.files import InputError, RunError
+from utils.errors import InputError, RunError
 from utils.weight_files import WeightsError
 
 FORMAT = 1
@@ -206,3 +209,9 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def hash_patients(patients: Iterable[str]) -> list[str]:
+    """Sorted hashes by which a checkpoint remembers whom it saw without holding PatientIDs."""
+    names = {unicodedata.normalize("NFKC", patient) for patient in patients}
+    return sorted(hashlib.sha256(name.encode()).hexdigest()[:16] for name in names)

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from utils.config import nearest
+from utils.errors import nearest
 
 IGNORE = 255  # index of voxels that count neither in a loss nor in a metric
 MAX_VALUE = 32767  # masks are kept as int16

@@ -9,7 +9,6 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
-from difflib import SequenceMatcher
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -18,7 +17,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from utils import strict_yaml
-from utils.files import InputError, read_text
+from utils.errors import InputError, nearest
+from utils.files import read_text
 
 Schema = TypeVar("Schema", bound=BaseModel)
 # {dotted key: value} of values that are valid by themselves -> [(key, what is wrong)]
@@ -257,18 +257,6 @@ def _explain(error: Mapping[str, Any], known: list[str]) -> str:
 def _unknown(key: str, known: list[str]) -> str:
     near = nearest(key, known)
     return f"unknown key; nearest: {near}" if near else "unknown key"
-
-
-def nearest(word: str, choices: list[str]) -> str | None:
-    """The choice most like `word`, or like its last dotted part; None where none is close."""
-
-    def likeness(choice: str) -> tuple[float, float]:
-        pairs = [(word, choice), (word.rpartition(".")[2], choice.rpartition(".")[2])]
-        ratios = [SequenceMatcher(None, a.lower(), b.lower()).ratio() for a, b in pairs]
-        return max(ratios), ratios[0]
-
-    best = max(choices, key=likeness, default=None)
-    return best if best is not None and likeness(best)[0] >= 0.6 else None
 
 
 # ---- help and the resolved config

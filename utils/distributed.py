@@ -70,11 +70,6 @@ def all_reduce(tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
     return tensor / world_size() if op == "mean" else tensor
 
 
-def any_rank(flag: bool) -> bool:
-    """Whether the flag is set on any rank."""
-    return flag if world_size() == 1 else any(gather_objects(flag))
-
-
 def gather_objects(value) -> list:
     """The value of every rank, in rank order, on every rank. Values must be picklable and small."""
     if world_size() == 1:

@@ -5,14 +5,6 @@ import re
 from pathlib import Path
 
 
-class InputError(ValueError):
-    """What the user gave cannot be used; the message is meant for them: which file, and why."""
-
-
-class RunError(RuntimeError):
-    """What ends a run that had begun; the message is meant for the user: why, and what to do."""
-
-
 def read_text(path: str | Path) -> str:
     """The text of a UTF-8 file, with or without a byte-order mark.
 

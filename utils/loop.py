@@ -7,8 +7,10 @@ at least `loss`, `grad_norm` and `ok`, whether the step counted.
 
 import itertools
 import json
+import math
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,12 +22,12 @@ from tqdm import tqdm
 from utils import checkpoint, distributed
 from utils.checkpoint import FULL
 from utils.config import save_resolved
-from utils.files import InputError, RunError
+from utils.errors import InputError, RunError
 from utils.memory import explained
 from utils.report import write_training_report
 from utils.runlog import RunLog
+from utils.signals import Stopped, StopSignal, end_workers
 from utils.state import State, check_space, report_skipped, save
-from utils.training import Averages, Stopped, StopSignal, Stopwatch, end_workers
 from utils.weights import LoadReport
 
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_STOPPED = 1, 2, 75
@@ -187,3 +189,41 @@ def _exit_code(main: Callable[[list[str]], int]) -> int:
     finally:
         distributed.teardown()
         end_workers()
+
+
+class Averages:
+    """Running means of named numbers. `state` is JSON: a resumed epoch averages as if whole.
+
+    A number that is not finite is left out: some are undefined for some batches.
+    """
+
+    def __init__(self, state: dict | None = None):
+        self.state = dict(state or {})
+
+    def add(self, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            if math.isfinite(value):
+                total, count = self.state.get(name, (0.0, 0))
+                self.state[name] = (total + value, count + 1)
+
+    def means(self) -> dict[str, float]:
+        return {name: total / count for name, (total, count) in self.state.items() if count}
+
+
+class Stopwatch:
+    """Seconds spent in named parts of the loop; `lap` books the time since the last call."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+        self.last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self.last
+        self.last = now
+
+    def share(self, name: str) -> float:
+        return self.seconds.get(name, 0.0) / max(sum(self.seconds.values()), 1e-9)
+
+    def total(self) -> float:
+        return sum(self.seconds.values())

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from utils.files import RunError
+from utils.errors import RunError
 
 
 def attempt(function: Callable, *args):

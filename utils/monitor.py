@@ -39,13 +39,6 @@ def feature_std(features: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def between_sample_spread(features: torch.Tensor) -> torch.Tensor:
-    """Standard deviation between samples over mean magnitude, of (N, D) pooled features."""
-    features = features.float()
-    return features.std(dim=0).mean() / features.abs().mean().clamp(min=1e-12)
-
-
-@torch.no_grad()
 def rankme(features: torch.Tensor) -> float:
     """Effective rank: exp of the entropy of the normalised singular values (Garrido et al. 2023).
 

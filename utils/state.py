@@ -14,8 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from utils import checkpoint, distributed
 from utils.checkpoint import CheckpointError
 from utils.config import environment
-from utils.files import InputError, RunError
-from utils.training import rng_state, set_rng_state
+from utils.errors import InputError, RunError
 
 PROGRESS = (
     "step epoch steps_per_epoch averages select_by best best_epoch bad_steps first warnings".split()
@@ -205,3 +204,17 @@ def report_skipped(state: State, numbers: dict, batches: list[dict], cases, cfg,
             f"{state.bad_steps} steps in a row were not finite. The last checkpoint is intact; try "
             "a lower learning_rate, clip_grad=1 or precision=fp32, and look at the patients named"
         )
+
+
+def rng_state() -> dict:
+    """State of the generators that training draws from on this rank, as tensors."""
+    state = {"torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_rng_state(state: dict) -> None:
+    torch.set_rng_state(state["torch"].cpu())
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"].cpu())

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from utils.files import InputError
+from utils.errors import InputError
 
 NUMBERS = "bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64".split()
 NOT_WEIGHTS = {  # first bytes -> what the file is and what to do

@@ -19,7 +19,7 @@ from data.cache import VolumeCache, fingerprint
 from data.cases import Case
 from data.readers import VolumeError
 from data.standard import StandardForm, standard_transform
-from utils.files import InputError
+from utils.errors import InputError
 
 FORM = StandardForm(None, modality="MR")
 

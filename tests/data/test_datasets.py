@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from data.datasets import EpochSampler, RegionDataset, fixed_view, make_loader, window_starts
-from data.views import ViewSettings
+from data.datasets import EpochSampler, make_loader
+from data.intensity import IntensitySettings
+from data.views import RegionDataset, ViewSettings
+from data.windows import fixed_view, window_starts
 from tests.data.test_views import FakeEntry
 
 SETTINGS = ViewSettings(
@@ -18,9 +20,7 @@ SETTINGS = ViewSettings(
     aspect=1.3,
     flip=(True, True, True),
     rotate=(15, 15, 15),
-    scale=0.2,
-    noise=0.05,
-    window_prob=0.3,
+    intensity=IntensitySettings(scale=0.2, noise=0.05, window_prob=0.3),
 )
 
 

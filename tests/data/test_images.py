@@ -11,35 +11,26 @@ import torch
 from data.cache import VolumeCache
 from data.cases import Case
 from data.datasets import EpochSampler, make_loader
-from data.images import (
-    PLAIN,
-    ImageDataset,
-    ImageSettings,
-    balance_weights,
-    collate,
-    cut_images,
-    label_tensors,
-    placements,
-)
-from data.standard import StandardForm, spacing_of, standard_transform
-from data.targets import Targets
+from data.images import PLAIN, ImageDataset, ImageSettings, collate, cut_images, placements
+from data.intensity import IntensitySettings
+from data.standard import StandardForm, standard_transform
+from data.targets import Targets, balance_weights, label_tensors
+from data.volume import spacing_of
 from tests.data.test_standard import AFFINES
 from tests.data.test_views import FakeEntry
 
 SIZE = (16, 12, 10)
-FIXED = ImageSettings(SIZE, hu_window=(-2000.0, 2000.0))
+WIDE = IntensitySettings(hu_window=(-2000.0, 2000.0))
+FIXED = ImageSettings(SIZE, WIDE)
 RANDOM = replace(
     FIXED,
     flip=(True, True, True),
     rotate=(15, 15, 15),
     zoom=(0.8, 1.25),
     translate=0.1,
-    scale=0.2,
-    shift=0.1,
-    gamma=(0.7, 1.5),
-    noise=0.05,
-    blur=1.0,
-    window_prob=0.3,
+    intensity=replace(
+        WIDE, scale=0.2, shift=0.1, gamma=(0.7, 1.5), noise=0.05, blur=1.0, window_prob=0.3
+    ),
 )
 SHAPES = [(21, 15, 13), (9, 30, 10), (16, 12, 10), (40, 7, 33)]  # some smaller than the image
 

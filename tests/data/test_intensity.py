@@ -1,7 +1,5 @@
 """Intensity changes against their formulas."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -14,6 +12,7 @@ from data.intensity import (
     PROB_GAMMA,
     PROB_NOISE,
     SOFT_TISSUE_HU,
+    IntensitySettings,
     apply_intensity,
     blur,
     lower_resolution,
@@ -21,21 +20,9 @@ from data.intensity import (
     random_window,
     sample_intensity,
 )
-from data.views import ViewSettings
 
-SETTINGS = ViewSettings(
-    region_size=(32, 32, 32),
-    global_size=(16, 16, 16),
-    global_zoom=(1, 1),
-    num_local=0,
-    local_size=(8, 8, 8),
-    local_zoom=(1, 1),
-    scale=0.2,
-    shift=0.1,
-    gamma=(0.5, 2.0),
-    noise=0.05,
-    blur=1.0,
-    window_prob=0.3,
+SETTINGS = IntensitySettings(
+    scale=0.2, shift=0.1, gamma=(0.5, 2.0), noise=0.05, blur=1.0, window_prob=0.3
 )
 UNCHANGED = {"gamma": 1.0, "scale": 1.0, "shift": 0.0, "blur": 0.0, "noise": 0.0}
 
@@ -137,9 +124,7 @@ def test_changes_are_drawn_as_often_and_as_large_as_stated():
 def test_only_ct_has_random_windows_and_zeros_switch_all_changes_off():
     drawn = sample_intensity(np.random.default_rng(0), 50, "other", SETTINGS)
     assert (drawn["window"] == torch.tensor([0.0, 1.0])).all()
-    off = replace(SETTINGS, scale=0.0, shift=0.0, gamma=(1.0, 1.0))
-    off = replace(off, noise=0.0, blur=0.0, window_prob=0.0)
-    drawn = sample_intensity(np.random.default_rng(0), 50, "CT", off)
+    drawn = sample_intensity(np.random.default_rng(0), 50, "CT", IntensitySettings())
     for name, value in UNCHANGED.items():
         assert (drawn[name] == value).all(), name
     assert (drawn["window"] == torch.tensor([-1000.0, 1000.0])).all()

@@ -12,21 +12,15 @@ from scipy.ndimage import map_coordinates
 
 from data import patches
 from data.datasets import EpochSampler, make_loader
-from data.patches import (
-    CELLS,
-    PatchSettings,
-    apply_patches,
-    cut_patch,
-    interpolate_labels,
-    sample_patch,
-    spline_field,
-)
+from data.geometry import CELLS, interpolate_labels, spline_field
+from data.intensity import IntensitySettings
+from data.patches import PatchSettings, apply_patches, cut_patch, sample_patch
 from data.segmentation import PatchDataset, collate_patches, sample_foreground
 from tests.data.test_views import FakeEntry, output_voxels
 from utils.classes import IGNORE, Classes
 
 CLASSES = Classes.from_config({"one": 3, "two": [7, 8], "left": 20, "right": 21}, [9])
-PLAIN = PatchSettings((16, 14, 12), hu_window=(-1000.0, 1000.0))
+PLAIN = PatchSettings((16, 14, 12))
 SPATIAL = replace(
     PLAIN,
     rotate=(30.0, 30.0, 30.0),
@@ -35,7 +29,8 @@ SPATIAL = replace(
     elastic=6.0,
     flip=(True, True, True),
 )
-FULL = replace(SPATIAL, scale=0.2, shift=0.1, gamma=(0.7, 1.5), noise=0.05, blur=1.0, low_res=3.0)
+CHANGES = IntensitySettings(scale=0.2, shift=0.1, gamma=(0.7, 1.5), noise=0.05, blur=1.0)
+FULL = replace(SPATIAL, low_res=3.0, intensity=CHANGES)
 
 
 class Labelled(FakeEntry):
@@ -156,7 +151,7 @@ def test_values_linear_in_position_follow_the_sampled_transform(always, spacing)
     shape, slopes = (48, 44, 40), np.array([21, -17, 13])
     voxels = np.int16(output_voxels(shape) @ slopes)
     entry = Labelled(voxels, np.zeros(shape), spacing=spacing)
-    wide = replace(SPATIAL, hu_window=(-2000.0, 2000.0))
+    wide = replace(SPATIAL, intensity=IntensitySettings(hu_window=(-2000.0, 2000.0)))
     spline_x, spline_y, spline_z = (reference_weights(n) for n in wide.patch_size)
     checked = 0
     for i in range(20):
@@ -365,7 +360,9 @@ def test_settings_from_the_config():
     augment |= {"hu_window": 0.3, "zoom": [0.9, 1.1], "low_res": 2.0}
     got = PatchSettings.from_config([8, 8, 8], augment, [-100, 200])
     want = PatchSettings((8, 8, 8), rotate=(1, 2, 3), zoom=(0.9, 1.1), flip=(True, False, False))
-    assert got == replace(want, low_res=2.0, window_prob=0.3, hu_window=(-100, 200))
+    assert got == replace(
+        want, low_res=2.0, intensity=IntensitySettings(window_prob=0.3, hu_window=(-100, 200))
+    )
     assert PatchSettings.from_config((8, 8, 8), {}, (-100, 200)).flip == (False,) * 3
 
 

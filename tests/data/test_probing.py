@@ -8,9 +8,9 @@ import torch
 
 from data import probing
 from data.cases import Case
-from data.datasets import fixed_view
+from data.windows import fixed_view
 from tests.data.test_views import FakeEntry
-from utils.training import Stopped
+from utils.signals import Stopped
 
 SIZE = (16, 16, 16)
 HU_WINDOW = (-1000.0, 1000.0)

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from data.readers import VolumeError
-from data.standard import STEPS, StandardForm, find_body, spacing_of, standard_transform
+from data.standard import STEPS, StandardForm, find_body, standard_transform
+from data.volume import spacing_of
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"no real data at {SHARED}")

@@ -11,16 +11,11 @@ import yaml
 from scipy.ndimage import map_coordinates
 from scipy.spatial.transform import Rotation
 
-from data.views import (
-    ViewSettings,
-    apply_views,
-    body_fraction,
-    sample_fov,
-    sample_region,
-    sample_views,
-    view_matrix,
-)
+from data.geometry import body_fraction, view_matrix
+from data.intensity import IntensitySettings
+from data.views import ViewSettings, apply_views, sample_fov, sample_region, sample_views
 
+WIDE = IntensitySettings(hu_window=(-2000.0, 2000.0))
 PLAIN = ViewSettings(
     region_size=(32, 32, 32),
     global_size=(16, 16, 16),
@@ -28,7 +23,7 @@ PLAIN = ViewSettings(
     num_local=4,
     local_size=(8, 8, 8),
     local_zoom=(0.4, 1.0),
-    hu_window=(-2000.0, 2000.0),
+    intensity=WIDE,
 )
 
 
@@ -149,7 +144,7 @@ def test_views_agree_with_scipy_also_outside_the_region():
 def test_views_come_view_by_view_and_do_not_depend_on_the_batch():
     rng = np.random.default_rng(2)
     entries = [FakeEntry(rng.integers(-900, 900, (32, 32, 32), dtype=np.int16)) for _ in range(3)]
-    settings = replace(PLAIN, noise=0.1, blur=1.0, gamma=(0.5, 2))
+    settings = replace(PLAIN, intensity=replace(WIDE, noise=0.1, blur=1.0, gamma=(0.5, 2)))
     start, shape = np.zeros(3, int), np.array([32] * 3)
     drawn = [
         sample_views(np.random.default_rng(i), e, start, shape, settings)["local"]
@@ -273,7 +268,9 @@ def test_settings_cover_the_shipped_config():
     config = yaml.safe_load((Path(__file__).parents[2] / "dino_config.yaml").read_text())
     window = tuple(config["data"]["hu_window"])
     settings = ViewSettings.from_config(config["crops"], config["augment"], window)
-    assert settings.window_prob == config["augment"]["hu_window"] and settings.hu_window == window
+    intensity = settings.intensity
+    assert intensity.window_prob == config["augment"]["hu_window"]
+    assert intensity.hu_window == window and intensity.blur == config["augment"]["blur"]
     assert settings.global_size == tuple(config["crops"]["global_size"])
     with pytest.raises(TypeError, match="zooom"):
         ViewSettings.from_config({**config["crops"], "zooom": 1}, config["augment"], window)
@@ -283,7 +280,7 @@ def test_settings_cover_the_shipped_config():
 def test_views_on_the_gpu_are_those_of_the_cpu():
     rng = np.random.default_rng(0)
     entry = FakeEntry(rng.integers(-900, 900, (32, 32, 32), dtype=np.int16))
-    settings = replace(PLAIN, rotate=(15,) * 3, blur=1.0, gamma=(0.5, 2))
+    settings = replace(PLAIN, rotate=(15,) * 3, intensity=replace(WIDE, blur=1.0, gamma=(0.5, 2)))
     views = sample_views(rng, entry, np.zeros(3, int), np.array([32] * 3), settings)["global"]
     params = {k: p[None] for k, p in views.items()}
     region, one = torch.from_numpy(entry.voxels[None, None]), torch.ones(1)

@@ -21,7 +21,7 @@ from tests.faults.checkpoint_damage import FOREIGN, Damage, change, cut, flip_in
 from tests.faults.frame import LOST, NAMED, RIGHT, WRONG, Fault, Group, Outcome, judge
 from utils import checkpoint
 from utils.checkpoint import FORMAT, CheckpointError
-from utils.files import RunError
+from utils.errors import RunError
 
 NAMES = ("last.pt", "previous.pt")
 

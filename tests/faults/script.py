@@ -156,7 +156,7 @@ def save_in_place() -> None:
 
 
 def ignore_signals() -> None:
-    from utils.training import StopSignal
+    from utils.signals import StopSignal
 
     StopSignal._remember = lambda self, number, frame: None
 
@@ -186,9 +186,9 @@ def hang_in_a_read() -> None:
     """Each worker in the third item of the second epoch, as on a network disk that is gone."""
     from torch.utils.data import get_worker_info
 
-    from data.datasets import RegionDataset
     from data.images import ImageDataset
     from data.segmentation import PatchDataset
+    from data.views import RegionDataset
 
     patience()
     read = []

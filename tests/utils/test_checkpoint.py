@@ -7,7 +7,7 @@ import torch
 
 from utils import checkpoint
 from utils.checkpoint import CheckpointError
-from utils.files import RunError
+from utils.errors import RunError
 
 
 def state(step):

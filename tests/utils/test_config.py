@@ -10,12 +10,12 @@ from utils import strict_yaml
 from utils.config import (
     ConfigError,
     help_text,
-    nearest,
     parse_command_line,
     read_yaml,
     save_resolved,
     schema_keys,
 )
+from utils.errors import nearest
 from utils.schema_dino import DinoConfig, impossible_dino
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from utils.files import RunError
+from utils.errors import RunError
 from utils.memory import explained, in_parts
 
 

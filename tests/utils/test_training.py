@@ -8,35 +8,39 @@ import pytest
 import torch
 from torch import nn
 
-from utils import training
-from utils.training import Averages, Stopped, StopSignal, Stopwatch
+from models.common import parameter_groups
+from utils.checkpoint import hash_patients
+from utils.loop import Averages, Stopwatch
+from utils.signals import Stopped, StopSignal
+from utils.state import rng_state, set_rng_state
+from utils.training import seed_everything
 
 
 def test_the_seed_fixes_all_generators():
     draws = []
     for _ in range(2):
-        training.seed_everything(2**32 - 1)
+        seed_everything(2**32 - 1)
         draws.append((random.random(), np.random.rand(), torch.rand(1).item()))
     assert draws[0] == draws[1]
 
 
 def test_random_state_comes_back():
-    state = training.rng_state()
+    state = rng_state()
     one = torch.rand(3)
-    training.set_rng_state(state)
+    set_rng_state(state)
     assert torch.equal(torch.rand(3), one)
 
 
 def test_hashes_tell_patients_apart_without_naming_them():
-    hashes = training.hash_patients(["Ann", "Bob", "Ann"])
-    assert len(hashes) == 2 and hashes == training.hash_patients(["Bob", "Ann"])
+    hashes = hash_patients(["Ann", "Bob", "Ann"])
+    assert len(hashes) == 2 and hashes == hash_patients(["Bob", "Ann"])
     assert not {"Ann", "Bob"} & set(hashes)
 
 
 def test_vectors_get_no_weight_decay():
     model = nn.Sequential(nn.Conv3d(1, 2, 3), nn.BatchNorm3d(2), nn.Linear(2, 2))
     model[2].requires_grad_(False)
-    decayed, others = training.parameter_groups(model)
+    decayed, others = parameter_groups(model)
     assert [p.shape for p in decayed["params"]] == [model[0].weight.shape]
     assert len(others["params"]) == 3 and others["weight_decay"] == 0
 

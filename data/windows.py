@@ -1,0 +1,30 @@
+"""Fixed windows of a cached volume, as a frozen network sees them."""
+
+from collections.abc import Sequence
+from itertools import product
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.geometry import Size
+from data.intensity import normalise
+
+
+def window_starts(shape: Sequence[int], size: Sequence[int]) -> list[Size]:
+    """First voxels of windows that tile a volume: side by side, the last one at its end."""
+    along = []
+    for n, s in zip(shape, size, strict=True):
+        along.append([*range(0, max(n - s, 0), s), max(n - s, 0)])
+    return list(product(*along))
+
+
+def fixed_view(
+    entry: Any, start: Sequence[int], size: Sequence[int], hu_window: tuple[float, float]
+) -> Tensor:
+    """A window of a cached volume as model input, (1, *size) float32 in 0..1; air past its end."""
+    region = entry.read_region(start, size)
+    widths = [(0, n - m) for n, m in zip(size, region.shape[1:], strict=True)]
+    region = np.pad(region, [(0, 0), *widths], constant_values=entry.background)
+    return normalise(torch.from_numpy(region), entry.scale, entry.offset, entry.kind, hu_window)
