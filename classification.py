@@ -20,13 +20,19 @@ from torch.nn.parallel import DistributedDataParallel
 
 from data.cache import VolumeCache
 from data.cases import CasesError, format_problems
-from data.control import Control
-from data.datasets import EpochSampler, make_loader
-from data.folds import load_to_train, rotations, split
-from data.images import PLAIN, ImageDataset, ImageSettings, collate, cut_images, standard_form
-from data.predicting import Tested, average, control_features_of, load_to_test, open_tested, predict
-from data.prepare import refuse_seen
-from data.targets import Targets, balance_weights, label_tensors
+from data.inference.control import Control
+from data.inference.predicting import (
+    Tested,
+    average,
+    control_features_of,
+    load_to_test,
+    open_tested,
+    predict,
+)
+from data.loading import EpochSampler, make_loader
+from data.prepare.load import load_to_train, refuse_seen, rotations, split
+from data.prepare.targets import Targets, balance_weights, label_tensors
+from data.views.images import PLAIN, ImageDataset, ImageSettings, collate, cut_images, standard_form
 from models.backbones import from_config
 from models.classifier import Classifier, label_losses, label_weights, optimizer_groups
 from utils import checkpoint, distributed, schedules

@@ -20,11 +20,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from data.cache import VolumeCache
 from data.cases import format_problems
-from data.datasets import EpochSampler, make_loader
-from data.prepare import load_cases
-from data.probing import feature_maps, probe, write_embeddings
+from data.inference.probing import feature_maps, probe, write_embeddings
+from data.loading import EpochSampler, make_loader
+from data.prepare.load import load_cases
 from data.standard import StandardForm
-from data.views import NUM_GLOBAL, RegionDataset, ViewSettings, apply_views
+from data.views.crops import NUM_GLOBAL, RegionDataset, ViewSettings, apply_views
 from models.common import parameter_groups
 from models.dino import build_network, random_masks, update_teacher
 from models.losses import TeacherTargets, dino_loss, koleo_loss, patch_loss

@@ -24,15 +24,14 @@ from tqdm import tqdm
 
 from data.cache import VolumeCache
 from data.cases import Case, format_problems
-from data.check import mask_labels
-from data.datasets import EpochSampler, make_loader
-from data.masks import mask_notices
-from data.patches import PatchSettings, apply_patches
-from data.prepare import load_cases, refuse_seen
+from data.inference.restore import predict_case, read_picture, read_truth, write_prediction
+from data.loading import EpochSampler, make_loader
+from data.prepare.check import mask_labels
+from data.prepare.load import load_cases, refuse_seen
+from data.prepare.masks import mask_notices
 from data.readers import read_volume
-from data.restore import predict_case, read_picture, read_truth, write_prediction
-from data.segmentation import PatchDataset, collate_patches
 from data.standard import StandardForm
+from data.views.patches import PatchDataset, PatchSettings, apply_patches, collate_patches
 from data.volume import spacing_of
 from models.backbones import from_config
 from models.segmenter import Segmenter, optimizer_groups, supervised

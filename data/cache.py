@@ -19,9 +19,9 @@ import numpy as np
 from tqdm import tqdm
 
 from data.cases import Case
-from data.dicom_elements import NotDicom
-from data.dicom_header import read_header
-from data.dicom_pixels import check_pixels
+from data.dicom.elements import NotDicom
+from data.dicom.header import read_header
+from data.dicom.pixels import check_pixels
 from data.entry import FORMAT, CacheEntry, write_entry
 from data.nifti import read_nifti_grid
 from data.readers import VolumeError

@@ -3,8 +3,8 @@
 import os
 from pathlib import Path
 
-from data.dicom import read_dicom
-from data.dicom_elements import NotDicom
+from data.dicom.elements import NotDicom
+from data.dicom.series import read_dicom
 from data.nifti import read_nifti
 from data.volume import Volume, VolumeError
 

@@ -41,7 +41,7 @@ def test_schema_and_yaml_have_the_same_keys():
 
 def test_code_reads_every_key():
     files = [ROOT / "classification.py"]
-    files += [f for d in ("models", "data", "utils") for f in (ROOT / d).glob("*.py")]
+    files += [f for d in ("models", "data", "utils") for f in (ROOT / d).rglob("*.py")]
     read = set()
     for file in (f for f in files if not f.name.startswith("schema")):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):

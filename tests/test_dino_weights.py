@@ -119,7 +119,7 @@ def test_the_order_of_patch_merging_survives_a_run(train, tmp_path):
 def test_bad_weights_stop_the_script_with_2_before_the_scans_are_read(
     arguments, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr("data.prepare.load_cases", None)
+    monkeypatch.setattr("data.prepare.load.load_cases", None)
     torch.save({"net": {"module.x": torch.ones(3)}}, tmp_path / "other.pth")
     command = ["dino.py", *arguments(tmp_path, f"suprem_weights={tmp_path / 'other.pth'}")]
     monkeypatch.setattr(sys, "argv", command)

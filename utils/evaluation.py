@@ -33,7 +33,7 @@ def evaluate(
     by: {column: {value: metrics}}; folds: {fold: metrics}; over_folds: {metric: mean, sd, folds}.
 
     Args:
-        targets: data.targets.Targets. cases: N, with patient, fold and labels.
+        targets: data.prepare.targets.Targets. cases: N, with patient, fold and labels.
         predictions, control: {target: (N, K) probabilities, or (N,) numbers in their units}.
         report_by: columns, in the cases' labels.
         num: resamples of the bootstrap; 0 leaves the intervals out.

@@ -16,7 +16,7 @@ def write_predictions(path: str | Path, targets, cases: Sequence, predictions: P
     to a spreadsheet, where it is not imported as text.
 
     Args:
-        targets: data.targets.Targets. cases: N, with patient, row, fold and labels.
+        targets: data.prepare.targets.Targets. cases: N, with patient, row, fold and labels.
         predictions: numbers in the column's own units.
     """
     truths, rows = targets.truth(cases), []

@@ -39,7 +39,7 @@ class StopSignal:
 
 def end_workers() -> None:
     """Kill what loaders have started: at its end Python waits for such processes, and they ignore
-    the signal by which it asks them to end (see `data.datasets.make_loader`)."""
+    the signal by which it asks them to end (see `data.loading.make_loader`)."""
     if hasattr(signal, "SIGCHLD"):  # torch raises an error when a worker is killed
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for process in multiprocessing.active_children():

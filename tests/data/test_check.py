@@ -8,11 +8,11 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-import data.check
+import data.prepare.check
 import utils.parallel
 from data.cache import VolumeCache
 from data.cases import Case, read_cases
-from data.check import check_volumes
+from data.prepare.check import check_volumes
 from data.standard import StandardForm
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -45,13 +45,13 @@ def check(cases, cache, build=False, n_workers=0, modality="auto"):
 @pytest.fixture
 def count_reads(monkeypatch):
     """List that grows by a row number with every volume that check reads itself."""
-    read, rows = data.check._read, []
+    read, rows = data.prepare.check._read, []
 
     def counting(case, default_modality):
         rows.append(case.row)
         return read(case, default_modality)
 
-    monkeypatch.setattr(data.check, "_read", counting)
+    monkeypatch.setattr(data.prepare.check, "_read", counting)
     return rows
 
 
@@ -143,7 +143,7 @@ def test_parallel_processes_find_the_same(tmp_path, monkeypatch):
 
 
 def test_a_mistake_of_ours_names_the_row(tmp_path, monkeypatch):
-    monkeypatch.setattr(data.check, "spacing_of", lambda affine: 1 / 0)
+    monkeypatch.setattr(data.prepare.check, "spacing_of", lambda affine: 1 / 0)
     with pytest.raises(RuntimeError, match="line 7 of the CSV: ZeroDivisionError"):
         check([case(write(tmp_path / "a.nii"), 7)], cache_in(tmp_path))
 

@@ -11,9 +11,9 @@ from sklearn.preprocessing import StandardScaler
 
 from data.cache import VolumeCache
 from data.cases import Case, read_cases
-from data.control import Control, control_features
+from data.inference.control import Control, control_features
+from data.prepare.targets import Targets
 from data.standard import StandardForm
-from data.targets import Targets
 
 HIPPOCAMPUS = Path(__file__).resolve().parents[3] / "shared" / "data" / "hippocampus"
 

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from data.datasets import EpochSampler, make_loader
-from data.intensity import IntensitySettings
-from data.views import RegionDataset, ViewSettings
-from data.windows import fixed_view, window_starts
+from data.inference.windows import fixed_view, window_starts
+from data.loading import EpochSampler, make_loader
+from data.views.crops import RegionDataset, ViewSettings
+from data.views.intensity import IntensitySettings
 from tests.data.test_views import FakeEntry
 
 SETTINGS = ViewSettings(

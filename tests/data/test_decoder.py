@@ -6,8 +6,8 @@ import pytest
 from pydicom.pixels import get_decoder
 from pydicom.uid import JPEG2000Lossless, JPEGLSLossless, RLELossless
 
-from data import decoder
-from data.decoder import DecoderError, decode_frame, new_reading
+from data.dicom import decoder
+from data.dicom.decoder import DecoderError, decode_frame, new_reading
 from tests.data.dicom_factory import make_enhanced, make_series, save
 
 

@@ -6,8 +6,8 @@ import pandas as pd
 import pydicom
 import pytest
 
-from data.demo import make_demo
-from data.phantom import LABELS
+from data.demo.make import make_demo
+from data.demo.phantom import LABELS
 from data.readers import read_volume
 
 PATIENTS = 4
@@ -36,7 +36,7 @@ def test_same_seed_gives_the_same_bytes(demo, tmp_path):
 
 
 def test_every_fold_has_both_classes():
-    from data.demo import _allot
+    from data.demo.make import _allot
 
     table = pd.DataFrame(_allot(np.random.default_rng(0), 24), columns=["lesion", "fold", "male"])
     counts = pd.crosstab(table["fold"], table["lesion"])
@@ -95,7 +95,7 @@ def test_masks_lie_on_the_organs_and_the_liver_on_the_right(demo):
 
 
 def test_lesions_do_not_show_in_simple_statistics():
-    from data.phantom import make_phantom
+    from data.demo.phantom import make_phantom
 
     facts, lesions = [], []
     for i in range(24):

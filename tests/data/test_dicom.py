@@ -26,7 +26,7 @@ from pydicom.uid import (
     generate_uid,
 )
 
-from data.dicom_elements import _read_with_pydicom, read_elements
+from data.dicom.elements import _read_with_pydicom, read_elements
 from data.readers import VolumeError, read_volume
 from tests.data.dicom_factory import (
     AXIAL,

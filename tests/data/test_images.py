@@ -10,11 +10,11 @@ import torch
 
 from data.cache import VolumeCache
 from data.cases import Case
-from data.datasets import EpochSampler, make_loader
-from data.images import PLAIN, ImageDataset, ImageSettings, collate, cut_images, placements
-from data.intensity import IntensitySettings
+from data.loading import EpochSampler, make_loader
+from data.prepare.targets import Targets, balance_weights, label_tensors
 from data.standard import StandardForm, standard_transform
-from data.targets import Targets, balance_weights, label_tensors
+from data.views.images import PLAIN, ImageDataset, ImageSettings, collate, cut_images, placements
+from data.views.intensity import IntensitySettings
 from data.volume import spacing_of
 from tests.data.test_standard import AFFINES
 from tests.data.test_views import FakeEntry

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from scipy.ndimage import gaussian_filter
 
-from data.intensity import (
+from data.views.intensity import (
     MIN_WINDOW_HU,
     PROB_BLUR,
     PROB_GAMMA,

@@ -10,13 +10,12 @@ import pytest
 
 from data.cache import VolumeCache
 from data.cases import Case, CasesError, format_problems
-from data.check import check_volumes, mask_labels
-from data.masks import mask_notices, mask_problems
-from data.patches import PatchSettings
-from data.prepare import load_cases
+from data.prepare.check import check_volumes, mask_labels
+from data.prepare.load import load_cases
+from data.prepare.masks import mask_notices, mask_problems
 from data.readers import VolumeError, read_volume
-from data.segmentation import PatchDataset
 from data.standard import StandardForm
+from data.views.patches import PatchDataset, PatchSettings
 from tests.data.dicom_factory import OBLIQUE, make_series, save_series
 from utils.classes import Classes
 
@@ -241,7 +240,7 @@ def test_label_values_are_known_without_reading_masks_again(tmp_path, build, mon
     cases.append(case_of(image, None, 5))
     cache = cache_in(tmp_path)
     assert check_volumes(cases, cache, build, 0, "auto", progress=False) == []
-    monkeypatch.setattr("data.check._read", None)
+    monkeypatch.setattr("data.prepare.check._read", None)
     monkeypatch.setattr("data.entry.CacheEntry._read", None)
     assert mask_labels(cases, cache) == {2: [3, 6, 9], 3: [], 4: [32767]}
 

@@ -10,12 +10,19 @@ import torch.nn.functional as F
 from scipy.interpolate import BSpline
 from scipy.ndimage import map_coordinates
 
-from data import patches
-from data.datasets import EpochSampler, make_loader
-from data.geometry import CELLS, interpolate_labels, spline_field
-from data.intensity import IntensitySettings
-from data.patches import PatchSettings, apply_patches, cut_patch, sample_patch
-from data.segmentation import PatchDataset, collate_patches, sample_foreground
+from data.loading import EpochSampler, make_loader
+from data.views import patches
+from data.views.geometry import CELLS, interpolate_labels, spline_field
+from data.views.intensity import IntensitySettings
+from data.views.patches import (
+    PatchDataset,
+    PatchSettings,
+    apply_patches,
+    collate_patches,
+    cut_patch,
+    sample_foreground,
+    sample_patch,
+)
 from tests.data.test_views import FakeEntry, output_voxels
 from utils.classes import IGNORE, Classes
 

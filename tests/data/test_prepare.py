@@ -6,7 +6,7 @@ import pytest
 
 from data.cache import VolumeCache
 from data.cases import CasesError
-from data.prepare import load_cases
+from data.prepare.load import load_cases
 from data.standard import StandardForm
 from tests.conftest import read_cases, write_cases
 

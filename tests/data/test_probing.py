@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from data import probing
 from data.cases import Case
-from data.windows import fixed_view
+from data.inference import probing
+from data.inference.windows import fixed_view
 from tests.data.test_views import FakeEntry
 from utils.signals import Stopped
 

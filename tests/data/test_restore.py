@@ -11,11 +11,17 @@ import torch
 import torch.nn.functional as F
 from scipy.ndimage import affine_transform
 
-from data import restore
 from data.cache import VolumeCache
 from data.cases import Case
+from data.inference import restore
+from data.inference.restore import (
+    predict_case,
+    read_picture,
+    read_truth,
+    to_file_grid,
+    write_prediction,
+)
 from data.readers import VolumeError, read_volume
-from data.restore import predict_case, read_picture, read_truth, to_file_grid, write_prediction
 from data.standard import StandardForm
 from utils.classes import IGNORE, Classes
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from data.cases import Case
-from data.targets import Targets, is_missing, is_missing_number, number
+from data.prepare.targets import Targets, is_missing, is_missing_number, number
 
 
 def cases_of(*texts, name="y", patients=None):

@@ -11,9 +11,9 @@ import yaml
 from scipy.ndimage import map_coordinates
 from scipy.spatial.transform import Rotation
 
-from data.geometry import body_fraction, view_matrix
-from data.intensity import IntensitySettings
-from data.views import ViewSettings, apply_views, sample_fov, sample_region, sample_views
+from data.views.crops import ViewSettings, apply_views, sample_fov, sample_region, sample_views
+from data.views.geometry import body_fraction, view_matrix
+from data.views.intensity import IntensitySettings
 
 WIDE = IntensitySettings(hu_window=(-2000.0, 2000.0))
 PLAIN = ViewSettings(

@@ -26,9 +26,9 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from data import decoder
 from data.cache import VolumeCache
 from data.cases import Case
+from data.dicom import decoder
 from data.readers import read_volume
 from data.standard import StandardForm
 from tests.data.dicom_factory import make_enhanced, make_series, save, save_series

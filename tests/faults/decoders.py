@@ -1,6 +1,6 @@
 """Decoders that hang, crash or are killed: an error that names the file, and the next file is read.
 
-The decoder is a process of its own (data/decoder.py), which is stopped and killed here.
+The decoder is a process of its own (data/dicom/decoder.py), which is stopped and killed here.
 """
 
 import os
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from pydicom.uid import JPEG2000Lossless, JPEGLSLossless, RLELossless
 
-from data import decoder
+from data.dicom import decoder
 from data.readers import read_volume
 from tests.data.dicom_factory import assert_phantom, make_enhanced, make_series, save, save_series
 from tests.faults.frame import RIGHT, WRONG, Fault, Group, Outcome, judge

@@ -9,8 +9,8 @@ import numpy as np
 
 from data.cache import VolumeCache
 from data.cases import Case, CasesError
-from data.check import check_volumes, mask_labels
-from data.masks import mask_notices, mask_problems
+from data.prepare.check import check_volumes, mask_labels
+from data.prepare.masks import mask_notices, mask_problems
 from data.standard import StandardForm
 from tests.faults.frame import NAMED, RIGHT, Fault, Group, Outcome, judge
 from tests.faults.nifti import AFFINE, SHAPE, phantom

@@ -18,10 +18,10 @@ from pathlib import Path
 import numpy as np
 import pydicom
 
-from data.decoder import DecoderError, decode_frame, new_reading
-from data.dicom_elements import PIXEL_KEYWORDS, NotDicom
-from data.dicom_header import Frame, read_header
-from data.dicom_pixels import check_pixels, read_frames
+from data.dicom.decoder import DecoderError, decode_frame, new_reading
+from data.dicom.elements import PIXEL_KEYWORDS, NotDicom
+from data.dicom.header import Frame, read_header
+from data.dicom.pixels import check_pixels, read_frames
 from data.readers import VolumeError, read_volume
 from tests.faults.frame import RIGHT, WRONG, Fault, Group, Outcome, judge
 

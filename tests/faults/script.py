@@ -136,7 +136,7 @@ def forget_random_state() -> None:
 
 
 def start_epochs_anew() -> None:
-    from data.datasets import EpochSampler
+    from data.loading import EpochSampler
 
     set_epoch = EpochSampler.set_epoch
     EpochSampler.set_epoch = lambda self, epoch, start_batch=0: set_epoch(self, epoch)
@@ -177,7 +177,7 @@ def repeat_finished() -> None:
 
 def patience() -> None:
     """Not broken, but for a test that cannot wait."""
-    from data import datasets
+    from data import loading as datasets
 
     datasets.WORKER_TIMEOUT_S = 5
 
@@ -186,9 +186,9 @@ def hang_in_a_read() -> None:
     """Each worker in the third item of the second epoch, as on a network disk that is gone."""
     from torch.utils.data import get_worker_info
 
-    from data.images import ImageDataset
-    from data.segmentation import PatchDataset
-    from data.views import RegionDataset
+    from data.views.crops import RegionDataset
+    from data.views.images import ImageDataset
+    from data.views.patches import PatchDataset
 
     patience()
     read = []

@@ -7,7 +7,7 @@ import pytest
 from matplotlib.image import imread
 
 from data.cases import Case
-from data.targets import Targets
+from data.prepare.targets import Targets
 from utils.classification_metrics import classification_metrics, regression_metrics
 from utils.classification_report import write_test_report
 from utils.plots_classification import (

@@ -69,7 +69,7 @@ def test_schema_has_no_defaults():
 def test_code_reads_every_key():
     files = [
         *ROOT.glob("*.py"),
-        *(f for d in ("models", "data", "utils") for f in (ROOT / d).glob("*.py")),
+        *(f for d in ("models", "data", "utils") for f in (ROOT / d).rglob("*.py")),
     ]
     attributes, parameters = set(), set()
     for file in files:

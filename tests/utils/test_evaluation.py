@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from data.cases import Case
-from data.targets import Targets
+from data.prepare.targets import Targets
 from utils.classification_metrics import classification_metrics
 from utils.evaluation import evaluate, most_wrong
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from data.cases import Case
-from data.targets import Targets
+from data.prepare.targets import Targets
 from utils.predictions import pool, write_predictions
 
 NASTY = ["=1+1", '"a", b', "肝\u2028x", "-"]  # "-" is missing

@@ -17,9 +17,9 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from data.decoder import JPEG_2000, JPEG_FAMILY, decode_frame, new_reading
-from data.dicom_elements import UNDEFINED
-from data.dicom_header import Frame, Image, shown
+from data.dicom.decoder import JPEG_2000, JPEG_FAMILY, decode_frame, new_reading
+from data.dicom.elements import UNDEFINED
+from data.dicom.header import Frame, Image, shown
 from data.volume import VolumeError, rescale
 
 COLOURS = {kind.value for kind in PhotometricInterpretation}  # all that DICOM knows

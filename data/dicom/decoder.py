@@ -49,7 +49,7 @@ JPEG_FAMILY = (*JPEGTransferSyntaxes, *JPEGLSTransferSyntaxes, *JPEG_2000)
 END_OF_IMAGE = b"\xff\xd9"  # the last two bytes of every JPEG, JPEG-LS and JPEG 2000 stream
 PADDING = b"\0\xff"  # what may follow them
 CODESTREAM = b"\xff\x4f\xff\x51"  # the first of JPEG 2000
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 _process: subprocess.Popen | None = None
 _lock = threading.Lock()
@@ -124,7 +124,7 @@ def _running() -> subprocess.Popen:
         # settings by which the allocator hoards memory would make the bound one of the hoard
         env = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
         _process = process = subprocess.Popen(
-            [sys.executable, "-m", "data.decoder"],
+            [sys.executable, "-m", "data.dicom.decoder"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,  # decoders chatter

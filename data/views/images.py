@@ -18,11 +18,11 @@ from monai.data import Dataset
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from data.datasets import Key
-from data.geometry import Size, sample_rotation, view_matrix
-from data.intensity import IntensitySettings, sample_intensity
+from data.loading import Key
 from data.standard import StandardForm
-from data.views import apply_views
+from data.views.crops import apply_views
+from data.views.geometry import Size, sample_rotation, view_matrix
+from data.views.intensity import IntensitySettings, sample_intensity
 
 Placement = tuple[tuple[float, ...], tuple[float, ...]]  # 1 or -1 per axis; shift / size per axis
 PLAIN: Placement = ((1.0, 1.0, 1.0), (0.0, 0.0, 0.0))

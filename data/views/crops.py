@@ -17,9 +17,9 @@ from monai.data import Dataset
 from monai.transforms import Compose, Transform
 from torch import Tensor
 
-from data.datasets import Key
-from data.geometry import Size, body_fraction, sample_rotation, sampling_grid, view_matrix
-from data.intensity import IntensitySettings, apply_intensity, sample_intensity
+from data.loading import Key
+from data.views.geometry import Size, body_fraction, sample_rotation, sampling_grid, view_matrix
+from data.views.intensity import IntensitySettings, apply_intensity, sample_intensity
 
 NUM_GLOBAL = 2
 MAX_TRIES = 10  # for a region, and for each view, that holds enough body

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from data.dicom_header import Frame
+from data.dicom.header import Frame
 from data.volume import VolumeError
 
 DIRECTION_TOLERANCE = 1e-3  # of each cosine: headers round them

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from data.cases import Case
 from data.entry import CacheEntry
-from data.intensity import normalise
+from data.inference.windows import fixed_view
 from data.readers import VolumeError, read_volume
+from data.views.intensity import normalise
 from data.volume import spacing_of
-from data.windows import fixed_view
 from utils.classes import Classes
 from utils.errors import NotFinite
 from utils.memory import attempt

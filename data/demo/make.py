@@ -15,7 +15,6 @@ the same bytes.
 import hashlib
 import os
 import shutil
-import sys
 import time
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 from tqdm import tqdm
 
-from data.phantom import make_phantom
+from data.demo.phantom import make_phantom
 
 OURS = {"demo.csv", "segmentation.csv", "dicom", "masks"}
 SIZE = 128  # rows and columns
@@ -166,7 +165,3 @@ def _write_mask(path, labels, spacing_mm, origin_mm):
     affine = np.diag([-spacing_mm[0], spacing_mm[1], spacing_mm[2], 1.0])
     affine[:3, 3] = origin_mm * [-1, -1, 1] - [0, (rows - 1) * spacing_mm[1], 0]
     nib.save(nib.Nifti1Image(labels[:, ::-1], affine), path)
-
-
-if __name__ == "__main__":
-    print(make_demo(sys.argv[1] if len(sys.argv) > 1 else "demo_data"))

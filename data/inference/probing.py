@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 from data.cache import VolumeCache
 from data.cases import Case
-from data.geometry import body_fraction
-from data.windows import fixed_view, window_starts
+from data.inference.windows import fixed_view, window_starts
+from data.views.geometry import body_fraction
 from utils import distributed
 from utils.errors import NotFinite
 from utils.memory import in_parts

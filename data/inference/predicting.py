@@ -8,10 +8,11 @@ import torch
 
 from data.cache import VolumeCache
 from data.cases import Case
-from data.control import Control, control_features
-from data.datasets import EpochSampler
-from data.folds import PATH_COLUMNS
-from data.images import (
+from data.inference.control import Control, control_features
+from data.loading import EpochSampler
+from data.prepare.load import PATH_COLUMNS, load_cases
+from data.prepare.targets import Targets
+from data.views.images import (
     PLAIN,
     ImageDataset,
     ImageSettings,
@@ -20,8 +21,6 @@ from data.images import (
     placements,
     standard_form,
 )
-from data.prepare import load_cases
-from data.targets import Targets
 from utils import distributed
 from utils.checkpoint import CheckpointError
 from utils.memory import in_parts

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.geometry import Size
-from data.intensity import normalise
+from data.views.geometry import Size
+from data.views.intensity import normalise
 
 
 def window_starts(shape: Sequence[int], size: Sequence[int]) -> list[Size]:

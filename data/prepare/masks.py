@@ -17,7 +17,7 @@ def mask_problems(
 
     Args:
         cases: {"train": ..., "val": ...}; rows of "test" need no mask.
-        labels: of `data.check.mask_labels`; cases that could not be read are not in it.
+        labels: of `data.prepare.check.mask_labels`; cases that could not be read are not in it.
     """
     problems = []
     learned = [(name, case) for name in ("train", "val") for case in cases[name]]

@@ -6,10 +6,10 @@ import warnings
 from collections import Counter
 from pathlib import Path
 
-from data.dicom_elements import NotDicom
-from data.dicom_geometry import stack_frames
-from data.dicom_header import Image, read_header, shown
-from data.dicom_pixels import PLAIN, check_pixels, read_frames, same_values
+from data.dicom.elements import NotDicom
+from data.dicom.geometry import stack_frames
+from data.dicom.header import Image, read_header, shown
+from data.dicom.pixels import PLAIN, check_pixels, read_frames, same_values
 from data.volume import Volume, VolumeError, check_expansion
 
 DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")

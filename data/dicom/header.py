@@ -7,13 +7,7 @@ from pathlib import Path
 
 from pydicom.uid import UID
 
-from data.dicom_elements import (
-    PHASE_KEYWORDS,
-    Elements,
-    NotDicom,
-    raw_values,
-    read_elements,
-)
+from data.dicom.elements import PHASE_KEYWORDS, Elements, NotDicom, raw_values, read_elements
 from data.volume import VolumeError
 
 FRAME_MACROS = (  # of the functional groups in enhanced multi-frame files (PS3.3 C.7.6.16)

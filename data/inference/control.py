@@ -15,8 +15,8 @@ from sklearn.preprocessing import StandardScaler
 
 from data.cases import Case
 from data.entry import CHUNK
-from data.geometry import BODY_BLOCK
-from data.targets import Targets
+from data.prepare.targets import Targets
+from data.views.geometry import BODY_BLOCK
 
 MAX_CHUNKS = 8  # of 64³ voxels, read of a volume for its mean intensity
 
