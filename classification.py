@@ -35,14 +35,20 @@ from data.prepare.targets import Targets, balance_weights, label_tensors
 from data.views.images import PLAIN, ImageDataset, ImageSettings, collate, cut_images, standard_form
 from models.backbones import from_config
 from models.classifier import Classifier, label_losses, label_weights, optimizer_groups
-from utils import checkpoint, distributed, schedules
+from utils import checkpoint, distributed
 from utils.checkpoint import hash_patients
 from utils.classes import unpaired_sides
-from utils.classification_report import write_test_report
-from utils.config import parse_command_line, save_resolved
+from utils.config.classification import ClassificationConfig, impossible_classification
+from utils.config.command_line import parse_command_line, save_resolved
 from utils.errors import NotFinite
-from utils.evaluation import evaluate
-from utils.loop import (
+from utils.memory import explained
+from utils.metrics.evaluation import evaluate
+from utils.metrics.predictions import pool
+from utils.report.classification import write_test_report
+from utils.report.plots import plot_crops, plot_curves
+from utils.signals import StopSignal
+from utils.training import schedules
+from utils.training.loop import (
     exit_code,
     folder_of,
     open_log,
@@ -52,13 +58,8 @@ from utils.loop import (
     until_stopped,
     write_report,
 )
-from utils.memory import explained
-from utils.plots import plot_crops, plot_curves
-from utils.predictions import pool
-from utils.schema_classification import ClassificationConfig, impossible_classification
-from utils.signals import StopSignal
-from utils.state import State, resume, save
-from utils.training import autocast, seed_everything
+from utils.training.state import State, resume, save
+from utils.training.step import autocast, seed_everything
 from utils.weights import compare_input, load_backbone
 
 CONFIG = Path(__file__).with_name("classification_config.yaml")

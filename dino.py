@@ -28,11 +28,16 @@ from data.views.crops import NUM_GLOBAL, RegionDataset, ViewSettings, apply_view
 from models.common import parameter_groups
 from models.dino import build_network, random_masks, update_teacher
 from models.losses import TeacherTargets, dino_loss, koleo_loss, patch_loss
-from utils import checkpoint, distributed, monitor, schedules
+from utils import checkpoint, distributed
 from utils.checkpoint import hash_patients
-from utils.config import parse_command_line
+from utils.config.command_line import parse_command_line
+from utils.config.dino import DinoConfig, impossible_dino
 from utils.errors import NotFinite
-from utils.loop import (
+from utils.memory import explained, in_parts
+from utils.report.plots import plot_crops, plot_curves, plot_feature_pca
+from utils.signals import StopSignal
+from utils.training import collapse, schedules
+from utils.training.loop import (
     exit_code,
     folder_of,
     open_log,
@@ -42,12 +47,8 @@ from utils.loop import (
     until_stopped,
     write_report,
 )
-from utils.memory import explained, in_parts
-from utils.plots import plot_crops, plot_curves, plot_feature_pca
-from utils.schema_dino import DinoConfig, impossible_dino
-from utils.signals import StopSignal
-from utils.state import State, resume, save
-from utils.training import autocast, refuse_not_finite, seed_everything
+from utils.training.state import State, resume, save
+from utils.training.step import autocast, refuse_not_finite, seed_everything
 from utils.weights import compare_input, load_backbone
 
 CONFIG = Path(__file__).with_name("dino_config.yaml")
@@ -107,8 +108,8 @@ def forward(student, teacher, targets, batch, teacher_temp: float, cfg, device):
         out["patch_loss"] = patch_loss(
             q_patch, s["patch_logits"], mask.flatten(1), d.student_temp, over_ranks=student.training
         )
-        out["patch_teacher_entropy"] = monitor.entropy(q_patch)
-        out["patch_target_usage"] = monitor.usage(q_patch, student.training)
+        out["patch_teacher_entropy"] = collapse.entropy(q_patch)
+        out["patch_target_usage"] = collapse.usage(q_patch, student.training)
         loss = loss + d.patch_weight * out["patch_loss"]
         if not student.training:
             out["masked_crops"] = mask.flatten(1).any(dim=1).sum()
@@ -119,8 +120,8 @@ def forward(student, teacher, targets, batch, teacher_temp: float, cfg, device):
     body = torch.cat([batch["global"]["body"], batch["local"]["body"]], dim=1)
     out |= {
         "loss": loss,
-        "teacher_entropy": monitor.entropy(q),
-        "target_usage": monitor.usage(q, student.training),
+        "teacher_entropy": collapse.entropy(q),
+        "target_usage": collapse.usage(q, student.training),
         "center_norm": targets["dino"].center.norm(),
         "body_fraction": body.mean().to(device),
     }
@@ -161,7 +162,7 @@ def train_step(state: State, batches: list[dict], values: dict, cfg, device) -> 
             p.grad = None
     limit = cfg.clip_grad if cfg.clip_grad > 0 else math.inf
     sums["grad_norm"] = torch.nn.utils.clip_grad_norm_(student.parameters(), limit)
-    sums["feature_std"] = monitor.feature_std(distributed.concat_over_ranks(torch.cat(features)))
+    sums["feature_std"] = collapse.feature_std(distributed.concat_over_ranks(torch.cat(features)))
     # One exchange between ranks and one wait for the device per step. What is not finite on one
     # rank is not finite in the mean, so that all ranks decide the same.
     means = distributed.all_reduce(torch.stack(list(sums.values())), "mean").tolist()
@@ -241,8 +242,8 @@ def validate(state: State, loader, teacher_temp: float, cfg, device, stop) -> di
     patch = means.get("val_patch_loss", 0.0)
     row = {"val_loss": means["val_dino_loss"] + cfg.dino.patch_weight * patch, **means}
     if len(features) > 1:
-        row["val_feature_std"] = float(monitor.feature_std(features))
-        row["rankme"] = monitor.rankme(features)
+        row["val_feature_std"] = float(collapse.feature_std(features))
+        row["rankme"] = collapse.rankme(features)
     return row
 
 
@@ -267,7 +268,7 @@ def is_best(state: State, row: dict) -> bool:
 
 def note_collapse(state: State, row: dict, cfg, log) -> None:
     """Warn in the log; the report shows what the last epoch still warns of."""
-    found = monitor.collapse_warnings(
+    found = collapse.collapse_warnings(
         row, state.first, cfg.dino.out_dim, cfg.dino.patch_out_dim, cfg.warmup_epochs
     )
     skipped = {k: v for k, v in state.warnings.items() if k.startswith("step ")}

@@ -35,12 +35,22 @@ from data.views.patches import PatchDataset, PatchSettings, apply_patches, colla
 from data.volume import spacing_of
 from models.backbones import from_config
 from models.segmenter import Segmenter, optimizer_groups, supervised
-from utils import checkpoint, distributed, schedules
+from utils import checkpoint, distributed
 from utils.checkpoint import CheckpointError, hash_patients
 from utils.classes import IGNORE, Classes, unpaired_sides
-from utils.config import parse_command_line, save_resolved
+from utils.config.command_line import parse_command_line, save_resolved
+from utils.config.segmentation import SegmentationConfig, impossible_segmentation
 from utils.errors import NotFinite
-from utils.loop import (
+from utils.memory import explained
+from utils.metrics.segmentation import case_dice, case_metrics, mean_dice, predicted_volumes
+from utils.report.plots import plot_crops, plot_curves
+from utils.report.plots_segmentation import plot_overlay
+from utils.report.segmentation import describe as describe_case
+from utils.report.segmentation import file_name, write_test_report
+from utils.signals import Stopped, StopSignal
+from utils.sliding_window import averaged, mirrored
+from utils.training import schedules
+from utils.training.loop import (
     exit_code,
     folder_of,
     open_log,
@@ -50,18 +60,9 @@ from utils.loop import (
     until_stopped,
     write_report,
 )
-from utils.memory import explained
-from utils.plots import plot_crops, plot_curves
-from utils.plots_segmentation import plot_overlay
-from utils.schema_segmentation import SegmentationConfig, impossible_segmentation
-from utils.segmentation_metrics import case_dice, case_metrics, mean_dice, predicted_volumes
-from utils.segmentation_report import describe as describe_case
-from utils.segmentation_report import file_name, write_test_report
-from utils.signals import Stopped, StopSignal
-from utils.sliding_window import averaged, mirrored
-from utils.state import State, resume, save
-from utils.tested import open_tested
-from utils.training import autocast, refuse_not_finite, seed_everything
+from utils.training.state import State, resume, save
+from utils.training.step import autocast, refuse_not_finite, seed_everything
+from utils.training.tested import open_tested
 from utils.weights import compare_input, load_backbone
 
 CONFIG = Path(__file__).with_name("segmentation_config.yaml")

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, get_args
 
+from utils.config.fields import Modality
 from utils.errors import InputError, nearest
-from utils.fields import Modality
 from utils.files import expand_path, read_text
 
 MODALITIES = get_args(Modality)

@@ -10,7 +10,7 @@ from torch import nn
 from models.common import parameter_groups
 from models.unet import BatchStatisticsNorm
 from utils.classes import IGNORE
-from utils.weight_match import ENCODERS
+from utils.weights.match import ENCODERS
 
 # Background is one class of the softmax, of the cross-entropy and of the argmax. Dice, in the loss
 # as in the metrics, is of the other classes.

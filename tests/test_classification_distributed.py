@@ -9,7 +9,8 @@ import pytest
 
 from tests import small_classification as small
 from tests.conftest import CANARY, ROOT, equal, read_cases, without_times
-from utils import checkpoint, loop
+from utils import checkpoint
+from utils.training import loop
 
 COMMON = ("head.dropout=0.0", "learning_rate=0.0005")
 WAYS = {  # 8 train cases, of which some lack a label

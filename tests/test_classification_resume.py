@@ -8,7 +8,8 @@ import pytest
 import classification
 from tests import small_classification as small
 from tests.conftest import equal, read_cases, without_times
-from utils import checkpoint, loop
+from utils import checkpoint
+from utils.training import loop
 
 # the backbone is frozen in the first epoch; dropout draws from the global random state
 SETTINGS = ("experiment=x", "head.dropout=0.3", "finetune.freeze_epochs=1", "n_epochs=3")

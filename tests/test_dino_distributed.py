@@ -7,7 +7,8 @@ import sys
 import pytest
 
 from tests.conftest import CANARY, ROOT, equal, read_cases, result
-from utils import checkpoint, loop
+from utils import checkpoint
+from utils.training import loop
 
 WAYS = {  # per process; 16 regions per epoch
     "plain": ("batch_size=2",),

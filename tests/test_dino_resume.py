@@ -7,7 +7,8 @@ import pytest
 
 import dino
 from tests.conftest import equal, result
-from utils import checkpoint, loop
+from utils import checkpoint
+from utils.training import loop
 
 SETTINGS = ("probe.every=5",)  # probes before and after training
 

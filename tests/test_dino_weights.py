@@ -12,7 +12,8 @@ from models.backbones import build_backbone
 from tests.conftest import ROOT, SMALL, equal
 from utils import checkpoint
 from utils.checkpoint import CheckpointError, hash_patients
-from utils.weights import WeightsError, load_backbone
+from utils.tensor_files import WeightsError
+from utils.weights import load_backbone
 
 SIZES = {"features": (4, 8, 8), "blocks": (1, 1, 1)}  # as in SMALL
 SWIN = ("backbone=swinunetr", "swinunetr.feature_size=12", "dino.patch_level=2")

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from utils.config import read_yaml, schema_keys
-from utils.schema_classification import ClassificationConfig
-from utils.schema_dino import DinoConfig
-from utils.schema_segmentation import SegmentationConfig
+from utils.config.classification import ClassificationConfig
+from utils.config.command_line import read_yaml, schema_keys
+from utils.config.dino import DinoConfig
+from utils.config.segmentation import SegmentationConfig
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

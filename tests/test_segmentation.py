@@ -18,8 +18,8 @@ from tests import small_segmentation as small
 from tests.conftest import CANARY, ROOT, equal, read_cases, write_cases
 from utils import checkpoint
 from utils.checkpoint import CheckpointError
-from utils.config import ConfigError, read_yaml, schema_keys, validate
-from utils.schema_segmentation import SegmentationConfig, impossible_segmentation
+from utils.config.command_line import ConfigError, read_yaml, schema_keys, validate
+from utils.config.segmentation import SegmentationConfig, impossible_segmentation
 
 LABELS = {0, small.BALL, small.SHELL}
 

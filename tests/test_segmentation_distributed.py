@@ -9,7 +9,8 @@ import pytest
 from tests import small_segmentation as small
 from tests.conftest import CANARY, ROOT, equal, read_cases
 from tests.test_segmentation_resume import result
-from utils import checkpoint, loop
+from utils import checkpoint
+from utils.training import loop
 
 WAYS = {  # per process; 8 or 16 patches per epoch
     "plain": ("batch_size=1",),

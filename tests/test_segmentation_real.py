@@ -14,8 +14,8 @@ from tests import small_segmentation as small
 from tests.conftest import read_cases, write_cases
 from utils import checkpoint
 from utils.classes import Classes
-from utils.config import parse_command_line
-from utils.schema_segmentation import SegmentationConfig, impossible_segmentation
+from utils.config.command_line import parse_command_line
+from utils.config.segmentation import SegmentationConfig, impossible_segmentation
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 SERIES = {"ct_jpeg2000": "CT", "mr_oblique_t1": "MR", "mr_oblique_flair": "MR"}

@@ -8,7 +8,8 @@ import pytest
 import segmentation
 from tests import small_segmentation as small
 from tests.conftest import equal, read_cases, without_times
-from utils import checkpoint, loop
+from utils import checkpoint
+from utils.training import loop
 
 WAYS = {
     "adamw": (),

@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from utils import weight_files
+from utils import tensor_files as weight_files
 from utils.errors import InputError, RunError
-from utils.weight_files import WeightsError
+from utils.tensor_files import WeightsError
 
 FORMAT = 1
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room, no quota, beyond a limit
@@ -75,7 +75,7 @@ def size_of(state) -> int:
 
 
 def load(path: str | Path, map_location="cpu", mmap: bool = False) -> dict:
-    """Read what `save` wrote. mmap: see `utils.weight_files.read`.
+    """Read what `save` wrote. mmap: see `utils.tensor_files.read`.
 
     Raises:
         CheckpointError: missing, truncated or damaged file, or one that `save` did not write.

@@ -24,9 +24,9 @@ from data.views.images import (
 from utils import distributed
 from utils.checkpoint import CheckpointError
 from utils.memory import in_parts
-from utils.predictions import Predictions
-from utils.tested import open_tested as open_checkpoint
-from utils.training import autocast, refuse_not_finite
+from utils.metrics.predictions import Predictions
+from utils.training.step import autocast, refuse_not_finite
+from utils.training.tested import open_tested as open_checkpoint
 
 # keys of the config at hand that a test goes by; all others are those of the checkpoint
 OF_THE_TEST = (

@@ -20,8 +20,8 @@ from data.views.geometry import body_fraction
 from utils import distributed
 from utils.errors import NotFinite
 from utils.memory import in_parts
-from utils.probes import DenseProbe, label_probes
-from utils.training import autocast, refuse_not_finite
+from utils.metrics.probes import DenseProbe, label_probes
+from utils.training.step import autocast, refuse_not_finite
 
 PROBE_WINDOWS = 8  # windows of a volume that are looked at during training
 DENSE_WINDOWS = 4  # of each of probe.dense_cases volumes; more of each where there are fewer

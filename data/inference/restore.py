@@ -234,7 +234,7 @@ def write_prediction(
 
 
 def read_picture(case: Case, classes: Classes, prediction_path: str | Path) -> dict:
-    """What `utils.plots_segmentation.plot_overlay` needs of a case, from the files on disk.
+    """What `utils.report.plots_segmentation.plot_overlay` needs of a case, from the files on disk.
 
     Returns:
         {image, prediction, truth (None without a mask), spacing_mm}: arrays (X, Y, Z) in RAS+.

@@ -19,7 +19,7 @@ import nibabel as nib
 import numpy as np
 
 import dino
-from utils.runlog import read_metrics
+from utils.training.runlog import read_metrics
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 DICOM = SHARED / "dicom"

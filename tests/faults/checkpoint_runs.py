@@ -18,7 +18,8 @@ from tests.faults.checkpoints import no_file_beyond
 from tests.faults.frame import LOST, NAMED, RIGHT, WRONG, Fault, Group, Outcome
 from tests.faults.runs import kept_folder
 from tests.faults.spoiled_runs import MODULES, patched, run_script
-from utils import checkpoint, state
+from utils import checkpoint
+from utils.training import state
 
 KEYS = {  # stage -> the keys that take a file of its own or of another stage
     "dino": ("resume_training_from", "test_ckpt", "suprem_weights"),

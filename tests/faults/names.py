@@ -5,8 +5,8 @@ from functools import partial
 from pathlib import Path
 
 from tests.faults.frame import RIGHT, Fault, Group, Outcome, judge
-from utils.fields import WINDOWS_DEVICES
-from utils.segmentation_report import file_name
+from utils.config.fields import WINDOWS_DEVICES
+from utils.report.segmentation import file_name
 
 PATIENTS = (
     "../../x",

@@ -53,7 +53,7 @@ def draw_nothing() -> None:
     import numpy as np
     from PIL import Image
 
-    from utils import plots, plots_segmentation
+    from utils.report import plots, plots_segmentation
 
     def plot(path: Path, *args) -> np.ndarray:
         black = np.zeros((1, 1, 3), np.uint8)
@@ -130,7 +130,7 @@ def kill_at_write(folder: str, write: int) -> None:
 
 
 def forget_random_state() -> None:
-    from utils import state
+    from utils.training import state
 
     state.set_rng_state = lambda saved: None
 
@@ -163,7 +163,7 @@ def ignore_signals() -> None:
 
 def repeat_finished() -> None:
     """The last epoch is trained again."""
-    from utils import state
+    from utils.training import state
 
     resume = state.resume
 
@@ -208,7 +208,7 @@ def hang_in_a_read() -> None:
 
 def leave_workers() -> None:
     """What a script starts is left to Python to end."""
-    from utils import loop
+    from utils.training import loop
 
     patience()
     loop.end_workers = lambda: None

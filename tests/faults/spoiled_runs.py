@@ -18,7 +18,7 @@ import dino
 import segmentation
 from tests.conftest import equal
 from tests.faults.runs import arguments, scans
-from utils import loop
+from utils.training import loop
 
 MODULES = {"dino": dino, "classification": classification, "segmentation": segmentation}
 LOSSES = {"dino": "dino_loss", "classification": "label_losses", "segmentation": "supervised"}

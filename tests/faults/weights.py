@@ -14,7 +14,7 @@ import torch
 
 from tests.faults.bombs import MOST_BYTES, HighWater
 from tests.faults.frame import NAMED, RIGHT, WRONG, Fault, Group, Outcome, judge
-from utils.weight_files import read
+from utils.tensor_files import read
 
 STATE = {"net.weight": torch.arange(6000.0).reshape(60, 100), "net.bias": torch.ones(3)}
 

@@ -8,8 +8,8 @@ from typing import Any
 import yaml
 
 from tests.faults.frame import NAMED, RIGHT, WRONG, Fault, Group, Outcome, judge
-from utils.config import parse_command_line
-from utils.schema_dino import DinoConfig, impossible_dino
+from utils.config.command_line import parse_command_line
+from utils.config.dino import DinoConfig, impossible_dino
 
 SHIPPED = Path(__file__).resolve().parents[2] / "dino_config.yaml"
 

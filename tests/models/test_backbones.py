@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from models.backbones import build_backbone, from_config
-from utils.config import parse_command_line
-from utils.schema import impossible_size, stride_and_maps
-from utils.schema_dino import DinoConfig, impossible_dino
+from utils.config.command_line import parse_command_line
+from utils.config.dino import DinoConfig, impossible_dino
+from utils.config.schema import impossible_size, stride_and_maps
 
 CONFIG = Path(__file__).parents[2] / "dino_config.yaml"
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from utils.bootstrap import interval, percentiles, resamples
+from utils.metrics.bootstrap import interval, percentiles, resamples
 
 
 def test_interval_of_a_mean_is_that_of_theory():

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from sklearn import metrics as sk
 
-from utils.bootstrap import interval, resamples
-from utils.classification_metrics import (
+from utils.metrics.bootstrap import interval, resamples
+from utils.metrics.classification import (
     BINARY_NAMES,
     NAMES,
     above_control,

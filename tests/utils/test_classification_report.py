@@ -8,9 +8,9 @@ from matplotlib.image import imread
 
 from data.cases import Case
 from data.prepare.targets import Targets
-from utils.classification_metrics import classification_metrics, regression_metrics
-from utils.classification_report import write_test_report
-from utils.plots_classification import (
+from utils.metrics.classification import classification_metrics, regression_metrics
+from utils.report.classification import write_test_report
+from utils.report.plots_classification import (
     Panel,
     drawable,
     plot_calibration,
@@ -133,7 +133,7 @@ def test_text_of_a_csv_is_only_text(tmp_path):
 def test_cases_are_named_by_their_line(tmp_path, monkeypatch):
     shown = []
     monkeypatch.setattr(
-        "utils.classification_report.plot_cases",
+        "utils.report.classification.plot_cases",
         lambda path, volumes, captions: shown.extend(captions) or path.write_bytes(b""),
     )
     targets, cases, outputs, _ = make(rows=2)

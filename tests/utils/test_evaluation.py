@@ -5,8 +5,8 @@ import pytest
 
 from data.cases import Case
 from data.prepare.targets import Targets
-from utils.classification_metrics import classification_metrics
-from utils.evaluation import evaluate, most_wrong
+from utils.metrics.classification import classification_metrics
+from utils.metrics.evaluation import evaluate, most_wrong
 
 
 @pytest.fixture

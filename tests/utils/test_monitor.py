@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from utils import monitor
+from utils.training import collapse
 
 HEALTHY = {
     "epoch": 3,
@@ -15,25 +15,25 @@ HEALTHY = {
 
 
 def test_entropy_of_uniform_and_certain_rows():
-    assert monitor.entropy(torch.full((3, 16), 1 / 16)).item() == pytest.approx(math.log(16))
-    assert monitor.entropy(torch.eye(4)).item() == pytest.approx(0)
+    assert collapse.entropy(torch.full((3, 16), 1 / 16)).item() == pytest.approx(math.log(16))
+    assert collapse.entropy(torch.eye(4)).item() == pytest.approx(0)
 
 
 def test_feature_std_is_one_for_isotropic_and_zero_for_equal_features():
     torch.manual_seed(0)
-    assert monitor.feature_std(torch.randn(2000, 64)).item() == pytest.approx(1, abs=0.02)
-    assert monitor.feature_std(torch.ones(10, 64)).item() == pytest.approx(0, abs=1e-6)
+    assert collapse.feature_std(torch.randn(2000, 64)).item() == pytest.approx(1, abs=0.02)
+    assert collapse.feature_std(torch.ones(10, 64)).item() == pytest.approx(0, abs=1e-6)
 
 
 def test_rankme_counts_directions():
     torch.manual_seed(0)
     low_rank = torch.randn(200, 3) @ torch.randn(3, 50)
-    assert 1 < monitor.rankme(low_rank) < 3.2
-    assert monitor.rankme(torch.eye(20)) == pytest.approx(20, rel=0.01)
+    assert 1 < collapse.rankme(low_rank) < 3.2
+    assert collapse.rankme(torch.eye(20)) == pytest.approx(20, rel=0.01)
 
 
 def test_a_healthy_run_is_not_warned_of():
-    assert monitor.collapse_warnings(HEALTHY, HEALTHY, 1024, 64, 0) == {}
+    assert collapse.collapse_warnings(HEALTHY, HEALTHY, 1024, 64, 0) == {}
 
 
 @pytest.mark.parametrize(
@@ -54,15 +54,15 @@ def test_a_healthy_run_is_not_warned_of():
     ],
 )
 def test_collapse_is_named(change, kind):
-    assert list(monitor.collapse_warnings(HEALTHY | change, HEALTHY, 1024, 64, 0)) == [kind]
+    assert list(collapse.collapse_warnings(HEALTHY | change, HEALTHY, 1024, 64, 0)) == [kind]
 
 
 def test_a_high_loss_means_nothing_during_warmup():
     row = HEALTHY | {"dino_loss": 7.2}
-    assert monitor.collapse_warnings(row, HEALTHY, 1024, 64, warmup_epochs=3) == {}
+    assert collapse.collapse_warnings(row, HEALTHY, 1024, 64, warmup_epochs=3) == {}
 
 
 def test_usage_is_the_entropy_of_the_mean():
-    assert monitor.usage(torch.eye(8), over_ranks=True).item() == pytest.approx(math.log(8))
-    assert monitor.usage(torch.eye(8)[:1].expand(5, 8), True).item() == pytest.approx(0, abs=1e-6)
-    assert monitor.usage(torch.zeros(0, 8), over_ranks=False).isnan()
+    assert collapse.usage(torch.eye(8), over_ranks=True).item() == pytest.approx(math.log(8))
+    assert collapse.usage(torch.eye(8)[:1].expand(5, 8), True).item() == pytest.approx(0, abs=1e-6)
+    assert collapse.usage(torch.zeros(0, 8), over_ranks=False).isnan()

@@ -3,7 +3,7 @@ import pandas as pd
 import pytest
 from matplotlib.image import imread
 
-from utils.plots import pca_rgb, plot_crops, plot_curves, plot_feature_pca, slice_2d
+from utils.report.plots import pca_rgb, plot_crops, plot_curves, plot_feature_pca, slice_2d
 
 
 def _same_picture(path, rgb):

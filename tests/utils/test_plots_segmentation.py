@@ -6,8 +6,8 @@ from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
 from utils.classes import IGNORE
-from utils.plots import PLANES
-from utils.plots_segmentation import color_of, plot_overlay, plot_scores
+from utils.report.plots import PLANES
+from utils.report.plots_segmentation import color_of, plot_overlay, plot_scores
 
 SPACING = (1.0, 1.0, 2.0)
 
@@ -34,7 +34,7 @@ def test_saved_as_returned(tmp_path):
 
 def test_slices_are_those_of_the_truth(tmp_path, monkeypatch):
     """A wrong prediction at the rim does not draw the eye away from the organ."""
-    from utils import plots_segmentation
+    from utils.report import plots_segmentation
 
     titles = []
     real = plots_segmentation.slice_2d
@@ -53,7 +53,7 @@ def test_slices_are_those_of_the_truth(tmp_path, monkeypatch):
 
 def test_slices_are_those_with_most_and_outlines_are_there(tmp_path, monkeypatch):
     """The contours drawn on the axial slice are around the mask, right on the picture's left."""
-    from utils import plots_segmentation
+    from utils.report import plots_segmentation
 
     drawn = []
     monkeypatch.setattr(plots_segmentation, "MARGIN_MM", 1000.0)  # the whole volume is shown

@@ -5,7 +5,7 @@ import pytest
 
 from data.cases import Case
 from data.prepare.targets import Targets
-from utils.predictions import pool, write_predictions
+from utils.metrics.predictions import pool, write_predictions
 
 NASTY = ["=1+1", '"a", b', "肝\u2028x", "-"]  # "-" is missing
 

@@ -3,7 +3,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from utils import probes
+from utils.metrics import probes
 
 
 def test_label_probes_find_a_linear_label_and_nothing_in_noise():

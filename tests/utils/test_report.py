@@ -5,8 +5,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from utils.plots import plot_curves
-from utils.report import Section, write_report
+from utils.report.page import Section, write_report
+from utils.report.plots import plot_curves
 
 NASTY = "<script>alert('x & \"y\"')</script>"
 

@@ -4,7 +4,7 @@ import math
 import numpy as np
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from utils.runlog import RunLog, read_metrics
+from utils.training.runlog import RunLog, read_metrics
 
 ROWS = [
     {"epoch": 0, "step": 0, "val_loss": 1 / 3, "probe": 0.25},
@@ -73,7 +73,7 @@ def test_tensorboard_has_the_same_numbers(tmp_path):
 
 
 def test_other_ranks_write_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr("utils.runlog.is_main", lambda: False)
+    monkeypatch.setattr("utils.training.runlog.is_main", lambda: False)
     log = RunLog(tmp_path / "x")
     log.message("text"), log.step(0, {"loss": 1.0}), log.epoch(ROWS[0], 0)
     log.image("crops", np.zeros((4, 5, 3), np.uint8), 0), log.close()

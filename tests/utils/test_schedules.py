@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from utils import schedules
+from utils.training import schedules
 
 
 def test_cosine_is_the_formula():

@@ -7,7 +7,7 @@ from monai.metrics import compute_hausdorff_distance, compute_surface_dice
 from scipy import ndimage
 
 from utils.classes import IGNORE
-from utils.segmentation_metrics import (
+from utils.metrics.segmentation import (
     ABSENT,
     FALSE,
     MISSED,

@@ -6,8 +6,8 @@ import json
 import numpy as np
 import pytest
 
-from utils.segmentation_metrics import case_metrics, predicted_volumes
-from utils.segmentation_report import describe, file_name, worst_first, write_test_report
+from utils.metrics.segmentation import case_metrics, predicted_volumes
+from utils.report.segmentation import describe, file_name, worst_first, write_test_report
 
 NAMES = ["near", "far"]
 SPACING = (1.0, 1.0, 2.0)

@@ -10,10 +10,10 @@ from torch import nn
 
 from models.common import parameter_groups
 from utils.checkpoint import hash_patients
-from utils.loop import Averages, Stopwatch
 from utils.signals import Stopped, StopSignal
-from utils.state import rng_state, set_rng_state
-from utils.training import seed_everything
+from utils.training.loop import Averages, Stopwatch
+from utils.training.state import rng_state, set_rng_state
+from utils.training.step import seed_everything
 
 
 def test_the_seed_fixes_all_generators():

@@ -11,7 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from utils.weight_files import WeightsError, read
+from utils.tensor_files import WeightsError, read
 
 STATE = {"net.weight": torch.arange(6000.0).reshape(60, 100), "net.bias": torch.ones(3)}
 LFS = b"""version https://git-lfs.github.com/spec/v1

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from models.backbones import build_backbone
-from utils.config import parse_command_line
-from utils.schema_dino import DinoConfig, impossible_dino
-from utils.weights import LoadReport, WeightsError, compare_input, load_backbone
+from utils.config.command_line import parse_command_line
+from utils.config.dino import DinoConfig, impossible_dino
+from utils.tensor_files import WeightsError
+from utils.weights import LoadReport, compare_input, load_backbone
 
 CONFIG = Path(__file__).parents[2] / "dino_config.yaml"
 SMALL = {

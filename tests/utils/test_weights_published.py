@@ -14,7 +14,8 @@ from monai.networks import nets
 from torch.overrides import TorchFunctionMode
 
 from models.backbones import build_backbone
-from utils.weights import WeightsError, load_backbone
+from utils.tensor_files import WeightsError
+from utils.weights import load_backbone
 
 SHARED = Path(__file__).parents[3] / "shared"
 pytestmark = pytest.mark.skipif(

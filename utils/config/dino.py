@@ -1,10 +1,10 @@
-"""The rules of dino_config.yaml (see `utils.schema`)."""
+"""The rules of dino_config.yaml (see `utils.config.schema`)."""
 
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field
 
-from utils.fields import (
+from utils.config.fields import (
     STRICT,
     AboveZero,
     Angles,
@@ -18,7 +18,7 @@ from utils.fields import (
     Size,
     Texts,
 )
-from utils.schema import (
+from utils.config.schema import (
     IntensityAugment,
     Run,
     Values,

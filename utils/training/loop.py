@@ -21,13 +21,13 @@ from tqdm import tqdm
 
 from utils import checkpoint, distributed
 from utils.checkpoint import FULL
-from utils.config import save_resolved
+from utils.config.command_line import save_resolved
 from utils.errors import InputError, RunError
 from utils.memory import explained
-from utils.report import write_training_report
-from utils.runlog import RunLog
+from utils.report.page import write_training_report
 from utils.signals import Stopped, StopSignal, end_workers
-from utils.state import State, check_space, report_skipped, save
+from utils.training.runlog import RunLog
+from utils.training.state import State, check_space, report_skipped, save
 from utils.weights import LoadReport
 
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_STOPPED = 1, 2, 75
@@ -85,7 +85,7 @@ def train_epoch(
 
     Args:
         schedule: values of each optimizer step by name, such as lr.
-        about: what every checkpoint says of itself, for `utils.state.save`.
+        about: what every checkpoint says of itself, for `utils.training.state.save`.
     """
     start, total = state.step - state.epoch * state.steps_per_epoch, state.steps_per_epoch
     loader.sampler.set_epoch(state.epoch, start * cfg.accumulate)

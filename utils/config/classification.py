@@ -1,21 +1,11 @@
-"""The rules of classification_config.yaml (see `utils.schema`)."""
+"""The rules of classification_config.yaml (see `utils.config.schema`)."""
 
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, PlainSerializer, WrapValidator
 
-from utils.fields import (
-    STRICT,
-    AboveZero,
-    Angles,
-    Axes,
-    Count,
-    Factors,
-    Size,
-    Text,
-    Texts,
-)
-from utils.schema import (
+from utils.config.fields import STRICT, AboveZero, Angles, Axes, Count, Factors, Size, Text, Texts
+from utils.config.schema import (
     FOLDS,
     FineTuned,
     IntensityAugment,

@@ -1,8 +1,8 @@
 """What the three config files share: sections, their rules, and what is impossible together.
 
 The YAML files hold the defaults, so no field here has one; their comments say what each key means.
-Fields check one value each (`utils.fields`). What involves several keys is in the functions at the
-end, which see every value that is valid by itself, so that all problems are reported together.
+Fields check one value each (fields.py). What involves several keys is in the functions at the end,
+which see every value that is valid by itself, so that all problems are reported together.
 """
 
 import math
@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field
 
-from utils.fields import (
+from utils.config.fields import (
     STRICT,
     AboveZero,
     Count,

@@ -5,14 +5,14 @@ from functools import partial
 
 import numpy as np
 
-from utils.classification_metrics import (
+from utils.metrics.classification import (
     BINARY_NAMES,
     NUMERIC_NAMES,
     above_control,
     classification_metrics,
     regression_metrics,
 )
-from utils.predictions import Predictions
+from utils.metrics.predictions import Predictions
 
 MAX_GROUPS = 20  # values of a column by which results are split
 
@@ -27,7 +27,7 @@ def evaluate(
     num: int = 1000,
     seed: int = 0,
 ) -> dict[str, dict]:
-    """{target: its metrics (see `utils.classification_metrics`)}, JSON. Besides, where asked for:
+    """{target: its metrics (see `utils.metrics.classification`)}, JSON. Besides, where asked for:
 
     control: metrics of the control; above_control: what the network has more than that;
     by: {column: {value: metrics}}; folds: {fold: metrics}; over_folds: {metric: mean, sd, folds}.

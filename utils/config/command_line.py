@@ -1,6 +1,6 @@
 """Config files: strict YAML, overrides of the command line, --help, and all problems at once.
 
-The YAML files hold the defaults, a pydantic model (utils/schema.py) the rules.
+The YAML files hold the defaults, a pydantic model (utils/config/schema.py) the rules.
 """
 
 import platform
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from utils import strict_yaml
+from utils.config import strict_yaml
 from utils.errors import InputError, nearest
 from utils.files import read_text
 

@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from scipy.spatial import cKDTree
 
-from utils.bootstrap import percentiles, resamples
 from utils.classes import IGNORE
+from utils.metrics.bootstrap import percentiles, resamples
 
 ROUNDING = 1e-6  # mm, of distances
 METRICS = ["dice", "surface_dice", "hd95_mm", "volume_error_ml", "abs_volume_error_ml"]

@@ -14,8 +14,8 @@ from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.ticker import MaxNLocator
 from sklearn import metrics as sk
 
-from utils.classification_metrics import NUM_BINS, bin_of, calibration
-from utils.plots import COLORS, LINES, PLANES, bare, figure, letters, save, slice_2d
+from utils.metrics.classification import NUM_BINS, bin_of, calibration
+from utils.report.plots import COLORS, LINES, PLANES, bare, figure, letters, save, slice_2d
 
 MAX_TEXT = 24  # letters of a name
 MAX_CURVES = 14  # classes with a curve of their own
@@ -26,7 +26,7 @@ class Panel(NamedTuple):
     """A target on the rows that have a label, at least one.
 
     truth: (N,) index of the class, or number; outputs: (N, K) probabilities, or (N,) numbers;
-    metrics: of `utils.classification_metrics`.
+    metrics: of `utils.metrics.classification`.
     """
 
     title: str

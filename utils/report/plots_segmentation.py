@@ -1,4 +1,4 @@
-"""Pictures of a segmenter's predictions (see `utils.plots`): outlines on the image, scores.
+"""Pictures of a segmenter's predictions (see `utils.report.plots`): outlines on the image, scores.
 
 Pictures name a case by what the caller says in the title, never by a PatientID.
 """
@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 
 from utils.classes import IGNORE
-from utils.plots import COLORS, PLANES, bare, figure, letters, save, slice_2d
+from utils.report.plots import COLORS, PLANES, bare, figure, letters, save, slice_2d
 
 OUTLINES = ["#F0E442", "#56B4E9", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#0072B2"]
 MARGIN_MM = 20.0  # of the image around what is outlined
@@ -101,7 +101,7 @@ def plot_scores(
 ) -> np.ndarray | None:
     """A metric of every case, a line of dots per class with its median; None without any value.
 
-    rows: of `utils.segmentation_metrics.case_metrics`. Returns the picture, (H, W, 3) uint8.
+    rows: of `utils.metrics.segmentation.case_metrics`. Returns the picture, (H, W, 3) uint8.
     """
     values = {n: [r[metric] for r in rows if r["class"] == n] for n in names}
     values = {n: np.array([v for v in found if v is not None]) for n, found in values.items()}

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.classification_metrics import NUM_BINS
-from utils.evaluation import evaluate, most_wrong
-from utils.plots_classification import (
+from utils.metrics.classification import NUM_BINS
+from utils.metrics.evaluation import evaluate, most_wrong
+from utils.metrics.predictions import Predictions, write_predictions
+from utils.report.page import Section, write_report
+from utils.report.plots_classification import (
     Panel,
     drawable,
     plot_calibration,
@@ -19,8 +21,6 @@ from utils.plots_classification import (
     plot_precision_recall,
     plot_roc,
 )
-from utils.predictions import Predictions, write_predictions
-from utils.report import Section, write_report
 
 NUM_WORST = 8  # cases of each target
 LABELS = {
@@ -86,7 +86,7 @@ def write_test_report(
 
     Args:
         folder: made if absent; files of these names are overwritten.
-        targets, cases, predictions, control, report_by, by_fold: see `utils.evaluation.evaluate`.
+        targets, cases, predictions, control, report_by, by_fold: of `evaluate`.
         images: case -> (X, Y, Z) in 0..1, for pictures of the cases that were most wrong.
         notes: warnings at the top of the page.
     Returns:

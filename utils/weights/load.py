@@ -1,7 +1,7 @@
 """Loading a backbone from published weights or from a run of ours, whatever the file's layout.
 
-utils/weight_files.py reads the file, utils/weight_match.py finds the tensors in it, and
-utils/weight_origins.py knows the published files and the input they expect.
+utils/tensor_files.py reads the file, utils/weights/match.py finds the tensors in it, and
+utils/weights/origins.py knows the published files and the input they expect.
 """
 
 from collections import Counter
@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from utils import weight_match
 from utils.checkpoint import FORMAT
-from utils.weight_files import WeightsError, WeightsFile, read
-from utils.weight_match import BOOKKEEPING, ENCODERS, ENOUGH, INDEX, Match, plain, unwrapped
-from utils.weight_origins import Origin, fitting_backbone, recognise
+from utils.tensor_files import WeightsError, WeightsFile, read
+from utils.weights import match as weight_match
+from utils.weights.match import BOOKKEEPING, ENCODERS, ENOUGH, INDEX, Match, plain, unwrapped
+from utils.weights.origins import Origin, fitting_backbone, recognise
 
 # The 2x2x2 neighbours as MONAI before 1.5 concatenated them: so a state_dict of ours says it.
 OLD_MERGE = [[int(x) for x in n] for n in "000 100 010 001 101 010 001 111".split()]

@@ -1,11 +1,11 @@
-"""The rules of segmentation_config.yaml (see `utils.schema`)."""
+"""The rules of segmentation_config.yaml (see `utils.config.schema`)."""
 
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field
 
 from utils.classes import class_problems
-from utils.fields import (
+from utils.config.fields import (
     STRICT,
     AboveZero,
     Angles,
@@ -19,7 +19,7 @@ from utils.fields import (
     Text,
     one_or_more,
 )
-from utils.schema import (
+from utils.config.schema import (
     FineTuned,
     IntensityAugment,
     Values,

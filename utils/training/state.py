@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from utils import checkpoint, distributed
 from utils.checkpoint import CheckpointError
-from utils.config import environment
+from utils.config.command_line import environment
 from utils.errors import InputError, RunError
 
 PROGRESS = (

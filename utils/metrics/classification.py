@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from sklearn import metrics as sk
 
-from utils.bootstrap import MAX_UNDEFINED, percentiles, resamples
+from utils.metrics.bootstrap import MAX_UNDEFINED, percentiles, resamples
 
 NUM_BINS = 10  # of the calibration error, of equal width over 0..1
 BLOCK = 4_000_000  # weights that are worked on at a time

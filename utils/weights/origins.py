@@ -1,7 +1,7 @@
 """Published files of weights: how each is recognised, and the input its network was trained with.
 
-Names are those of the file with its containers, without wrapper parts (see `utils.weights`), such
-as net.backbone.swinViT.patch_embed.proj.weight.
+Names are those of the file with its containers, without wrapper parts (see match.py), such as
+net.backbone.swinViT.patch_embed.proj.weight.
 """
 
 import re

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.plots_segmentation import plot_overlay, plot_scores
-from utils.report import Section, write_report
-from utils.segmentation_metrics import ONLY_PREDICTED, summarize
+from utils.metrics.segmentation import ONLY_PREDICTED, summarize
+from utils.report.page import Section, write_report
+from utils.report.plots_segmentation import plot_overlay, plot_scores
 
 COLUMNS = (
     "PatientID csv_line class dice surface_dice hd95_mm volume_ml true_volume_ml volume_error_ml "
