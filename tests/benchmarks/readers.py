@@ -18,7 +18,7 @@ from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 
 from data.readers import read_volume
-from tests.data.dicom_factory import make_series, save
+from tests.data.dicom.factory import make_series, save
 
 
 def write_series(folder: Path, num_slices: int) -> None:

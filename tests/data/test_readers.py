@@ -8,7 +8,7 @@ import pytest
 
 from data.readers import Volume, VolumeError, read_volume
 from data.volume import rescale
-from tests.data.dicom_factory import assert_phantom, make_series, save_series
+from tests.data.dicom.factory import assert_phantom, make_series, save_series
 
 
 def test_takes_text_and_paths(tmp_path):

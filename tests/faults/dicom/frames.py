@@ -1,0 +1,118 @@
+"""Enhanced multi-frame DICOM files."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from pydicom.dataset import Dataset
+from pydicom.uid import (
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    JPEG2000Lossless,
+    RLELossless,
+)
+
+from tests.data.dicom.factory import OBLIQUE, make_enhanced, make_series, save
+from tests.faults.dicom.build import (
+    LARGE,
+    LARGE_SHAPE,
+    SHAPE,
+    Build,
+    brighter,
+    enhanced,
+    refused,
+    right,
+)
+from tests.faults.frame import Fault
+
+
+def multi_frame() -> list[Fault]:
+    order = (5, 0, 7, 2, 1, 6, 3, 4)
+
+    def coded(shared, syntax, options) -> Build:
+        def build(folder: Path) -> Path:
+            made = make_series(**options)
+            return save(make_enhanced([made[k] for k in order], shared), folder / "e", syntax)
+
+        return build
+
+    oblique = {"orientation": OBLIQUE, "intercept": -np.arange(8.0)}
+    found = [
+        right(f"enhanced, {name}, groups {where}", coded(shared, syntax, options), shape)
+        for name, syntax, options, shape in (
+            ("explicit", ExplicitVRLittleEndian, oblique, SHAPE),
+            ("big endian", ExplicitVRBigEndian, oblique, SHAPE),
+            ("deflated", DeflatedExplicitVRLittleEndian, oblique, SHAPE),
+            ("RLE", RLELossless, oblique, SHAPE),
+            ("JPEG 2000", JPEG2000Lossless, LARGE, LARGE_SHAPE),
+        )
+        for where, shared in (
+            ("per frame", ()),
+            ("shared", ("PixelMeasuresSequence", "PlaneOrientationSequence")),
+        )
+    ]
+
+    def parts(folder: Path) -> Path:
+        made = make_series()
+        (folder / "series").mkdir()
+        for k in (1, 0):
+            save(make_enhanced(made[4 * k : 4 * k + 4]), folder / "series" / f"part{1 - k}.dcm")
+        return folder / "series"
+
+    def undefined(ds: Dataset) -> None:
+        for keyword in ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"):
+            ds[keyword].is_undefined_length = True
+            for groups in ds[keyword].value:
+                groups.is_undefined_length_sequence_item = True
+                for macro in groups:
+                    macro.is_undefined_length = True
+
+    def differing(keyword: str, values) -> Callable[[Dataset], None]:
+        def change(ds: Dataset) -> None:
+            for groups, value in zip(ds.PerFrameFunctionalGroupsSequence, values, strict=True):
+                setattr(groups.FrameContentSequence[0], keyword, value)
+
+        return change
+
+    def without(name: str) -> Callable[[Dataset], None]:
+        def change(ds: Dataset) -> None:
+            del ds.PerFrameFunctionalGroupsSequence[4][name]
+
+        return change
+
+    def bare(ds: Dataset) -> None:
+        del ds.PerFrameFunctionalGroupsSequence, ds.SharedFunctionalGroupsSequence
+
+    def gap(folder: Path) -> Path:
+        made = make_series()
+        return save(make_enhanced(made[:3] + made[4:]), folder / "e.dcm")
+
+    def times(folder: Path) -> Path:
+        made = make_series()
+        ds = make_enhanced([x for pair in zip(made, brighter(made), strict=True) for x in pair])
+        differing("TemporalPositionIndex", [1, 2] * 8)(ds)
+        return save(ds, folder / "e.dcm")
+
+    return found + [
+        right("enhanced, in two files", parts),
+        right("enhanced, undefined lengths", enhanced(undefined)),
+        refused("enhanced, two stacks", enhanced(differing("StackID", "11112222"))),
+        refused(
+            "enhanced, two times in turn", enhanced(differing("TemporalPositionIndex", [1, 2] * 4))
+        ),
+        refused("enhanced, two times at each place", times),
+        refused("enhanced, a frame without position", enhanced(without("PlanePositionSequence"))),
+        refused(
+            "enhanced, a frame without orientation", enhanced(without("PlaneOrientationSequence"))
+        ),
+        refused("enhanced, no functional groups", enhanced(bare)),
+        refused("enhanced, a frame missing", gap),
+        *(
+            refused(
+                f"enhanced, claims {n} frames",
+                enhanced(lambda ds, n=n: setattr(ds, "NumberOfFrames", n)),
+            )
+            for n in (7, 9, 0, 2_000_000_000)
+        ),
+    ]

@@ -1,0 +1,109 @@
+"""DICOM series that lack a regular geometry."""
+
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pydicom
+
+from tests.data.dicom.factory import CORONAL, paint
+from tests.faults.dicom.build import (
+    Build,
+    Series,
+    each,
+    files,
+    refused,
+    replace,
+    series,
+    shifted,
+    some,
+)
+from tests.faults.frame import Fault
+
+# ---- refused: geometry
+
+
+def geometry() -> list[Fault]:
+    def without(*numbers: int) -> Build:
+        return series(lambda made: [ds for k, ds in enumerate(made) if k not in numbers])
+
+    def tilt(degrees: float) -> Build:
+        return series(shifted(lambda k: (0, 2.5 * k * np.tan(np.radians(degrees)), 0)))
+
+    bad = {
+        "ImagePositionPatient": (None, ["0", "0"], ["0", "0", "1e9"]),
+        "ImageOrientationPatient": (None, ["0"] * 6, ["1", "0", "0", "1", "0", "0"], ["1"] * 5),
+        "PixelSpacing": (None, ["0", "1"], ["-1", "1"], ["1.5"], ["2000", "2000"]),
+        "RescaleSlope": ("0",),
+    }
+    found = []
+    for keyword, choices in bad.items():
+        for value in choices:
+            shown = (
+                "missing"
+                if value is None
+                else "\\".join(value)
+                if isinstance(value, list)
+                else value
+            )
+            for where, which in (("everywhere", slice(None)), ("once", slice(2, 3))):
+                name = f"{keyword} {shown}, {where}"
+                found.append(refused(name, series(some(which, **{keyword: value}))))
+    for keyword in (
+        "ImagePositionPatient",
+        "ImageOrientationPatient",
+        "PixelSpacing",
+        "RescaleSlope",
+    ):
+        for text in (b"nan", b"inf", b"1,5", b"abc"):
+            build = files(partial(_no_number, keyword=keyword, text=text), series(slope=0.9375))
+            found.append(refused(f"{keyword} {text.decode()}", build))
+    return found + [
+        *(refused(f"slice {k} of 8 missing", without(k)) for k in (1, 3, 6)),
+        refused("two slices missing", without(2, 5)),
+        refused("neighbours missing", without(3, 4)),
+        refused("every second slice missing in one half", without(1, 3)),
+        *(
+            refused(f"uneven by {mm} mm", series(shifted(lambda k, mm=mm: (0, 0, mm * (k > 3)))))
+            for mm in (0.5, 1.0, -0.3)
+        ),
+        refused("spacing grows", series(shifted(lambda k: (0, 0, 0.1 * k * k)))),
+        refused("gantry tilt 12 degrees", tilt(12)),
+        refused("gantry tilt 2 degrees", tilt(2)),
+        refused("a slice moved sideways", series(shifted(lambda k: (2.0 * (k == 4), 0, 0)))),
+        refused("slices on an arc", series(shifted(lambda k: (0.3 * (k - 3.5) ** 2, 0, 0)))),
+        refused("all at one place", series(each(ImagePositionPatient=["0", "0", "0"]))),
+        refused(
+            "one orientation differs",
+            series(some(slice(5, 6), ImageOrientationPatient=list(CORONAL))),
+        ),
+        refused(
+            "one flipped",
+            series(some(slice(5, 6), ImageOrientationPatient=["-1", "0", "0", "0", "1", "0"])),
+        ),
+        refused("turned by a degree, slice by slice", series(_turning)),
+        refused(
+            "one pixel spacing differs", series(some(slice(5, 6), PixelSpacing=["1.5", "1.5"]))
+        ),
+        refused("one size differs", series(some(slice(5, 6), Rows=12, Columns=10))),
+        refused("one without RescaleIntercept", series(some(slice(5, 6), RescaleIntercept=None))),
+        refused(
+            "one without RescaleSlope", series(some(slice(5, 6), RescaleSlope=None), slope=0.5)
+        ),
+        refused("a single slice without thickness", series(each(SliceThickness=None), slices=1)),
+    ]
+
+
+def _turning(made: Series) -> None:
+    for k, ds in enumerate(made):
+        c, s = np.cos(np.radians(k)), np.sin(np.radians(k))
+        ds.ImageOrientationPatient = [f"{x:.6f}" for x in (c, s, 0, -s, c, 0)]
+        paint(ds)
+
+
+def _no_number(paths: list[Path], keyword: str, text: bytes) -> None:
+    element = pydicom.dcmread(paths[0])[keyword]
+    values = [element.value] if element.VM == 1 else element.value
+    old = "\\".join(str(value.original_string or value) for value in values).encode()
+    new = text + old[old.index(b"\\") if b"\\" in old else len(old) :]
+    replace(paths[0], old, new.rjust(len(old)))

@@ -1,0 +1,425 @@
+"""Config: the YAML's traps, every problem at once, overrides, help, and keys that code reads."""
+
+import ast
+from pathlib import Path
+
+import pytest
+import yaml
+
+from utils.config import strict_yaml
+from utils.config.command_line import (
+    ConfigError,
+    help_text,
+    parse_command_line,
+    read_yaml,
+    save_resolved,
+    schema_keys,
+)
+from utils.config.dino import DinoConfig, impossible_dino
+from utils.errors import nearest
+
+ROOT = Path(__file__).resolve().parents[3]
+DEFAULT = ROOT / "dino_config.yaml"
+
+
+def parse(*argv, config=DEFAULT):
+    return parse_command_line(list(argv), config, DinoConfig, impossible_dino)[0]
+
+
+def problems(*argv, config=DEFAULT) -> dict[str, str]:
+    """{key: what is wrong}"""
+    with pytest.raises(ConfigError) as e:
+        parse(*argv, config=config)
+    return {p.key: p.what for p in e.value.problems}
+
+
+def edited(folder, *changes, name="edited.yaml"):
+    """The shipped YAML with text replaced, as a new file."""
+    text = DEFAULT.read_text(encoding="utf-8")
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new, 1)
+    (folder / name).write_text(text, encoding="utf-8")
+    return folder / name
+
+
+# ---- the shipped file
+def test_shipped_config_is_valid():
+    config = parse()
+    assert config.crops.global_size == (96, 96, 96)
+    assert config.train_folds == ["0", "1", "2"]
+
+
+def test_schema_and_yaml_have_the_same_keys():
+    _, lines, _ = read_yaml(DEFAULT)
+    sections = {key.split(".")[0] for key in schema_keys(DinoConfig) if "." in key}
+    assert set(schema_keys(DinoConfig)) == set(lines) - sections
+
+
+def test_schema_has_no_defaults():
+    def fields(model):
+        for name, field in model.model_fields.items():
+            yield name, field
+            if hasattr(field.annotation, "model_fields"):
+                yield from fields(field.annotation)
+
+    assert [name for name, field in fields(DinoConfig) if not field.is_required()] == []
+
+
+def test_code_reads_every_key():
+    files = [
+        *ROOT.glob("*.py"),
+        *(f for d in ("models", "data", "utils") for f in (ROOT / d).rglob("*.py")),
+    ]
+    attributes, parameters = set(), set()
+    for file in files:
+        if file.parent.name == "config":
+            continue
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                attributes.add(node.attr)
+            elif isinstance(node, ast.arg) and file.parent.name == "models":
+                parameters.add(node.arg)
+    unread = []
+    for key in schema_keys(DinoConfig):
+        section, _, name = key.rpartition(".")
+        # the sections of the backbones are passed on as **options
+        backbones = ("resunet", "swinunetr", "unet", "segresnet")
+        read = parameters if section in backbones else attributes
+        if name not in read:
+            unread.append(key)
+    assert unread == []
+
+
+# ---- YAML
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        ("1e-4", 1e-4),
+        ("1.0e-4", 1e-4),
+        ("-1E+3", -1000.0),
+        (".5", 0.5),
+        ("2.", 2.0),
+        ("+3", 3),
+        ("-0", 0),
+        ("true", True),
+        ("False", False),
+        ("null", None),
+        ("~", None),
+        ("", None),
+        ("no", "no"),
+        ("on", "on"),
+        ("Yes", "Yes"),
+        ("010", "010"),
+        ("007", "007"),
+        ("0x1F", "0x1F"),
+        ("1_000", "1_000"),
+        ("1:30", "1:30"),
+        ("2024-01-31", "2024-01-31"),
+        ("1.2.840.10008", "1.2.840.10008"),
+        (".nan", ".nan"),
+        (".inf", ".inf"),
+        ("-", [None]),
+        ("1e", "1e"),
+        ("12345678901234567890", "12345678901234567890"),
+        ("'5'", "5"),
+        ("[1, no, 2.5]", [1, "no", 2.5]),
+        ("{no: 1, 010: 2}", {"no": 1, "010": 2}),
+    ],
+)
+def test_scalars(text, value):
+    found = strict_yaml.parse(text)[0]
+    assert found == value and type(found) is type(value)
+
+
+def test_duplicate_keys_at_every_level():
+    _, lines, repeated = strict_yaml.parse("a: 1\nb:\n  c: 1\n  c: 2\na: 2\nd: [{e: 1, e: 2}]\n")
+    assert repeated == [("b.c", 4), ("a", 5), ("d[0].e", 6)]
+    assert lines["b.c"] == 3
+
+
+@pytest.mark.parametrize(
+    "content, what",
+    [
+        (b"", "is empty"),
+        (b"# nothing\n", "is empty"),
+        (b"- a\n- b\n", "holds a list"),
+        (b"5", "holds a int"),
+        (b"a: 1\nb:\n\tc: 1\n", "line 3: a tab"),
+        (b"a: \xe9\n", "line 1: not UTF-8 (byte 0xE9)"),
+        ("a: 1".encode("utf-16"), "UTF-16"),
+        (b"a: [1\n", "not YAML: line 2"),
+        (b"a: !!python/object/apply:os.system ['true']\n", "line 1"),
+        (b"a: &x 1\nb: *x\n", "line 1"),
+        (b"a: 1\n---\nb: 1\n", "line 2"),
+        (b"a: \x00\n", "not YAML"),
+        (b"a: " + b"[" * 5000, "nested too deeply"),
+    ],
+)
+def test_files_that_are_no_config(tmp_path, content, what):
+    (tmp_path / "c.yaml").write_bytes(content)
+    assert what in problems(config=tmp_path / "c.yaml")[""]
+
+
+def test_missing_file_and_folder(tmp_path):
+    assert "No such file" in problems("--config", str(tmp_path / "none.yaml"))[""]
+    assert "cannot be read" in problems("--config", str(tmp_path))[""]
+
+
+def test_byte_order_mark(tmp_path):
+    (tmp_path / "c.yaml").write_bytes(b"\xef\xbb\xbf" + DEFAULT.read_bytes())
+    assert parse(config=tmp_path / "c.yaml") == parse()
+
+
+# ---- everything at once
+def test_all_problems_together_with_lines(tmp_path):
+    config = edited(
+        tmp_path,
+        ("batch_size: 8", "batchsize: 8"),
+        ("n_epochs: 200", "n_epochs: many\nseed: 1"),
+        ("  global_size: [96, 96, 96]", "  global_size: [96, 100, 96]"),
+        ("  spacing: [1.5, 1.5, 1.5]", "  spacing: [1.5, '1.5', true]"),
+        ("test_folds: [4]", "test_folds: ['2']"),
+        ("  pooling: meanmax ", "  pooling: mex "),
+    )
+    found = problems(config=config)
+    assert found["batchsize"] == "unknown key; nearest: batch_size"
+    assert found["batch_size"] == "missing"
+    assert found["n_epochs"] == "'many': expected a valid integer"
+    assert found["crops.global_size"].endswith("divisible by 32 for resunet; nearest: [96, 96, 96]")
+    assert {"data.spacing[1]", "data.spacing[2]"} <= found.keys()
+    assert found["test_folds"] == "fold 2 is in train_folds too"
+    assert found["dino.pooling"].endswith("nearest: max")
+    assert found["seed"].startswith("written twice, first in line ")
+    with pytest.raises(ConfigError) as e:
+        parse(config=config)
+    wheres = [p.where for p in e.value.problems]
+    assert wheres.count("") == 1  # the missing key
+    lines = [int(where.split()[1]) for where in wheres if where]
+    assert lines == sorted(lines)
+    text = config.read_text(encoding="utf-8").splitlines()
+    line = next(p.where for p in e.value.problems if p.key == "dino.pooling").split()[1]
+    assert text[int(line) - 1].startswith("  pooling: mex")
+    assert str(e.value).startswith(f"{config}: {len(wheres)} problems\n  line ")
+
+
+def test_a_broken_section_hides_nothing_else(tmp_path):
+    config = edited(tmp_path, ("probe:\n", "prob: 1\nprobe: 5\nx:\n"))
+    found = problems("crops.local_size=[30,30,30]", config=config)
+    assert "expected a section" in found["probe"]
+    assert "unknown key" in found["prob"]
+    assert "nearest: [32, 32, 32]" in found["crops.local_size"]
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        "learning_rate=true",
+        "learning_rate='1e-4'",
+        "learning_rate=.nan",
+        "learning_rate=0",
+        "learning_rate=1e999",
+        "batch_size=true",
+        "batch_size=8.0",
+        "batch_size=0",
+        "batch_size='8'",
+        "batch_size=010",
+        "batch_size=null",
+        "batch_size=",
+        "n_workers=-1",
+        "compile=yes",
+        "compile=1",
+        "compile='true'",
+        "seed=-1",
+        "precision=float16",
+        "train_folds=[]",
+        "train_folds=0",
+        "train_folds=[0, '0']",
+        "train_folds=[true]",
+        "train_folds=['']",
+        "train_folds=[[0]]",
+        "val_folds=[2]",
+        "data.spacing=[1, 1]",
+        "data.spacing=[1, 1, 1, 1]",
+        "data.spacing=[1, 1, 0]",
+        "data.spacing=[1, 1, -1]",
+        "data.spacing=natve",
+        "data.spacing=null",
+        "data.hu_window=[100, -100]",
+        "data.hu_window=[5, 5]",
+        "data.percentiles=[0, 101]",
+        "data.modality=MRI",
+        "dino.mask_ratio=[0.5, 0.1]",
+        "dino.mask_ratio=[0, 1.5]",
+        "dino.centering=centre",
+        "dino.pooling=average",
+        "dino.patch_level=6",
+        "dino.teacher_temp=0",
+        "crops.global_zoom=[0, 1]",
+        "crops.global_size=[96, 96, 160]",
+        "crops.global_size=[96.0, 96, 96]",
+        "crops.local_size=[32, 32, 32]",
+        "crops.num_local=-1",
+        "crops.aspect=0.9",
+        "augment.flip=[1, 0, 0]",
+        "swinunetr.feature_size=50",
+        "resunet.blocks=[1, 1]",
+        "resunet.features=[32, 64]",
+        "resunet.features=[]",
+        "warmup_epochs=1000",
+        "dino.teacher_temp_warmup_epochs=1000",
+        "min_learning_rate=1",
+        "csv_path=",
+        "csv_path=$NO_SUCH_VARIABLE/x.csv",
+        'csv_path="a\\0b"',
+    ],
+)
+def test_impossible_values(argument):
+    key = argument.split("=")[0]
+    assert any(k.split("[")[0] == key or key.startswith("resunet") for k in problems(argument))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "..",
+        ".",
+        "../x",
+        "/x",
+        "a/b",
+        "a\\b",
+        "C:x",
+        "x" * 101,
+        "é" * 130,
+        '"\\0"',
+        "CON",
+        "nul.txt",
+    ]
+    + ["com1", "x.", "true", "null", '"a\\nb"'],
+)
+def test_experiment_names_that_leave_the_folder(name):
+    assert "experiment" in problems(f"experiment={name}")
+
+
+@pytest.mark.parametrize(
+    "text, name",
+    [("run 1", "run 1"), ("2024", "2024"), ("007", "007"), ("é-ü_(3)", "é-ü_(3)"), ("no", "no")],
+)
+def test_experiment_names(text, name):
+    assert parse(f"experiment={text}").experiment == name
+
+
+def test_valid_overrides():
+    config = parse(
+        "learning_rate=1e-4",
+        "weight_decay=0",
+        "data.spacing=[1,1,1]",
+        "train_folds=[0, '1', no, 1.0]",
+        "val_folds=[]",
+        "test_folds=[]",
+        "crops.num_local=0",
+        "crops.local_size=[7, 7, 7]",
+        "probe_targets=[]",
+        "data.modality=CT",
+    )
+    assert config.learning_rate == 1e-4 and type(config.weight_decay) is float
+    assert config.data.spacing == (1.0, 1.0, 1.0)
+    assert config.train_folds == ["0", "1", "no", "1.0"]
+    assert parse("data.spacing=native").data.spacing == "native"
+
+
+def test_backbones_have_their_own_strides():
+    small = ("resunet.features=[8,16,32]", "resunet.blocks=[1,1,1]", "crops.local_size=[20,24,28]")
+    assert parse(*small, "dino.patch_level=2").crops.local_size == (20, 24, 28)
+    assert "dino.patch_level" in problems(*small)
+    assert "nearest: [32, 32, 32]" in problems(*small, "backbone=swinunetr")["crops.local_size"]
+    assert parse("backbone=swinunetr", "crops.local_size=[32,32,32]", "dino.patch_level=4")
+    assert "nearest: 4" in problems("backbone=swinunetr", "dino.patch_level=5")["dino.patch_level"]
+
+
+def test_two_sources_of_weights():
+    found = problems("resume_training_from=auto", "test_ckpt=best.pt")
+    assert list(found) == ["test_ckpt"]
+    assert "test_folds" in problems("test_ckpt=best.pt", "test_folds=[]")
+
+
+def test_paths_are_expanded(monkeypatch):
+    monkeypatch.setenv("SCANS", "/data/scans")
+    monkeypatch.setenv("HOME", "/home/someone")
+    config = parse("csv_path=$SCANS/a.csv", "cache_dir=~/cache")
+    assert (config.csv_path, config.cache_dir) == ("/data/scans/a.csv", "/home/someone/cache")
+
+
+# ---- command line
+def test_problems_of_the_command_line_together():
+    found = problems("--chek", "word", "--batch-size=4", "data=1", "spacing=1", "seed=1", "seed=2")
+    found |= problems("--config")
+    assert "nearest: --check" in found["--chek"]
+    assert "key=value" in found["word"]
+    assert "batch_size=value" in found["--batch-size=4"]
+    assert "data.modality=value" in found["data"]
+    assert "nearest: data.spacing" in found["spacing"]
+    assert found["seed"] == "given twice"
+    assert "name of a file" in found["--config"]
+    assert "quotes" in problems("csv_path=[scans]/a.csv")["csv_path"]
+
+
+def test_config_and_check(tmp_path):
+    path = edited(tmp_path, ("seed: 0", "seed: 5"))
+    argv = ["seed=6", "--check", f"--config={path}"]
+    config, check = parse_command_line(argv, DEFAULT, DinoConfig, impossible_dino)
+    assert check and config.seed == 6
+    assert parse("--config", str(path)).seed == 5
+
+
+def test_an_override_supplies_a_missing_key(tmp_path):
+    path = edited(tmp_path, ("seed: 0", ""), ("probe:\n", "probe_:\n"))
+    found = problems("seed=1", "probe.every=1", config=path)
+    assert "seed" not in found and "probe.every" not in found and "probe.max_cases" in found
+
+
+def test_help_lists_every_key_with_its_comment(capsys):
+    with pytest.raises(SystemExit) as e:
+        parse("--help", "nonsense")
+    assert e.value.code == 0
+    text = capsys.readouterr().out
+    assert text.strip() == help_text(DEFAULT).strip()
+    lines = {
+        line.split("=")[0].strip(): line for line in text.splitlines() if line.startswith("  ")
+    }
+    assert set(schema_keys(DinoConfig)) <= lines.keys()
+    assert lines["data.spacing"].split("  ")[-1].startswith("mm per voxel")
+    assert lines["data.spacing"].strip().startswith("data.spacing=[1.5, 1.5, 1.5] ")
+
+
+def test_nearest():
+    keys = schema_keys(DinoConfig)
+    assert nearest("xyz", keys) is None
+    assert nearest("global_sise", keys) == "crops.global_size"
+    assert nearest("augment.hu_windw", keys) == "augment.hu_window"
+    assert nearest("crop.min_body", keys) == "crops.min_body"
+
+
+# ---- the resolved config
+def test_resolved_config_reads_back(tmp_path):
+    config = parse(
+        "train_folds=['1e3', 'no', '007', 'true', '1:30', '~', '2024-01-01', 'a: b', '#x', 'ü']",
+        "data.spacing=native",
+        "learning_rate=1e-7",
+        "min_learning_rate=0",
+        "experiment=é (2)",
+    )
+    save_resolved(config, tmp_path / "config.yaml", {"parameters": "3\n0\x1b M", "x": "---\n- a"})
+    assert parse("--config", str(tmp_path / "config.yaml")) == config
+    text = (tmp_path / "config.yaml").read_text(encoding="utf-8")
+    for name in ("command", "torch", "git commit", "parameters"):
+        assert f"# {name}: " in text
+    # and nothing in it means something else to a YAML 1.1 reader
+    assert yaml.safe_load(text)["train_folds"] == config.train_folds
+
+
+def test_resolved_config_without_git(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    save_resolved(parse(), tmp_path / "config.yaml")
+    assert "# git commit: 'unknown'" in (tmp_path / "config.yaml").read_text(encoding="utf-8")
