@@ -1,16 +1,16 @@
 """Self-supervised pre-training of a 3D backbone on unlabeled CT or MR: DINO and an iBOT patch loss.
 
 Edit dino_config.yaml, then `python dino.py`. Results go to <results_dir>/<experiment>/, the
-backbone for the other stages to checkpoints/backbone.pt there. README.md says the rest.
+backbone for the other stages to checkpoints/backbone.pt there. docs/pretraining.md says the rest.
 
 Volumes are (B, C, X, Y, Z) in RAS+ throughout; views are stacked view-major, (views * B, ...).
 """
 
-import contextlib
 import copy
 import itertools
 import math
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,37 +19,36 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from data.cache import VolumeCache
-from data.cases import format_problems
-from data.inference.probing import feature_maps, probe, write_embeddings
+from data.cases import print_check
+from data.inference.probing import feature_maps, probe, probe_score, write_embeddings
 from data.loading import EpochSampler, make_loader
-from data.prepare.load import load_cases
+from data.prepare.load import PATH_COLUMNS, load_cases
 from data.standard import StandardForm
 from data.views.crops import NUM_GLOBAL, RegionDataset, ViewSettings, apply_views
+from models.backbones import facts_of
 from models.common import parameter_groups
-from models.dino import build_network, random_masks, update_teacher
+from models.dino import build_network, sample_masks, update_teacher
 from models.losses import TeacherTargets, dino_loss, koleo_loss, patch_loss
 from utils import checkpoint, distributed
-from utils.checkpoint import hash_patients
 from utils.config.command_line import parse_command_line
 from utils.config.dino import DinoConfig, impossible_dino
 from utils.errors import NotFinite
 from utils.memory import explained, in_parts
 from utils.report.plots import plot_crops, plot_curves, plot_feature_pca
 from utils.signals import StopSignal
-from utils.training import collapse, schedules
-from utils.training.loop import (
+from utils.training import collapse, schedules, step
+from utils.training.loop import Epoch
+from utils.training.run import (
+    Run,
+    begin,
     exit_code,
-    folder_of,
+    load_weights,
     open_log,
-    report_is_old,
-    resume_from,
-    train_epoch,
     until_stopped,
     write_report,
 )
-from utils.training.state import State, resume, save
-from utils.training.step import autocast, refuse_not_finite, seed_everything
-from utils.weights import compare_input, load_backbone
+from utils.training.state import State, note_best, resume, save
+from utils.weights import load_backbone
 
 CONFIG = Path(__file__).with_name("dino_config.yaml")
 PICTURES = {
@@ -62,39 +61,34 @@ PICTURES = {
 # ---------------------------------------------------------------------------------- one step
 
 
-def cut_views(batch: dict, cfg, device) -> tuple[torch.Tensor, torch.Tensor | None]:
+def cut_views(run: Run, batch: dict) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Global (2 B, 1, X, Y, Z) and local (num_local B, 1, x, y, z) crops in 0..1."""
-    source = (batch["region"].to(device, non_blocking=True), batch["scale"], batch["offset"])
-    global_crops = apply_views(*source, batch["global"], cfg.crops.global_size)
-    if cfg.crops.num_local == 0:
+    crops = run.cfg.crops
+    source = (batch["region"].to(run.device, non_blocking=True), batch["scale"], batch["offset"])
+    global_crops = apply_views(*source, batch["global"], crops.global_size)
+    if crops.num_local == 0:
         return global_crops, None
-    return global_crops, apply_views(*source, batch["local"], cfg.crops.local_size)
+    return global_crops, apply_views(*source, batch["local"], crops.local_size)
 
 
-def cut_masks(batch: dict, grid: tuple[int, ...], cfg) -> torch.Tensor:
-    """(2 B, *grid) bool; a function of (seed, epoch, case, draw) like the views."""
-    masks = []
-    for key in batch["key"].tolist():
-        rng = np.random.Generator(np.random.PCG64([cfg.seed, *key, 1]))  # 1: not the views' stream
-        masks.append(random_masks(rng, NUM_GLOBAL, grid, cfg.dino.mask_prob, cfg.dino.mask_ratio))
-    return torch.stack(masks, dim=1).flatten(0, 1)
-
-
-def forward(student, teacher, targets, batch, teacher_temp: float, cfg, device):
+def forward(
+    run: Run[DinoConfig], student, teacher, targets, batch: dict, teacher_temp: float
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """Both networks and the losses on one batch.
 
     Returns:
         {"loss": ..., what it is made of and its health: scalars}; the teacher's pooled features of
         the first view, (B, D).
     """
-    d = cfg.dino
-    global_crops, local_crops = cut_views(batch, cfg, device)
+    cfg, d = run.cfg, run.cfg.dino
+    global_crops, local_crops = cut_views(run, batch)
     mask = None
     if d.patch_weight > 0:
         stride = teacher.backbone.strides[d.patch_level]
         grid = tuple(n // stride for n in cfg.crops.global_size)
-        mask = cut_masks(batch, grid, cfg).to(device)
-    with autocast(device, cfg.precision):
+        keys, hide = batch["key"].tolist(), {"prob": d.mask_prob, "ratio": d.mask_ratio}
+        mask = sample_masks(keys, cfg.seed, NUM_GLOBAL, grid, **hide).to(run.device)
+    with step.autocast(run.device, cfg.precision):
         with torch.no_grad():
             t = teacher(global_crops, mask=mask)  # sees the two global crops, whole
         s = student(global_crops, local_crops, mask=mask, hide=True)  # sees all, partly hidden
@@ -123,12 +117,12 @@ def forward(student, teacher, targets, batch, teacher_temp: float, cfg, device):
         "teacher_entropy": collapse.entropy(q),
         "target_usage": collapse.usage(q, student.training),
         "center_norm": targets["dino"].center.norm(),
-        "body_fraction": body.mean().to(device),
+        "body_fraction": body.mean().to(run.device),
     }
     return out, t["pooled"].unflatten(0, views)[0]
 
 
-def train_step(state: State, batches: list[dict], values: dict, cfg, device) -> dict:
+def train_step(run: Run[DinoConfig], state: State, batches: list[dict], values: dict) -> dict:
     """One optimizer step over the accumulated batches; then teacher and center, unless not finite.
 
     Args:
@@ -142,53 +136,34 @@ def train_step(state: State, batches: list[dict], values: dict, cfg, device) -> 
         if group["decay"]:
             group["weight_decay"] = values["weight_decay"]
     state.optimizer.zero_grad(set_to_none=True)
-    # the running statistics of BatchNorm, which move before it is known whether the step counts
-    buffers = [(b, b.clone()) for network in (student, teacher) for b in network.buffers()]
-    sums, features = {}, []
-    for i, batch in enumerate(batches):
-        # gradients are averaged over ranks once, in the last backward pass
-        wait = distributed.world_size() > 1 and i < len(batches) - 1
-        with student.no_sync() if wait else contextlib.nullcontext():
-            out, pooled = forward(
-                student, teacher, targets, batch, values["teacher_temp"], cfg, device
-            )
+    buffers, sums, features = step.remember_buffers(student, teacher), {}, []
+    for i, batch in enumerate(batches, 1):
+        with step.syncing(student, last=i == len(batches)):
+            out, pooled = forward(run, student, teacher, targets, batch, values["teacher_temp"])
             state.scaler.scale(out["loss"] / len(batches)).backward()
         features.append(pooled)
         sums = {k: sums.get(k, 0) + v.detach().float() / len(batches) for k, v in out.items()}
 
-    state.scaler.unscale_(state.optimizer)
     if not values["prototypes_move"]:
         for p in state.bare("student").prototype_parameters():
             p.grad = None
-    limit = cfg.clip_grad if cfg.clip_grad > 0 else math.inf
-    sums["grad_norm"] = torch.nn.utils.clip_grad_norm_(student.parameters(), limit)
+    sums["grad_norm"] = step.clip_gradients(state, student, run.cfg.clip_grad)
     sums["feature_std"] = collapse.feature_std(distributed.concat_over_ranks(torch.cat(features)))
-    # One exchange between ranks and one wait for the device per step. What is not finite on one
-    # rank is not finite in the mean, so that all ranks decide the same.
-    means = distributed.all_reduce(torch.stack(list(sums.values())), "mean").tolist()
-    numbers = dict(zip(sums, means, strict=True))
-    numbers["ok"] = math.isfinite(numbers["loss"]) and math.isfinite(numbers["grad_norm"])
+    numbers = step.mean_over_ranks(sums)
+    numbers["ok"] = step.update(state, numbers, buffers)
     if numbers["ok"]:
-        state.scaler.step(state.optimizer)
         update_teacher(teacher, state.bare("student"), values["momentum"])
-    for buffer, before in buffers:
-        if not numbers["ok"]:
-            buffer.copy_(before)
-        elif buffer.is_floating_point():  # all ranks validate with the same ones
-            buffer.copy_(distributed.all_reduce(buffer, "mean"))
     for target in targets.values():
         target.update_center() if numbers["ok"] else target.forget()
-    # its scale answers gradients that overflow, not a loss that is no number
-    state.scaler.update(None if math.isfinite(numbers["loss"]) else state.scaler.get_scale())
     return numbers
 
 
 # ---------------------------------------------------------------------------------- optimization
 
 
-def build_schedule(cfg, steps_per_epoch: int) -> dict[str, np.ndarray]:
+def build_schedule(cfg: DinoConfig, steps_per_epoch: int) -> dict[str, np.ndarray]:
     """Values per optimizer step (DINO, section 3 and appendix A)."""
-    d, steps = cfg.dino, cfg.n_epochs * steps_per_epoch
+    d, num_steps = cfg.dino, cfg.n_epochs * steps_per_epoch
     lr = cfg.learning_rate * cfg.batch_size * cfg.accumulate * distributed.world_size() / 256
     warmup, ramp, frozen = (
         epochs * steps_per_epoch
@@ -196,11 +171,11 @@ def build_schedule(cfg, steps_per_epoch: int) -> dict[str, np.ndarray]:
     )
     temps = (d.teacher_temp_start, d.teacher_temp)
     return {
-        "lr": schedules.cosine(lr, min(cfg.min_learning_rate, lr), steps, warmup),
-        "weight_decay": schedules.cosine(cfg.weight_decay, cfg.weight_decay_end, steps),
-        "momentum": schedules.cosine(d.momentum, 1.0, steps),
-        "teacher_temp": schedules.linear_then_constant(*temps, steps, ramp),
-        "prototypes_move": (np.arange(steps) >= frozen).astype(float),
+        "lr": schedules.cosine(lr, min(cfg.min_learning_rate, lr), num_steps, warmup),
+        "weight_decay": schedules.cosine(cfg.weight_decay, cfg.weight_decay_end, num_steps),
+        "momentum": schedules.cosine(d.momentum, 1.0, num_steps),
+        "teacher_temp": schedules.linear_then_constant(*temps, num_steps, ramp),
+        "prototypes_move": (np.arange(num_steps) >= frozen).astype(float),
     }
 
 
@@ -208,7 +183,7 @@ def build_schedule(cfg, steps_per_epoch: int) -> dict[str, np.ndarray]:
 
 
 @torch.no_grad()
-def validate(state: State, loader, teacher_temp: float, cfg, device, stop) -> dict[str, float]:
+def validate(run: Run[DinoConfig], state: State, loader, teacher_temp: float) -> dict[str, float]:
     """Losses on fixed views of the val cases, spread and rank of the teacher's features.
 
     Raises NotFinite on all ranks.
@@ -217,9 +192,9 @@ def validate(state: State, loader, teacher_temp: float, cfg, device, stop) -> di
     sums, features, bad = {}, [], []
 
     def look(batch: dict) -> tuple:
-        return forward(*networks, batch, teacher_temp, cfg, device)
+        return forward(run, *networks, batch, teacher_temp)
 
-    for batch, (out, pooled) in in_parts(look, itertools.takewhile(lambda _: not stop, loader)):
+    for batch, (out, pooled) in in_parts(look, itertools.takewhile(lambda _: not run.stop, loader)):
         features.append(pooled.float().cpu())
         if not (out["loss"].isfinite() and pooled.isfinite().all()):
             bad += [loader.dataset.data[i].patient for i in batch["index"].tolist()]
@@ -231,8 +206,8 @@ def validate(state: State, loader, teacher_temp: float, cfg, device, stop) -> di
             sums[name] = total + float(out[name]) * count, known + count
     for network in networks:
         network.train()
-    stop.raise_if_received()
-    refuse_not_finite(bad)
+    run.stop.raise_if_received()
+    step.refuse_not_finite(bad)
     gathered = [x for x in distributed.gather_objects((sums, features)) if x[1]]
     features = torch.cat([part for _, parts in gathered for part in parts])
     means = {}
@@ -240,119 +215,88 @@ def validate(state: State, loader, teacher_temp: float, cfg, device, stop) -> di
         totals, counts = zip(*[sums[name] for sums, _ in gathered], strict=True)
         means[f"val_{name}"] = sum(totals) / max(sum(counts), 1)
     patch = means.get("val_patch_loss", 0.0)
-    row = {"val_loss": means["val_dino_loss"] + cfg.dino.patch_weight * patch, **means}
+    row = {"val_loss": means["val_dino_loss"] + run.cfg.dino.patch_weight * patch, **means}
     if len(features) > 1:
         row["val_feature_std"] = float(collapse.feature_std(features))
         row["rankme"] = collapse.rankme(features)
     return row
 
 
-def probe_score(row: dict) -> float | None:
-    """Mean of the linear probes' AUC and the dense probe's Dice, as far as there are any."""
-    names = [k for k in row if k.startswith("probe_") and k.endswith(("linear_auc", "dice"))]
-    scores = [row[name] for name in names if row[name] is not None]
-    return float(np.mean(scores)) if scores else None
+def assess(run, state, loaders, cache, cases, teacher_temp: float, probing: bool = True) -> dict:
+    """Of metrics.csv: what the validation, and where wanted the probes, find."""
+    row, teacher = {}, state.modules["teacher"]
+    try:
+        if "val" in loaders:
+            with explained("the validation", run.cfg):
+                row |= validate(run, state, loaders["val"], teacher_temp)
+        with explained("probing", run.cfg):
+            return row | (probe(run, teacher, cache, cases) if probing else {})
+    except NotFinite as e:
+        run.say(f"WARNING: the validation is left out: {e}")
+        return row | {"val_loss": math.nan}
 
 
-def is_best(state: State, row: dict) -> bool:
-    """Whether this epoch is the best so far, by the probes, else by the val or train loss."""
-    if state.select_by == "probe":
-        score = probe_score(row)
-    else:
-        score = -row.get(state.select_by, math.inf)
-    if score is None or math.isnan(score) or (state.best is not None and score <= state.best):
-        return False
-    state.best = score
-    return True
+def score_of(row: dict, select_by: str) -> float | None:
+    """Higher is better; None: not known of this epoch; NaN: its validation failed."""
+    if math.isnan(row.get("val_loss", 0.0)):
+        return math.nan
+    return probe_score(row) if select_by == "probe" else -row.get(select_by, math.inf)
 
 
-def note_collapse(state: State, row: dict, cfg, log) -> None:
-    """Warn in the log; the report shows what the last epoch still warns of."""
-    found = collapse.collapse_warnings(
-        row, state.first, cfg.dino.out_dim, cfg.dino.patch_out_dim, cfg.warmup_epochs
-    )
-    skipped = {k: v for k, v in state.warnings.items() if k.startswith("step ")}
-    state.warnings = skipped | {k: f"epoch {row['epoch']}: {v}" for k, v in found.items()}
-    for warning in found.values():
-        log.message(f"WARNING: {warning}")
-
-
-def draw_crops(batch: dict, cfg, device, log) -> None:
+def draw_crops(run: Run[DinoConfig], batch: dict) -> None:
     """plots/crops.png: what the networks see of the first batch."""
     views = {}
-    for name, crops in zip(("global", "local"), cut_views(batch, cfg, device), strict=True):
+    for name, crops in zip(("global", "local"), cut_views(run, batch), strict=True):
         if crops is not None:
             for i, view in enumerate(crops.unflatten(0, (-1, len(batch["index"])))):
                 views[f"{name} {i + 1}"] = view[:, 0].cpu().numpy()
-    log.image("crops", plot_crops(log.folder / "plots" / "crops.png", views), 0)
+    run.log.image("crops", plot_crops(run.folder / "plots" / "crops.png", views), 0)
 
 
-def draw_progress(state: State, entry, cfg, device, log) -> None:
+def draw_progress(run: Run[DinoConfig], state: State, entry) -> None:
     """plots/features.png, plots/curves.png and report.html from what has been logged so far."""
-    plots, teacher = log.folder / "plots", state.modules["teacher"]
-    volume, maps = feature_maps(teacher, entry, cfg, device)
+    plots, teacher, d = run.folder / "plots", state.modules["teacher"], run.cfg.dino
+    volume, maps = feature_maps(run, teacher, entry)
     names = [f"stride {stride}" for stride in teacher.backbone.strides]
-    log.image("features", plot_feature_pca(plots / "features.png", volume, maps, names), state.step)
-    plot_curves(plots / "curves.png", log.rows, cfg.dino.out_dim, cfg.dino.patch_out_dim)
-    write_report(state, f"DINO pre-training: {cfg.experiment}", PICTURES, cfg, log)
+    picture = plot_feature_pca(plots / "features.png", volume, maps, names)
+    run.log.image("features", picture, state.step)
+    plot_curves(plots / "curves.png", run.log.rows, d.out_dim, d.patch_out_dim)
+    write_report(run, state, f"DINO pre-training: {run.cfg.experiment}", PICTURES)
 
 
 # ---------------------------------------------------------------------------------- main
 
 
-def settings_to_match(cfg) -> dict:
+def settings_to_match(cfg: DinoConfig) -> dict:
     """What a checkpoint and the config must agree on: the networks and what they are fed."""
-    config = cfg.model_dump(mode="json")
     head = "pooling out_dim head_hidden head_bottleneck head_batchnorm norm_last_layer".split()
     head += ["patch_level", "patch_out_dim"] if cfg.dino.patch_weight > 0 else []
-    return {
-        "stage": "dino",
-        "backbone": cfg.backbone,
-        cfg.backbone: config[cfg.backbone],
-        "dino": {name: config["dino"][name] for name in head},
-        "data": {name: config["data"][name] for name in ("spacing", "hu_window", "percentiles")},
-    }
+    d = cfg.dino.model_dump(mode="json")
+    data = ("spacing", "hu_window", "percentiles")
+    return checkpoint.settings_of(cfg, "dino", data, dino={name: d[name] for name in head})
 
 
-def describe(cfg, cases) -> dict:
-    """What every checkpoint says of itself."""
-    return {
-        "settings": settings_to_match(cfg),
-        "config": cfg.model_dump(mode="json"),
-        "seen_patients": hash_patients(case.patient for case in cases["train"]),
-    }
-
-
-def test(cfg, cache, cases, device, folder: Path) -> None:
-    """test/: embeddings of test_folds; probes fitted on train_folds and scored on test_folds."""
-    saved = checkpoint.load(cfg.test_ckpt)
-    checkpoint.check_settings(cfg.test_ckpt, saved, settings_to_match(cfg))
-    teacher = build_network(cfg).to(device).eval()
-    checkpoint.put_into(teacher, saved["modules"]["teacher"], cfg.test_ckpt)
-    with explained("the test", cfg):
-        write_embeddings(teacher, cache, cases, cfg, device, StopSignal(), folder)
-
-
-def train(cfg, cache, cases, skipped, device, stop: StopSignal) -> int:
-    """Pre-train on the train cases; returns the exit code."""
-    started_from = resume_from(cfg)
-    # ---- data
+def make_loaders(run: Run[DinoConfig], cache: VolumeCache, cases: dict) -> dict:
+    """Random views of the train cases, fixed ones of the val cases."""
+    cfg, loaders = run.cfg, {}
+    ranks = {"rank": distributed.rank(), "world_size": distributed.world_size()}
     views = ViewSettings.from_config(
         cfg.crops.model_dump(), cfg.augment.model_dump(), cfg.data.hu_window
     )
-    rank, world, loaders = distributed.rank(), distributed.world_size(), {}
     for name in [name for name in ("train", "val") if cases[name]]:
-        order = (cfg.batch_size, cfg.seed, cfg.crops.regions_per_case, name == "train", rank, world)
+        train = {"draws": cfg.crops.regions_per_case, "train": name == "train"}
+        sampler = EpochSampler(len(cases[name]), cfg.batch_size, cfg.seed, **train, **ranks)
         dataset = RegionDataset(cases[name], cache, views, cfg.seed)
-        sampler = EpochSampler(len(cases[name]), *order)
-        loaders[name] = make_loader(dataset, sampler, cfg.n_workers, device.type == "cuda")
+        pin = run.device.type == "cuda"
+        loaders[name] = make_loader(dataset, sampler, cfg.n_workers, pin)
+    return loaders
 
-    # ---- model
-    d = cfg.dino
-    student, report = build_network(cfg).to(device), None
-    if cfg.suprem_weights and not started_from:
-        report = load_backbone(student.backbone, cfg.suprem_weights)
-        report.warnings += compare_input(report, cfg)
+
+def build_modules(run: Run[DinoConfig]) -> tuple[dict[str, nn.Module], dict | None]:
+    """Student, teacher and the teacher's targets; the report of the weights it starts from."""
+    cfg, d = run.cfg, run.cfg.dino
+    student = build_network(cfg).to(run.device)
+    weights = load_weights(run, student.backbone)
     teacher = copy.deepcopy(student).requires_grad_(False)
     targets = nn.ModuleDict({"dino": TeacherTargets(d.out_dim, d.centering, d.center_momentum)})
     if d.patch_weight > 0:
@@ -360,97 +304,98 @@ def train(cfg, cache, cases, skipped, device, stop: StopSignal) -> int:
     if cfg.compile:  # once per crop size: dynamic shapes take minutes to trace
         for network in (student, teacher):
             network.backbone.encode = torch.compile(network.backbone.encode, dynamic=False)
-    if world > 1:
+    if distributed.world_size() > 1:
         student = DistributedDataParallel(student, broadcast_buffers=False)
-    modules = {"student": student, "teacher": teacher, "targets": targets.to(device)}
+    return {"student": student, "teacher": teacher, "targets": targets.to(run.device)}, weights
+
+
+def train(run: Run[DinoConfig], cache: VolumeCache, cases: dict, skipped) -> int:
+    """Pre-train on the train cases; returns the exit code."""
+    cfg, device = run.cfg, run.device
+    # ---- data
+    loaders = make_loaders(run, cache, cases)
+
+    # ---- model
+    modules, weights = build_modules(run)
+    teacher = modules["teacher"]
 
     # ---- optimization
     steps_per_epoch = max(loaders["train"].sampler.num_batches // cfg.accumulate, 1)
-    optimizer = torch.optim.AdamW(parameter_groups(student), lr=0.0)
+    optimizer = torch.optim.AdamW(parameter_groups(modules["student"]), lr=0.0)
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.precision == "fp16")
     schedule = build_schedule(cfg, steps_per_epoch)
-    state = State(modules, optimizer, scaler, steps_per_epoch)
-    state.weights = report.to_dict() if report else None
+    about = checkpoint.describe(cfg, settings_to_match(cfg), cases["train"])
+    state = State(modules, optimizer, scaler, steps_per_epoch, about, weights=weights)
 
     # ---- resume
-    about = describe(cfg, cases)
-    if started_from:
-        resume(state, started_from, about["settings"])
-    log = open_log(state, teacher.backbone, cases, skipped, cfg, device)
+    if run.started_from:
+        resume(state, run.started_from)
+    open_log(run, state, teacher.backbone, cases, skipped)
 
     # ---- train
-    def assess(teacher_temp: float, probing: bool) -> dict:
-        row = {}
-        try:
-            if "val" in loaders:
-                with explained("the validation", cfg):
-                    row |= validate(state, loaders["val"], teacher_temp, cfg, device, stop)
-            with explained("probing", cfg):
-                return row | (probe(teacher, cache, cases, cfg, device, stop) if probing else {})
-        except NotFinite as e:
-            log.message(f"WARNING: the validation is left out: {e}")
-            return row | {"val_loss": math.nan}
-
-    def step(batches: list[dict], values: dict) -> dict:
-        if state.step == 0 and distributed.is_main():
-            draw_crops(batches[0], cfg, device, log)
-        return train_step(state, batches, values, cfg, device)
-
-    def epochs() -> None:
+    with until_stopped(run, state):
         if state.step == 0:
-            row = {"epoch": 0, "step": 0} | assess(d.teacher_temp_start, probing=True)
+            row = assess(run, state, loaders, cache, cases, cfg.dino.teacher_temp_start)
             has_probes = probe_score(row) is not None
             state.select_by = "probe" if has_probes else "val_loss" if "val" in loaders else "loss"
-            log.epoch(row, 0)
+            run.log.epoch({"epoch": 0, "step": 0} | row, 0)
         while state.epoch < cfg.n_epochs:
-            parts = (about, cfg, device, log, stop)
-            row = train_epoch(state, loaders["train"], step, schedule, *parts)
-            epoch = state.epoch + 1
-            probing = epoch % cfg.probe.every == 0 or epoch == cfg.n_epochs
-            row = {"epoch": epoch} | row | assess(row["teacher_temp"], probing)
-            state.epoch, state.averages, state.first = epoch, {}, state.first or row
-            log.epoch(row, state.step)
-            note_collapse(state, row, cfg, log)
-            best = is_best(state, row)
-            # until the first probe any backbone beats none
-            keep = best or (state.best is None and not math.isnan(row.get("val_loss", 0.0)))
-            files = {"backbone": teacher.backbone} if keep else None
-            save(state, log.folder / "checkpoints", about, files)
+            epoch = Epoch(run, state, loaders["train"], schedule)
+            for batches, values in epoch:
+                if state.step == 0 and distributed.is_main():
+                    draw_crops(run, batches[0])
+                with explained("a training step", cfg):
+                    numbers = train_step(run, state, batches, values)
+                epoch.book(numbers)
+            row = epoch.row()
+            probing = row["epoch"] % cfg.probe.every == 0 or row["epoch"] == cfg.n_epochs
+            row |= assess(run, state, loaders, cache, cases, row["teacher_temp"], probing)
+            state.epoch, state.averages, state.first = row["epoch"], {}, state.first or row
+            run.log.epoch(row, state.step)
+            collapse.note(run, state, row)
+            score = score_of(row, state.select_by)
+            best = {"backbone": teacher.backbone} if note_best(state, score, state.epoch) else None
+            save(state, run.checkpoints, best)
             if probing and distributed.is_main():
-                shown = cache.get((cases["val"] or cases["train"])[0])
-                draw_progress(state, shown, cfg, device, log)
-        if report_is_old(log):
-            draw_progress(state, cache.get((cases["val"] or cases["train"])[0]), cfg, device, log)
-        backbone = log.folder / "checkpoints" / "backbone.pt"
-        log.message(f"done: {backbone}, {log.folder / 'report.html'}")
+                draw_progress(run, state, cache.get((cases["val"] or cases["train"])[0]))
+        if run.report_is_old():
+            draw_progress(run, state, cache.get((cases["val"] or cases["train"])[0]))
+        run.say(f"done: {run.checkpoints / 'backbone.pt'}, {run.folder / 'report.html'}")
+    return run.exit_code
 
-    return until_stopped(epochs, state, about, log, stop)
+
+def test(run: Run[DinoConfig], cache: VolumeCache, cases: dict) -> None:
+    """test/: embeddings of test_folds; probes fitted on train_folds and scored on test_folds."""
+    cfg = run.cfg
+    saved = checkpoint.load(cfg.test_ckpt)
+    checkpoint.check_settings(cfg.test_ckpt, saved, settings_to_match(cfg))
+    teacher = build_network(cfg).to(run.device).eval()
+    checkpoint.put_into(teacher, saved["modules"]["teacher"], cfg.test_ckpt)
+    with explained("the test", cfg):
+        write_embeddings(run, teacher, cache, cases, run.folder / "test")
 
 
 def main(argv: list[str]) -> int:
     # ---- setup
-    cfg, check_only = parse_command_line(argv, CONFIG, DinoConfig, impossible_dino)
-    device, stop = distributed.setup(), StopSignal()
-    started_from = resume_from(cfg)
-    if not (started_from or check_only or cfg.test_ckpt):
-        checkpoint.refuse_existing(folder_of(cfg))
-    if cfg.suprem_weights and not started_from:  # a wrong file fails before hours of reading scans
+    impossible = partial(impossible_dino, facts_of=facts_of)
+    cfg, check_only = parse_command_line(argv, CONFIG, DinoConfig, impossible)
+    run = begin(cfg, distributed.setup(), StopSignal())
+    if not (run.started_from or check_only or cfg.test_ckpt):
+        checkpoint.refuse_existing(run.folder)
+    if cfg.suprem_weights and not run.started_from:  # a wrong file fails before scans are read
         load_backbone(build_network(cfg).backbone, cfg.suprem_weights)
-    seed_everything(cfg.seed)
+    step.seed_everything(cfg.seed)
 
     # ---- data
     cache = VolumeCache(cfg.cache_dir, StandardForm.from_config(cfg.data))
-    columns = ("path", "img_path")  # a segmentation CSV will do
-    cases, skipped = load_cases(cfg, cache, cfg.probe_targets, columns, check_only)
+    cases, skipped = load_cases(cfg, cache, cfg.probe_targets, PATH_COLUMNS, check_only)
     if check_only:
-        counts = ", ".join(f"{len(found)} {name}" for name, found in cases.items())
-        print(f"{cfg.csv_path}: {counts} cases, {len(skipped)} problems")
-        print(format_problems(skipped, None))
+        print_check(cfg.csv_path, cases, skipped)
         return 0
     if cfg.test_ckpt:
-        test(cfg, cache, cases, device, folder_of(cfg) / "test")
+        test(run, cache, cases)
         return 0
-    return train(cfg, cache, cases, skipped, device, stop)
+    return train(run, cache, cases, skipped)
 
 
 if __name__ == "__main__":

@@ -277,6 +277,18 @@ def format_problems(problems: Sequence[Problem], max_rows: int | None = 50) -> s
     return "\n".join(tables)
 
 
+def print_check(
+    csv_path: str,
+    parts: dict[str, list[Case]],
+    problems: Sequence[Problem],
+    notices: Sequence[Problem] = (),
+) -> None:
+    """What --check says: the number of cases of each part, all problems, what is worth knowing."""
+    counts = ", ".join(f"{len(found)} {name}" for name, found in parts.items())
+    print(f"{csv_path}: {counts} cases, {len(problems)} problems")
+    print(format_problems([*problems, *notices], None))
+
+
 def _printable(text: str) -> str:
     """Line breaks and terminal codes as escapes: one problem stays on one line."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

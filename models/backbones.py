@@ -1,8 +1,11 @@
 """The networks that can be trained, by name."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch import nn
 
-from models.common import right_on_cpus
+from models.common import Facts, right_on_cpus
 from models.resunet import ResUNet
 from models.segresnet import SegResNet
 from models.swinunetr import SwinUNETR
@@ -17,7 +20,11 @@ def build_backbone(name: str, in_channels: int = 1, decoder: bool = True, **opti
     Every backbone has `encode(x) -> feature maps, finest first`, `decode(x, features) -> finest
     decoder features`, `decode_all(x, features) -> the decoder's maps, finest first`, and the
     attributes `feature_channels`, `strides`, `decoder_channels`, `decoder_strides` (finest first),
-    `stride` (input sizes must be divisible by it) and `min_size` (smallest cube, in voxels).
+    `stride` (input sizes must be divisible by it) and `min_size` (smallest cube, in voxels); for
+    weights from elsewhere its class tells names in the state_dict: `encoder_names` (beginnings of
+    what `encode` needs), `roots` (parts that files of an encoder alone leave out), `layer_names`
+    (beginnings of layers: a file with more of them is another network's), `input_layers` (weights
+    whose second axis is the image's channels).
 
     Args:
         name: resunet, swinunetr, unet or segresnet.
@@ -32,6 +39,19 @@ def build_backbone(name: str, in_channels: int = 1, decoder: bool = True, **opti
         raise ValueError(f"backbone {name!r} is unknown; choose one of: {', '.join(BACKBONES)}")
     network = BACKBONES[name](in_channels=in_channels, decoder=decoder, **options)
     return right_on_cpus(network)
+
+
+def facts_of(values: Mapping[str, Any], decoder: bool) -> Facts | None:
+    """Of the backbone that a config file describes; None where one of its settings is not valid.
+
+    values: {dotted key: valid value}.
+    """
+    name = values.get("backbone")
+    options = {k.removeprefix(f"{name}."): v for k, v in values.items() if k.startswith(f"{name}.")}
+    try:
+        return BACKBONES[name].facts(decoder=decoder, **options)
+    except (KeyError, TypeError):
+        return None
 
 
 def from_config(cfg, decoder: bool) -> nn.Module:

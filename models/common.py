@@ -4,10 +4,32 @@ error of PyTorch on CPUs.
 
 import contextlib
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+
+class Facts(NamedTuple):
+    """What a config must know of a backbone before it is built.
+
+    strides: of the maps of `encode`, finest first; the last must divide input sizes.
+    min_size: the smallest cube, in voxels, that it takes.
+    """
+
+    strides: list[int]
+    min_size: int
+
+
+def halving(num_stages: int, norms_deepest: bool) -> Facts:
+    """Of a network whose every stage but the first halves the resolution.
+
+    norms_deepest: whether a norm takes its statistics over the voxels of the deepest map, of which
+        it then needs more than one.
+    """
+    strides = [2**i for i in range(num_stages)]
+    return Facts(strides, strides[-1] * (2 if norms_deepest else 1))
 
 
 def check_size(name: str, x: torch.Tensor, stride: int) -> None:

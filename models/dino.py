@@ -1,5 +1,6 @@
 """Student and teacher of DINO: backbone, pooling and projection heads."""
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -205,6 +206,19 @@ def random_masks(
             start = [rng.integers(0, n - b + 1) for n, b in zip(grid, box, strict=True)]
             mask[tuple(slice(s, s + b) for s, b in zip(start, box, strict=True))] = True
     return masks
+
+
+def sample_masks(
+    keys, seed: int, num_crops: int, grid: tuple[int, ...], prob: float, ratio: tuple[float, float]
+) -> torch.Tensor:
+    """Masks of a batch, (num_crops * B, *grid) bool, a function of the seed and each case's key.
+
+    keys: (epoch, case, draw) of each case. The others: see `random_masks`.
+    """
+    # 1: not the views' stream of random numbers
+    rngs = [np.random.Generator(np.random.PCG64([seed, *key, 1])) for key in keys]
+    masks = [random_masks(rng, num_crops, grid, prob, ratio) for rng in rngs]
+    return torch.stack(masks, dim=1).flatten(0, 1)
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from models.common import check_size, run
+from models.common import Facts, check_size, halving, run
 
 NEGATIVE_SLOPE = 0.01
 
@@ -64,6 +64,17 @@ class ResUNet(nn.Module):
             normalization needs more than one voxel in the deepest map.
     """
 
+    # names in its state_dict, for `utils.weights`
+    encoder_names = ("encoder.",)
+    roots = ("", "encoder.")
+    layer_names = ("encoder.stages.",)
+    input_layers = ("encoder.stem.convs.0.conv.weight",)
+
+    @staticmethod
+    def facts(features: Sequence[int], decoder: bool = True, **others) -> Facts:
+        """See `models.common.Facts`."""
+        return halving(len(features), norms_deepest=True)
+
     def __init__(
         self,
         in_channels: int = 1,
@@ -80,10 +91,9 @@ class ResUNet(nn.Module):
             )
         self.grad_checkpointing = grad_checkpointing
         self.feature_channels = list(features)
-        self.strides = [2**i for i in range(len(features))]
+        self.strides, self.min_size = self.facts(features)
         self.decoder_channels, self.decoder_strides = self.feature_channels[:-1], self.strides[:-1]
         self.stride = self.strides[-1]
-        self.min_size = 2 * self.stride
 
         stages = nn.ModuleList()
         channels = features[0]

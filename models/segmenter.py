@@ -10,7 +10,6 @@ from torch import nn
 from models.common import parameter_groups
 from models.unet import BatchStatisticsNorm
 from utils.classes import IGNORE
-from utils.weights.match import ENCODERS
 
 # Background is one class of the softmax, of the cross-entropy and of the argmax. Dice, in the loss
 # as in the metrics, is of the other classes.
@@ -41,7 +40,7 @@ class Segmenter(nn.Module):
     def encoder(self) -> list[nn.Module]:
         """The parts of the backbone that `encode` needs."""
         parts = self.backbone.named_children()
-        return [part for name, part in parts if f"{name}.".startswith(ENCODERS)]
+        return [part for name, part in parts if f"{name}.".startswith(self.backbone.encoder_names)]
 
     def freeze(self, frozen: bool) -> None:
         """Whether the encoder keeps its weights and running statistics and gets no gradient."""

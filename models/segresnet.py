@@ -10,7 +10,7 @@ import torch
 from monai.networks import nets
 from torch import nn
 
-from models.common import check_size, run
+from models.common import Facts, check_size, halving, run
 
 # variant: feature_size and blocks as published (SuPreM, CT-FM)
 PUBLISHED = {"standard": (16, (1, 2, 2, 4)), "ds": (32, (1, 2, 2, 4, 4))}
@@ -38,6 +38,18 @@ class SegResNet(nn.Module):
             training needs more than one voxel in the deepest map.
     """
 
+    # names in its state_dict, for `utils.weights`; those of ds are in `encoder`
+    encoder_names = ("encoder.", "convInit.", "down_layers.")
+    roots = ("", "encoder.")
+    layer_names = ("encoder.layers.", "down_layers.")
+    input_layers = ("encoder.conv_init.weight", "convInit.conv.weight")
+
+    @staticmethod
+    def facts(blocks: Sequence[int] | None, variant: str, decoder: bool = True, **others) -> Facts:
+        """See `models.common.Facts`. In training BatchNorm, of ds, needs more than one voxel."""
+        num_stages = len(PUBLISHED[variant][1] if blocks is None else blocks)
+        return halving(num_stages, norms_deepest=variant == "ds")
+
     def __init__(
         self,
         in_channels: int = 1,
@@ -58,10 +70,9 @@ class SegResNet(nn.Module):
             raise ValueError(f"segresnet: blocks must be at least 2 counts, got {list(blocks)}")
         self.variant, self.grad_checkpointing = variant, grad_checkpointing
         self.feature_channels = [feature_size * 2**i for i in range(len(blocks))]
-        self.strides = [2**i for i in range(len(blocks))]
+        self.strides, self.min_size = self.facts(blocks, variant)
         self.decoder_channels, self.decoder_strides = self.feature_channels[:-1], self.strides[:-1]
         self.stride = self.strides[-1]
-        self.min_size = 2 * self.stride if variant == "ds" else self.stride
 
         sizes = {"in_channels": in_channels, "init_filters": feature_size, "blocks_down": blocks}
         sizes["blocks_up"] = (1,) * (len(blocks) - 1)

@@ -18,7 +18,7 @@ from monai.networks.nets.swin_unetr import (
 )
 from torch import nn
 
-from models.common import check_size, run
+from models.common import Facts, check_size, run
 
 DEPTHS = (2, 2, 2, 2)
 NUM_HEADS = (3, 6, 12, 24)
@@ -89,6 +89,22 @@ class SwinUNETR(nn.Module):
             has an instance normalization of the deepest map, which needs more than one voxel.
     """
 
+    # names in its state_dict, for `utils.weights`
+    encoder_names = ("swinViT.",)
+    roots = ("", "swinViT.")
+    layer_names = ("swinViT.layers",)
+    input_layers = (
+        "swinViT.patch_embed.proj.weight",
+        "encoder1.layer.conv1.conv.weight",
+        "encoder1.layer.conv3.conv.weight",
+    )
+    merge_orders = MERGE_ORDERS
+
+    @staticmethod
+    def facts(decoder: bool = True, **others) -> Facts:
+        """See `models.common.Facts`. The decoder normalises the deepest map."""
+        return Facts([2, 4, 8, 16, 32], 64 if decoder else 32)
+
     def __init__(
         self,
         in_channels: int = 1,
@@ -104,12 +120,11 @@ class SwinUNETR(nn.Module):
             )
         self.grad_checkpointing = grad_checkpointing
         self.feature_channels = [feature_size * 2**i for i in range(5)]
-        self.strides = [2, 4, 8, 16, 32]
+        self.strides, self.min_size = self.facts(decoder)
         self.decoder_channels = [feature_size, *self.feature_channels[:-1]]
         self.decoder_strides = [1, 2, 4, 8, 16]
         self.merge_order = "monai1.5"
         self.stride = self.strides[-1]
-        self.min_size = 2 * self.stride if decoder else self.stride
 
         self.swinViT = SwinTransformer(
             in_chans=in_channels,

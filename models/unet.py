@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.common import check_size, run
+from models.common import Facts, check_size, halving, run
 
 # Named after the channels of the published size, finest first, whatever the size is here.
 DOWN = ("down_tr64", "down_tr128", "down_tr256", "down_tr512")
@@ -59,6 +59,16 @@ class UNet(nn.Module):
             needs more than one voxel in the deepest map.
     """
 
+    # names in its state_dict, for `utils.weights`
+    encoder_names = layer_names = ("down_tr",)
+    roots = ("",)
+    input_layers = ("down_tr64.ops.0.conv1.weight",)
+
+    @staticmethod
+    def facts(decoder: bool = True, **others) -> Facts:
+        """See `models.common.Facts`."""
+        return halving(len(DOWN), norms_deepest=True)
+
     def __init__(
         self,
         in_channels: int = 1,
@@ -71,10 +81,9 @@ class UNet(nn.Module):
             raise ValueError(f"unet: feature_size must be even and positive, got {feature_size}")
         self.grad_checkpointing = grad_checkpointing
         self.feature_channels = [feature_size * 2**i for i in range(len(DOWN))]
-        self.strides = [2**i for i in range(len(DOWN))]
+        self.strides, self.min_size = self.facts()
         self.decoder_channels, self.decoder_strides = self.feature_channels[:-1], self.strides[:-1]
         self.stride = self.strides[-1]
-        self.min_size = 2 * self.stride
 
         c = self.feature_channels
         for i, name in enumerate(DOWN):

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from utils import tensor_files as weight_files
+from utils import tensor_files
 from utils.errors import InputError, RunError
 from utils.tensor_files import WeightsError
 
@@ -83,7 +83,7 @@ def load(path: str | Path, map_location="cpu", mmap: bool = False) -> dict:
     if not Path(path).exists():
         raise CheckpointError(f"{path}: no such checkpoint")
     try:
-        state = weight_files.read(path, map_location, mmap).content
+        state = tensor_files.read(path, map_location, mmap).content
     except WeightsError as e:
         raise CheckpointError(str(e)) from e
     if not isinstance(state, dict) or state.get("format") != FORMAT:
@@ -209,6 +209,21 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def settings_of(cfg, stage: str, data: Iterable[str], **more) -> dict:
+    """What a checkpoint and a config must agree on (see `check_settings`): stage and backbone,
+    those keys of data:, and what else the stage names."""
+    config = cfg.model_dump(mode="json")
+    network = {"stage": stage, "backbone": cfg.backbone, cfg.backbone: config[cfg.backbone]}
+    return network | more | {"data": {name: config["data"][name] for name in data}}
+
+
+def describe(cfg, settings: dict, train: Iterable, **more) -> dict:
+    """What every checkpoint of a run says of itself. train: the cases it is trained on."""
+    seen = hash_patients(case.patient for case in train)
+    config = cfg.model_dump(mode="json")
+    return {"settings": settings, "config": config, "seen_patients": seen, **more}
 
 
 def hash_patients(patients: Iterable[str]) -> list[str]:

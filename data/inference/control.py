@@ -13,10 +13,12 @@ from scipy.special import softmax
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.preprocessing import StandardScaler
 
+from data.cache import VolumeCache
 from data.cases import Case
 from data.entry import CHUNK
 from data.prepare.targets import Targets
 from data.views.geometry import BODY_BLOCK
+from utils import distributed
 
 MAX_CHUNKS = 8  # of 64³ voxels, read of a volume for its mean intensity
 
@@ -50,6 +52,14 @@ def control_features(entry) -> np.ndarray:
     # rounded: spacings that differ by less than 0.1 % only do so in the file's last digits
     lengths = np.log([*voxels, *entry.slice_spacing]).round(3)
     return np.array([*lengths, stored * entry.scale + entry.offset])
+
+
+def control_features_of(cases: Sequence[Case], cache: VolumeCache) -> np.ndarray:
+    """(N, F), see `control_features`. The cases are split over ranks; all ranks get all."""
+    rank, world = distributed.rank(), distributed.world_size()
+    own = [control_features(cache.get(case)) for case in cases[rank::world]]
+    parts = distributed.gather_objects(own)
+    return np.stack([parts[i % world][i // world] for i in range(len(cases))])
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 
 from data.cache import VolumeCache
 from data.cases import Case
-from data.inference.control import Control, control_features
+from data.inference.control import Control, control_features_of
 from data.loading import EpochSampler
 from data.prepare.load import PATH_COLUMNS, load_cases
 from data.prepare.targets import Targets
@@ -22,17 +22,13 @@ from data.views.images import (
     standard_form,
 )
 from utils import distributed
-from utils.checkpoint import CheckpointError
+from utils.config.classification import OF_THE_TEST
 from utils.memory import in_parts
 from utils.metrics.predictions import Predictions
+from utils.training.run import Run
 from utils.training.step import autocast, refuse_not_finite
 from utils.training.tested import open_tested as open_checkpoint
-
-# keys of the config at hand that a test goes by; all others are those of the checkpoint
-OF_THE_TEST = (
-    "experiment results_dir cache_dir csv_path test_folds test_ckpt report_by allow_seen_patients "
-    "batch_size precision n_workers test"
-).split()
+from utils.training.tested import refuse_unlike
 
 
 class Tested:
@@ -73,10 +69,8 @@ class Tested:
 def open_tested(cfg) -> list[Tested]:
     """The checkpoints of test_ckpt. Raises CheckpointError where they do not fit each other."""
     tested = [Tested(path, cfg) for path in cfg.test_ckpt]
-    first = tested[0].targets
-    for path, one in zip(cfg.test_ckpt, tested, strict=True):
-        if (one.targets.classes, [*one.targets.moments]) != (first.classes, [*first.moments]):
-            raise CheckpointError(f"{path}: its classes are not those of {cfg.test_ckpt[0]}")
+    learned = [{"classes": x.targets.classes, "numbers": [*x.targets.moments]} for x in tested]
+    refuse_unlike(cfg.test_ckpt, learned)
     return tested
 
 
@@ -103,7 +97,7 @@ def average(predictions: Sequence[Predictions]) -> Predictions:
 
 
 @torch.no_grad()
-def predict(network, loader, targets: Targets, cfg, device, stop) -> dict[str, np.ndarray]:
+def predict(run: Run, network, loader, targets: Targets) -> dict[str, np.ndarray]:
     """{target: (N, K) probabilities, or (N,) numbers in their units}, means over a case's views.
 
     The cases of `loader` are split over ranks; all ranks get all of them, in their order.
@@ -115,17 +109,18 @@ def predict(network, loader, targets: Targets, cfg, device, stop) -> dict[str, n
     own = {name: {} for name in targets.names}
 
     def look(batch: dict) -> dict:
-        images = cut_images(batch, cfg.image.size, device)
-        with autocast(device, cfg.precision):
+        images = cut_images(batch, run.cfg.image.size, run.device)
+        with autocast(run.device, run.cfg.precision):
             return network(images)
 
-    for batch, outputs in in_parts(look, itertools.takewhile(lambda _: not stop, loader)):
+    batches = itertools.takewhile(lambda _: not run.stop, loader)
+    for batch, outputs in in_parts(look, batches, run.say):
         for name, y in outputs.items():
             y = y.softmax(dim=1) if name in targets.classes else y
             y = y.unflatten(0, (-1, len(batch["index"]))).mean(dim=0)  # (views * B, K) -> (B, K)
             own[name].update(zip(batch["index"].tolist(), y.cpu().numpy(), strict=True))
     network.train()
-    stop.raise_if_received()
+    run.stop.raise_if_received()
     cases, parts, found = loader.dataset.data, distributed.gather_objects(own), {}
     for name in targets.names:
         rows = {i: row for part in parts for i, row in part[name].items()}
@@ -133,11 +128,3 @@ def predict(network, loader, targets: Targets, cfg, device, stop) -> dict[str, n
         pairs = zip(cases, found[name], strict=True)
         refuse_not_finite([case.patient for case, row in pairs if not np.isfinite(row).all()])
     return found | {name: targets.to_units(name, found[name][:, 0]) for name in targets.moments}
-
-
-def control_features_of(cases: Sequence[Case], cache: VolumeCache) -> np.ndarray:
-    """(N, F), see `control_features`. The cases are split over ranks; all ranks get all."""
-    rank, world = distributed.rank(), distributed.world_size()
-    own = [control_features(cache.get(case)) for case in cases[rank::world]]
-    parts = distributed.gather_objects(own)
-    return np.stack([parts[i % world][i // world] for i in range(len(cases))])

@@ -21,6 +21,7 @@ from utils import distributed
 from utils.errors import NotFinite
 from utils.memory import in_parts
 from utils.metrics.probes import DenseProbe, label_probes
+from utils.training.run import Run
 from utils.training.step import autocast, refuse_not_finite
 
 PROBE_WINDOWS = 8  # windows of a volume that are looked at during training
@@ -42,10 +43,10 @@ def windows(entry, size, limit: int, coords=None) -> list[tuple[int, int, int]]:
 
 
 @torch.no_grad()
-def embed(network, cache, cases, cfg, device, stop, limit=10**9) -> np.ndarray:
+def embed(run: Run, network, cache, cases, limit=10**9) -> np.ndarray:
     """(N, D) pooled features, each the mean over windows that tile the volume. Split over ranks."""
+    cfg, device, size = run.cfg, run.device, run.cfg.crops.global_size
     rank, world, own = distributed.rank(), distributed.world_size(), []
-    size = cfg.crops.global_size
 
     def look(x: torch.Tensor) -> torch.Tensor:
         with autocast(device, cfg.precision):
@@ -54,7 +55,7 @@ def embed(network, cache, cases, cfg, device, stop, limit=10**9) -> np.ndarray:
     for case in tqdm(
         cases[rank::world], "embedding", leave=False, disable=not distributed.is_main()
     ):
-        if stop:
+        if run.stop:
             break
         entry, pooled = cache.get(case), 0.0
         starts = windows(entry, size, limit)
@@ -63,10 +64,10 @@ def embed(network, cache, cases, cfg, device, stop, limit=10**9) -> np.ndarray:
             for i in range(0, len(starts), cfg.batch_size)
             for some in [starts[i : i + cfg.batch_size]]
         )
-        for _, features in in_parts(look, batches):
+        for _, features in in_parts(look, batches, run.say):
             pooled = pooled + features.sum(dim=0).cpu()
         own.append((pooled / len(starts)).numpy())
-    stop.raise_if_received()
+    run.stop.raise_if_received()
     pairs = zip(cases[rank::world], own, strict=True)
     refuse_not_finite([case.patient for case, x in pairs if not np.isfinite(x).all()])
     parts = distributed.gather_objects(own)
@@ -74,27 +75,28 @@ def embed(network, cache, cases, cfg, device, stop, limit=10**9) -> np.ndarray:
 
 
 @torch.no_grad()
-def feature_maps(network, entry, cfg, device) -> tuple[np.ndarray, list[np.ndarray]]:
+def feature_maps(run: Run, network, entry) -> tuple[np.ndarray, list[np.ndarray]]:
     """The middle window of a volume (X, Y, Z) in 0..1, and its maps (C, x, y, z), finest first."""
-    size = cfg.crops.global_size
+    cfg, size = run.cfg, run.cfg.crops.global_size
     start = [max(0, (n - s) // 2) for n, s in zip(entry.shape, size, strict=True)]
     x = fixed_view(entry, start, size, cfg.data.hu_window)
     network.eval()
-    with autocast(device, cfg.precision):
-        maps = network.backbone.encode(x[None].to(device))
+    with autocast(run.device, cfg.precision):
+        maps = network.backbone.encode(x[None].to(run.device))
     network.train()
     return x[0].numpy(), [m[0].float().cpu().numpy() for m in maps]
 
 
 @torch.no_grad()
 def dense_score(
-    network, cache: VolumeCache, train: Sequence[Case], val: Sequence[Case], cfg, device, stop
+    run: Run, network, cache: VolumeCache, train: Sequence[Case], val: Sequence[Case]
 ) -> float | None:
     """Mean foreground Dice of a ridge regression from all frozen maps to the masks.
 
     Fitted on probe.dense_cases of the train cases, scored on four times as many val cases, each on
     the windows that hold most of its labels. None where there are no masks.
     """
+    cfg, device, stop = run.cfg, run.device, run.stop
     train = spread([c for c in train if c.seg_path], cfg.probe.dense_cases)
     val = spread([c for c in val if c.seg_path], 4 * cfg.probe.dense_cases)
     size = cfg.crops.global_size
@@ -140,28 +142,35 @@ def dense_score(
     return float(np.mean(scores)) if scores and not stop else None
 
 
-def probe(teacher, cache, cases, cfg, device, stop) -> dict[str, float | None]:
+def probe(run: Run, teacher, cache, cases) -> dict[str, float | None]:
     """kNN, linear and dense probes of the frozen teacher, fitted on train, scored on val."""
     if not cases["val"]:
         return {}
     teacher.eval()
-    row, few = {}, {name: spread(cases[name], cfg.probe.max_cases) for name in ("train", "val")}
+    cfg, row = run.cfg, {}
+    few = {name: spread(cases[name], cfg.probe.max_cases) for name in ("train", "val")}
     if cfg.probe_targets:
-        settings = (cfg, device, stop, PROBE_WINDOWS)
-        x = {name: embed(teacher, cache, few[name], *settings) for name in few}
+        x = {name: embed(run, teacher, cache, few[name], PROBE_WINDOWS) for name in few}
         for target in cfg.probe_targets:
             y = {name: np.array([c.labels[target] for c in few[name]]) for name in few}
             scores = label_probes(x["train"], y["train"], x["val"], y["val"])
             row |= {f"probe_{target}_{name}": value for name, value in scores.items()}
     if distributed.is_main():
         try:
-            score = dense_score(teacher, cache, cases["train"], cases["val"], cfg, device, stop)
+            score = dense_score(run, teacher, cache, cases["train"], cases["val"])
         except NotFinite:  # on this rank only
             score = math.nan
         row |= {} if score is None else {"probe_dense_dice": score}
-    stop.raise_if_received()
+    run.stop.raise_if_received()
     teacher.train()
     return row
+
+
+def probe_score(row: dict) -> float | None:
+    """Mean of the linear probes' AUC and the dense probe's Dice, as far as there are any."""
+    names = [k for k in row if k.startswith("probe_") and k.endswith(("linear_auc", "dice"))]
+    scores = [row[name] for name in names if row[name] is not None]
+    return float(np.mean(scores)) if scores else None
 
 
 def spread(items: list, number: int) -> list:
@@ -171,20 +180,21 @@ def spread(items: list, number: int) -> list:
     return [items[i] for i in np.linspace(0, len(items) - 1, number).round().astype(int)]
 
 
-def write_embeddings(network, cache, cases: dict, cfg, device, stop, folder) -> None:
+def write_embeddings(run: Run, network, cache, cases: dict, folder) -> None:
     """features.npz, features.csv (row i is features[i]) and metrics.json of the test cases.
 
     Each feature is the mean over all windows of the volume; probes are fitted on the train cases.
     """
-    x, scores = embed(network, cache, cases["test"], cfg, device, stop), {}
+    cfg = run.cfg
+    x, scores = embed(run, network, cache, cases["test"]), {}
     if cfg.probe_targets:
-        train_x = embed(network, cache, cases["train"], cfg, device, stop)
+        train_x = embed(run, network, cache, cases["train"])
         for target in cfg.probe_targets:
             y = [np.array([c.labels[target] for c in cases[name]]) for name in ("train", "test")]
             scores[target] = label_probes(train_x, y[0], x, y[1])
     if not distributed.is_main():
         return
-    dense = dense_score(network, cache, cases["train"], cases["test"], cfg, device, stop)
+    dense = dense_score(run, network, cache, cases["train"], cases["test"])
     scores["dense"] = {"dice": dense}
     folder.mkdir(parents=True, exist_ok=True)
     rows = [

@@ -2,15 +2,16 @@
 
 import copy
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from models.backbones import build_backbone, from_config
+from models.backbones import build_backbone, facts_of, from_config
 from utils.config.command_line import parse_command_line
 from utils.config.dino import DinoConfig, impossible_dino
-from utils.config.schema import impossible_size, stride_and_maps
+from utils.config.schema import impossible_size
 
 CONFIG = Path(__file__).parents[2] / "dino_config.yaml"
 
@@ -214,13 +215,16 @@ def test_traces_into_one_graph(case):
 def test_the_config_knows_what_a_backbone_takes(backbone, options):
     overrides = [f"{backbone}.{key}={json.dumps(value)}" for key, value in options.items()]
     argv = [f"backbone={backbone}", "dino.patch_level=1", *overrides]
-    cfg, _ = parse_command_line(argv, CONFIG, DinoConfig, impossible_dino)
+    cfg, _ = parse_command_line(
+        argv, CONFIG, DinoConfig, partial(impossible_dino, facts_of=facts_of)
+    )
     values = {"backbone": backbone} | {f"{backbone}.{k}": v for k, v in options.items()}
     for decoder in (False, True):
         built = from_config(cfg, decoder)
-        assert stride_and_maps(values) == (built.stride, len(built.feature_channels))
+        facts = facts_of(values, decoder)
+        assert facts.strides == built.strides and len(built.feature_channels) == len(facts.strides)
         for size in (built.stride, 2 * built.stride):
-            wrong = list(impossible_size("x", values | {"x": [size] * 3}, decoder=decoder))
+            wrong = list(impossible_size("x", values | {"x": [size] * 3}, facts))
             assert bool(wrong) == (size < built.min_size)
 
 

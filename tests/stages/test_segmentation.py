@@ -4,6 +4,7 @@ import csv
 import json
 import runpy
 import sys
+from functools import partial
 
 import nibabel as nib
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 import dino
 import segmentation
 from data.cases import CasesError
+from models.backbones import facts_of
 from tests.conftest import CANARY, ROOT, equal, read_cases, write_cases
 from tests.stages import small_segmentation as small
 from utils import checkpoint
@@ -22,6 +24,7 @@ from utils.config.command_line import ConfigError, read_yaml, schema_keys, valid
 from utils.config.segmentation import SegmentationConfig, impossible_segmentation
 
 LABELS = {0, small.BALL, small.SHELL}
+IMPOSSIBLE = partial(impossible_segmentation, facts_of=facts_of)
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +92,9 @@ def test_the_shipped_config_is_valid_and_holds_exactly_the_schemas_keys():
     sections = {key.split(".")[0] for key in keys if "." in key}
     assert keys == {key for key in lines if not key.startswith("classes.")} - sections
     values = read_yaml(segmentation.CONFIG)[0]
-    config, problems = validate(values, SegmentationConfig, impossible_segmentation)
+    config, problems = validate(
+        values, SegmentationConfig, partial(impossible_segmentation, facts_of=facts_of)
+    )
     assert problems == [] and config.classes["kidneys"] == [2]
 
 

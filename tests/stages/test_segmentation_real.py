@@ -1,6 +1,7 @@
 """segmentation.py on real scans, where there are any: dcm2niix's grid, masks of many labels."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import nibabel as nib
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 import segmentation
+from models.backbones import facts_of
 from tests.conftest import read_cases, write_cases
 from tests.stages import small_segmentation as small
 from utils import checkpoint
@@ -20,6 +22,7 @@ from utils.config.segmentation import SegmentationConfig, impossible_segmentatio
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 SERIES = {"ct_jpeg2000": "CT", "mr_oblique_t1": "MR", "mr_oblique_flair": "MR"}
 pytestmark = pytest.mark.skipif(not SHARED.exists(), reason="no real scans here")
+IMPOSSIBLE = partial(impossible_segmentation, facts_of=facts_of)
 
 
 @pytest.fixture
@@ -47,7 +50,11 @@ def test_predictions_of_dicom_lie_on_dcm2niix_voxel_for_voxel(run, tmp_path, mon
     write_cases(tmp_path / "cases.csv", rows)
     overrides = ("classes={dark: 4, bright: 200}", "data.crop_background=false")
     arguments = small.command_line(tmp_path, tmp_path, *overrides, "patches.size=[64,64,16]")
-    schema = (segmentation.CONFIG, SegmentationConfig, impossible_segmentation)
+    schema = (
+        segmentation.CONFIG,
+        SegmentationConfig,
+        partial(impossible_segmentation, facts_of=facts_of),
+    )
     config = parse_command_line(arguments, *schema)[0]
     saved = {"settings": {"stage": "segmentation"}, "config": config.model_dump(mode="json")}
     saved |= {"modules": {"segmenter": {}}, "seen_patients": []}

@@ -7,6 +7,7 @@ from pydantic import BaseModel, Field, PlainSerializer, WrapValidator
 from utils.config.fields import STRICT, AboveZero, Angles, Axes, Count, Factors, Size, Text, Texts
 from utils.config.schema import (
     FOLDS,
+    FactsOf,
     FineTuned,
     IntensityAugment,
     Values,
@@ -14,7 +15,6 @@ from utils.config.schema import (
     impossible_run,
     impossible_size,
     longer_than_run,
-    stride_and_maps,
 )
 
 
@@ -64,6 +64,13 @@ class Test(BaseModel):
     shift: Shift
 
 
+# keys of the config at hand that a test goes by; all others are those of the checkpoint
+OF_THE_TEST = (
+    "experiment results_dir cache_dir csv_path test_folds test_ckpt report_by allow_seen_patients "
+    "batch_size precision n_workers test"
+).split()
+
+
 class ClassificationConfig(FineTuned):
     cls_targets: Texts
     reg_targets: Texts
@@ -75,8 +82,9 @@ class ClassificationConfig(FineTuned):
     test: Test
 
 
-def impossible_classification(values: Values, cv: bool = False) -> Wrong:
-    """Values of classification_config.yaml that contradict each other, or `--cv`."""
+def impossible_classification(values: Values, facts_of: FactsOf, cv: bool = False) -> Wrong:
+    """Values of classification_config.yaml that contradict each other, or `--cv`, or that the
+    backbone cannot take."""
     yield from impossible_run(values)
     yield from _impossible_cv(values) if cv else ()
     classes, numbers = (values.get(key) for key in ("cls_targets", "reg_targets"))
@@ -98,10 +106,11 @@ def impossible_classification(values: Values, cv: bool = False) -> Wrong:
         yield key, f"{values[key]}: of no effect with finetune.freeze_epochs all; write 1.0"
     if values.get("finetune.early_stopping") and values.get("val_folds") == [] and not cv:
         yield "finetune.early_stopping", "set, but val_folds is empty"
-    size, (stride, _) = values.get("image.size"), stride_and_maps(values)
-    if size is not None and stride is not None:
+    size, facts = values.get("image.size"), facts_of(values, False)
+    if size is not None and facts is not None:
+        stride = facts.strides[-1]
         padded = [-(-n // stride) * stride for n in size]  # as the classifier does
-        yield from impossible_size("image.size", {**values, "image.size": padded})
+        yield from impossible_size("image.size", {**values, "image.size": padded}, facts)
 
 
 def _impossible_cv(values: Values) -> Wrong:

@@ -19,6 +19,7 @@ from utils.config.fields import (
     Texts,
 )
 from utils.config.schema import (
+    FactsOf,
     IntensityAugment,
     Run,
     Values,
@@ -26,7 +27,6 @@ from utils.config.schema import (
     impossible_run,
     impossible_size,
     longer_than_run,
-    stride_and_maps,
 )
 
 
@@ -88,14 +88,13 @@ class DinoConfig(Run):
     probe: Probe
 
 
-def impossible_dino(values: Values) -> Wrong:
-    """Values of dino_config.yaml that contradict each other."""
+def impossible_dino(values: Values, facts_of: FactsOf) -> Wrong:
+    """Values of dino_config.yaml that contradict each other, or that the backbone cannot take."""
     yield from impossible_run(values)
     yield from longer_than_run("dino.teacher_temp_warmup_epochs", values)
-    _, num_maps = stride_and_maps(values)
-    level = values.get("dino.patch_level")
-    if level is not None and num_maps is not None and level >= num_maps:
-        what = f"{level}: {values['backbone']} has {num_maps} feature maps; nearest: {num_maps - 1}"
+    level, facts = values.get("dino.patch_level"), facts_of(values, False)
+    if level is not None and facts is not None and level >= (num := len(facts.strides)):
+        what = f"{level}: {values['backbone']} has {num} feature maps; nearest: {num - 1}"
         yield "dino.patch_level", what
     region = values.get("crops.region_size", [2**31] * 3)
     for key in ("crops.global_size", "crops.local_size"):
@@ -104,4 +103,4 @@ def impossible_dino(values: Values) -> Wrong:
             continue
         if any(n > m for n, m in zip(size, region, strict=True)):
             yield key, f"{size}: larger than crops.region_size {region}"
-        yield from impossible_size(key, values, region)
+        yield from impossible_size(key, values, facts, region)

@@ -6,7 +6,7 @@ which see every value that is valid by itself, so that all problems are reported
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field
@@ -32,9 +32,8 @@ from utils.config.fields import (
 
 WEIGHTS = ("suprem_weights", "dino_weights", "resume_training_from", "test_ckpt")
 FOLDS = ("train_folds", "val_folds", "test_folds")
-SWINUNETR_STRIDE, SWINUNETR_MAPS = 32, 5  # patch embedding / 2, then four stages to / 32
-UNET_STAGES, SEGRESNET_STAGES = 4, {"standard": 4, "ds": 5}  # each after the first halves
 Values = Mapping[str, Any]  # {dotted key: valid value}
+FactsOf = Callable[[Values, bool], Any]  # `models.backbones.facts_of`
 Wrong = Iterator[tuple[str, str]]  # dotted key, what is wrong with it
 
 
@@ -159,15 +158,15 @@ def longer_than_run(key: str, values: Values) -> Wrong:
         yield key, f"{values[key]}: more than n_epochs {values['n_epochs']}"
 
 
-def impossible_size(
-    key: str, values: Values, largest: tuple[int, ...] | None = None, decoder: bool = False
-) -> Wrong:
-    """An input size that the backbone, with its decoder or without, cannot take; the nearest one
-    is at most `largest`.
+def impossible_size(key: str, values: Values, facts, largest: Iterable[int] | None = None) -> Wrong:
+    """An input size that the backbone cannot take; the nearest one is at most `largest`.
+
+    facts: of `models.backbones.facts_of`; None where they are not known.
     """
-    size, (stride, _) = values.get(key), stride_and_maps(values)
-    if size is None or stride is None:
+    size = values.get(key)
+    if size is None or facts is None:
         return
+    stride = facts.strides[-1]
     rounded = [
         max(1, min(math.floor(n / stride + 0.5), m // stride)) * stride
         for n, m in zip(size, largest or [2**31] * 3, strict=True)
@@ -175,29 +174,6 @@ def impossible_size(
     if any(n % stride for n in size):
         what = f"{size}: must be divisible by {stride} for {values['backbone']}"
         yield key, f"{what}; nearest: {rounded}"
-    elif max(size) == stride and _normalizes_deepest_map(values, decoder):
+    elif max(size) < facts.min_size:
         what = f"{size}: leaves one voxel at the deepest stage, too little for its normalization"
-        yield key, f"{what}; nearest: {[2 * stride] * 3}"
-
-
-def _normalizes_deepest_map(values: Values, decoder: bool) -> bool:
-    """Whether a norm takes its statistics over the voxels of the deepest map."""
-    if values["backbone"] == "swinunetr":
-        return decoder
-    return values["backbone"] != "segresnet" or values.get("segresnet.variant") == "ds"
-
-
-def stride_and_maps(values: Values) -> tuple[int | None, int | None]:
-    """The backbone's stride and the number of maps `encode` returns; None where not known."""
-    backbone, stages = values.get("backbone"), None
-    if backbone == "swinunetr":
-        return SWINUNETR_STRIDE, SWINUNETR_MAPS
-    if backbone == "resunet" and "resunet.features" in values:
-        stages = len(values["resunet.features"])
-    elif backbone == "unet":
-        stages = UNET_STAGES
-    elif backbone == "segresnet" and values.get("segresnet.blocks"):
-        stages = len(values["segresnet.blocks"])
-    elif backbone == "segresnet" and "segresnet.blocks" in values:
-        stages = SEGRESNET_STAGES.get(values.get("segresnet.variant"))
-    return (None, None) if stages is None else (2 ** (stages - 1), stages)
+        yield key, f"{what}; nearest: {[facts.min_size] * 3}"

@@ -20,6 +20,7 @@ from utils.config.fields import (
     one_or_more,
 )
 from utils.config.schema import (
+    FactsOf,
     FineTuned,
     IntensityAugment,
     Values,
@@ -27,7 +28,6 @@ from utils.config.schema import (
     impossible_run,
     impossible_size,
     longer_than_run,
-    stride_and_maps,
 )
 
 Labels = Annotated[list[int], BeforeValidator(one_or_more)]
@@ -71,6 +71,13 @@ class Inference(BaseModel):
     tolerance: AboveZero
 
 
+# keys of the config at hand that a test goes by; all others are those of the checkpoint
+OF_THE_TEST = (
+    "experiment results_dir cache_dir csv_path test_folds test_ckpt allow_seen_patients precision "
+    "n_workers inference"
+).split()
+
+
 class SegmentationConfig(FineTuned):
     classes: dict[Text, Labels]
     ignore_labels: Labels
@@ -83,14 +90,16 @@ class SegmentationConfig(FineTuned):
     inference: Inference
 
 
-def impossible_segmentation(values: Values) -> Wrong:
-    """Values of segmentation_config.yaml that contradict each other."""
+def impossible_segmentation(values: Values, facts_of: FactsOf) -> Wrong:
+    """Values of segmentation_config.yaml that contradict each other, or that the backbone cannot
+    take."""
+    facts = facts_of(values, True)
     yield from impossible_run(values)
     yield from longer_than_run("finetune.freeze_epochs", values)
-    yield from impossible_size("patches.size", values, decoder=True)
+    yield from impossible_size("patches.size", values, facts)
     if values.get("loss.dice") == values.get("loss.ce") == 0:
         yield "loss.ce", "0, and so is loss.dice: nothing to learn from"
-    if values.get("loss.deep_supervision") and stride_and_maps(values)[1] == 2:
+    if values.get("loss.deep_supervision") and facts and len(facts.strides) == 2:
         yield "loss.deep_supervision", "true, but a decoder of one stage has one map only"
     classes = values.get("classes")
     if isinstance(classes, dict) and all(map(_are_labels, classes.values())):

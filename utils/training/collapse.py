@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from utils.distributed import all_reduce
+from utils.training.run import Run
+from utils.training.state import State
 
 
 @torch.no_grad()
@@ -47,6 +49,16 @@ def rankme(features: torch.Tensor) -> float:
     singular = torch.linalg.svdvals(features.float().cpu())
     p = singular / singular.sum().clamp(min=1e-12) + 1e-7
     return float(torch.exp(-(p * p.log()).sum()))
+
+
+def note(run: Run, state: State, row: dict) -> None:
+    """Warn in the log of a DINO run; the report shows what the last epoch still warns of."""
+    cfg, d = run.cfg, run.cfg.dino
+    found = collapse_warnings(row, state.first, d.out_dim, d.patch_out_dim, cfg.warmup_epochs)
+    skipped = {k: v for k, v in state.warnings.items() if k.startswith("step ")}
+    state.warnings = skipped | {k: f"epoch {row['epoch']}: {v}" for k, v in found.items()}
+    for warning in found.values():
+        run.say(f"WARNING: {warning}")
 
 
 def collapse_warnings(

@@ -7,6 +7,7 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -26,6 +27,7 @@ class State:
     """All that training changes and a checkpoint holds. The numbers and texts are JSON.
 
     modules: by name, such as student, teacher and targets; each may be wrapped in DDP.
+    about: JSON for every file: settings, config, seen_patients, ...
     step: optimizer steps done. epoch: epochs done and assessed.
     averages: of the running epoch's metrics (see `Averages`).
     select_by, best, best_epoch: the metric by which best.pt is chosen, its best value so far (or
@@ -39,6 +41,7 @@ class State:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     steps_per_epoch: int
+    about: dict
     step: int = 0
     epoch: int = 0
     averages: dict = field(default_factory=dict)
@@ -56,16 +59,13 @@ class State:
         return module.module if isinstance(module, DistributedDataParallel) else module
 
 
-def save(
-    state: State, folder: Path, about: dict, best_as: dict[str, nn.Module] | None = None
-) -> None:
+def save(state: State, folder: Path, best_as: dict[str, nn.Module] | None = None) -> None:
     """Write last.pt and, where this is the best so far, best.pt and smaller files for other stages.
 
     Called on all ranks; the main one writes.
 
     Args:
         folder: <experiment>/checkpoints.
-        about: JSON for every file: settings, config, seen_patients, ...
         best_as: {"backbone": module} writes backbone.pt with that module's tensors; None: not best.
     Raises:
         RunError: weights are not finite, or cannot be written; the files are as before.
@@ -82,8 +82,8 @@ def save(
     if not distributed.is_main():
         return
     before = (state.weights or {}).get("seen_patients", [])  # those that the weights have seen
-    seen = sorted({*about.get("seen_patients", []), *before})
-    about = {"weights": state.weights, **about, "seen_patients": seen}
+    seen = sorted({*state.about.get("seen_patients", []), *before})
+    about = {"weights": state.weights, **state.about, "seen_patients": seen}
     about |= {"versions": environment(), "step": state.step}
     whole = {
         **about,
@@ -100,16 +100,28 @@ def save(
     checkpoint.save_last(folder, whole)
 
 
-def resume(state: State, path: str | Path, settings: dict) -> dict:
+def note_best(state: State, score: float | list[float] | None, epoch: int) -> bool:
+    """Whether an epoch is the best so far; if so it is noted.
+
+    score: higher is better; a list is compared in order. None where it is undefined: until there
+        is a score the newest epoch is the best. NaN: never the best.
+    """
+    if score is None:
+        return state.best is None
+    if np.isnan(score).any() or (state.best is not None and score <= state.best):
+        return False
+    state.best, state.best_epoch = score, epoch
+    return True
+
+
+def resume(state: State, path: str | Path) -> None:
     """Put everything back as it was when `path` was saved.
 
-    Returns:
-        all that the file holds.
     Raises:
         CheckpointError: unreadable, or its settings differ from those of the config.
     """
     saved = checkpoint.load_last(path, print if distributed.is_main() else lambda text: None)
-    checkpoint.check_settings(path, saved, settings)
+    checkpoint.check_settings(path, saved, state.about["settings"])
     steps_per_epoch = state.steps_per_epoch
     try:
         _put_back(state, saved)
@@ -121,7 +133,6 @@ def resume(state: State, path: str | Path, settings: dict) -> dict:
         )
         state.steps_per_epoch, state.averages = steps_per_epoch, {}
         state.step = state.epoch * steps_per_epoch
-    return saved
 
 
 def _put_back(state: State, saved: dict) -> None:

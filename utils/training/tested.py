@@ -1,6 +1,6 @@
 """The checkpoints that test_ckpt names, and the settings that a test of them goes by."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -36,3 +36,12 @@ def open_tested(path: str, stage: str, cfg: Config, keys: Sequence[str]) -> tupl
     changes = {key: getattr(cfg, key) for key in keys}
     changes |= {"data": own.data.model_copy(update=data), "train_folds": [], "val_folds": []}
     return saved, own.model_copy(update=changes)
+
+
+def refuse_unlike(paths: Sequence[str], parts: Sequence[Mapping]) -> None:
+    """Raise a CheckpointError where checkpoints cannot be averaged. parts: of each, what must be
+    equal to the first one's, by name."""
+    for path, part in zip(paths, parts, strict=True):
+        if different := ", ".join(name for name in part if part[name] != parts[0][name]):
+            what = f"differs from {paths[0]} in {different}: they cannot be averaged"
+            raise CheckpointError(f"{path}: {what}")

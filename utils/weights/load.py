@@ -15,12 +15,10 @@ from torch import nn
 
 from utils.checkpoint import FORMAT
 from utils.tensor_files import WeightsError, WeightsFile, read
-from utils.weights import match as weight_match
-from utils.weights.match import BOOKKEEPING, ENCODERS, ENOUGH, INDEX, Match, plain, unwrapped
+from utils.weights import match as match_names
+from utils.weights.match import BOOKKEEPING, ENOUGH, INDEX, Match, plain, unwrapped
 from utils.weights.origins import Origin, fitting_backbone, recognise
 
-# The 2x2x2 neighbours as MONAI before 1.5 concatenated them: so a state_dict of ours says it.
-OLD_MERGE = [[int(x) for x in n] for n in "000 100 010 001 101 010 001 111".split()]
 _AGES = {  # WeightsFile.recent
     True: "the file was written by PyTorch 2.7 or later",
     False: "the file was written by PyTorch before 2.7",
@@ -42,7 +40,8 @@ class LoadReport:
 
     origin: the published file or run recognised. container: where in the file the encoder is.
     encoder, decoder: tensors loaded and tensors there are. adapted: to other input channels.
-    left_random: tensors of the backbone that keep their initial values.
+    left_random: tensors of the backbone that keep their initial values; random_in: how many of them
+        are in encoder and decoder.
     ignored: tensors of the file that are not used; duplicates: those that hold a used one again.
     merge_order: of a Swin UNETR. seen_patients: hashes, from files of ours.
     expected_input: of `weight_origins.Origin`, or data settings of ours; None where not known.
@@ -58,13 +57,15 @@ class LoadReport:
     left_random: list[str] = field(default_factory=list)
     ignored: list[str] = field(default_factory=list)
     duplicates: list[str] = field(default_factory=list)
+    random_in: tuple[int, int] = (0, 0)
     merge_order: str | None = None
     seen_patients: list[str] = field(default_factory=list)
     expected_input: dict | None = None
     warnings: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict:
-        return asdict(self) | {"encoder": list(self.encoder), "decoder": list(self.decoder)}
+        pairs = {name: list(getattr(self, name)) for name in ("encoder", "decoder", "random_in")}
+        return asdict(self) | pairs
 
     def rows(self) -> dict[str, str]:
         """The table, {name: text}."""
@@ -72,8 +73,8 @@ class LoadReport:
             "file": self.file,
             "origin": self.origin,
             "found at": self.container or "top level",
-            "encoder": self._counts(*self.encoder, encoder=True),
-            "decoder": self._counts(*self.decoder, encoder=False),
+            "encoder": _counts(*self.encoder, self.random_in[0]),
+            "decoder": _counts(*self.decoder, self.random_in[1]),
             "left random": _summary(self.left_random),
             "not used": _summary(self.ignored),
             "duplicates": _summary(self.duplicates),
@@ -83,14 +84,6 @@ class LoadReport:
         }
         optional = ("duplicates", "other channels", "patch merging")
         return {name: text or "none" for name, text in rows.items() if text or name not in optional}
-
-    def _counts(self, loaded: int, total: int, encoder: bool) -> str:
-        if not total:
-            return "not built"
-        random = sum(name.startswith(ENCODERS) == encoder for name in self.left_random)
-        rest = total - loaded - random  # BOOKKEEPING
-        more = f"; {rest} more are buffers without weights" if rest and loaded else ""
-        return f"{loaded} of {total} tensors{more}"
 
     def __str__(self) -> str:
         rows = self.rows()
@@ -112,14 +105,14 @@ def load_backbone(backbone: nn.Module, path: str | Path) -> LoadReport:
         WeightsError: unreadable file, or one that does not fit, saying which backbone it would fit.
     """
     file = read(path)
-    tensors, others = weight_match.leaves(file.content)
+    tensors, others = match_names.leaves(file.content)
     shapes = {unwrapped(raw): tuple(x.shape) for raw, x in tensors.items()}
     origin = recognise(shapes | {unwrapped(raw): None for raw in others})
     targets = {name: x for name, x in backbone.state_dict().items() if name != "merge_order"}
-    match = weight_match.find(tensors, targets)
+    match = match_names.find(tensors, targets, backbone)
 
-    encoder = [name for name in targets if name.startswith(ENCODERS)]
-    decoder = [name for name in targets if not name.startswith(ENCODERS)]
+    encoder = [name for name in targets if name.startswith(backbone.encoder_names)]
+    decoder = [name for name in targets if name not in encoder]
     needed = [name for name in encoder if not name.endswith(BOOKKEEPING)]
     random = [name for name in needed if name not in match.used]
     too_few = len(random) > (1 - ENOUGH) * len(needed)
@@ -127,13 +120,14 @@ def load_backbone(backbone: nn.Module, path: str | Path) -> LoadReport:
         raise WeightsError(_misfit(path, backbone, tensors, targets, needed, match))
     values = {x: tensors[raw] for x, raw in match.used.items() if not x.endswith(INDEX)}
     for name in match.adapted:
-        values[name] = weight_match.to_channels(values[name], targets[name].shape[1])
+        values[name] = match_names.to_channels(values[name], targets[name].shape[1])
     broken = [name for name, x in values.items() if not torch.isfinite(x.float()).all()]
     if broken:
         raise WeightsError(f"{path}: NaN or infinite values in {_summary(broken)}")
 
     missing = [name for name in targets if name not in match.used]
-    duplicates, ignored = weight_match.unused(tensors, match)
+    left_random = [name for name in missing if not name.endswith(BOOKKEEPING)]
+    duplicates, ignored = match_names.unused(tensors, match, backbone.roots)
     report = LoadReport(
         file=str(path),
         origin=origin.name if origin else "not one of the published files known here",
@@ -141,7 +135,8 @@ def load_backbone(backbone: nn.Module, path: str | Path) -> LoadReport:
         encoder=(sum(name in match.used for name in encoder), len(encoder)),
         decoder=(sum(name in match.used for name in decoder), len(decoder)),
         adapted=match.adapted,
-        left_random=[name for name in missing if not name.endswith(BOOKKEEPING)],
+        left_random=left_random,
+        random_in=(len(random), len(left_random) - len(random)),
         ignored=ignored,
         duplicates=duplicates,
         expected_input=origin.expects if origin else None,
@@ -155,7 +150,9 @@ def load_backbone(backbone: nn.Module, path: str | Path) -> LoadReport:
         report.warnings.append("no teacher in the file fits: these are the student's weights")
     ours = _describe_ours(report, file.content)
     if hasattr(backbone, "merge_order"):
-        report.merge_order = _merge_order(report, file, ours, origin, tensors | others)
+        report.merge_order = _merge_order(
+            report, file, ours, origin, tensors | others, backbone.merge_orders
+        )
 
     backbone.load_state_dict(targets | values)
     if report.merge_order:
@@ -183,15 +180,20 @@ def _describe_ours(report: LoadReport, content: Any) -> bool:
 
 
 def _merge_order(
-    report: LoadReport, file: WeightsFile, ours: bool, origin: Origin | None, found: dict
+    report: LoadReport,
+    file: WeightsFile,
+    ours: bool,
+    origin: Origin | None,
+    found: dict,
+    orders: dict,
 ) -> str:
     """In which order the file's Swin concatenates neighbours. Names and shapes do not show it."""
     places = ("merge_order", f"{report.container}.merge_order")
     stated = [x for raw, x in found.items() if unwrapped(raw) in places]
     if stated:
         order = stated[0].tolist() if isinstance(stated[0], torch.Tensor) else stated[0]
-        order = "published" if order == OLD_MERGE else order
-        if order not in ("published", "monai1.5"):
+        order = next((name for name, value in orders.items() if value == order), order)
+        if order not in orders:
             what = f"merge_order {order!r}: expected published or monai1.5"
             raise WeightsError(f"{report.file}: {what}")
         return order
@@ -214,6 +216,14 @@ def _merge_order(
 
 
 # ---- texts
+def _counts(loaded: int, total: int, random: int) -> str:
+    if not total:
+        return "not built"
+    rest = total - loaded - random  # BOOKKEEPING
+    more = f"; {rest} more are buffers without weights" if rest and loaded else ""
+    return f"{loaded} of {total} tensors{more}"
+
+
 def _size(tensor: torch.Tensor) -> str:
     return "x".join(map(str, tensor.shape)) or "one number"
 

@@ -5,7 +5,7 @@ and prefixes they stand below, and the most votes win, so that no layout needs a
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,18 +19,6 @@ RENAMES = (
     (r"\.all_modules\.0\.", ".conv."),  # the second name of each layer in nnU-Net's networks
     (r"\.all_modules\.1\.", ".norm."),
 )
-ENCODERS = ("swinViT.", "encoder.", "down_tr", "convInit.", "down_layers.")  # what `encode` needs
-ROOTS = ("", "swinViT.", "encoder.")  # parts of ours that files of an encoder alone leave out
-LAYERS = ("swinViT.layers", "encoder.stages.", "encoder.layers.", "down_layers.", "down_tr")
-INPUT_LAYERS = {  # weights whose second axis is the image's channels
-    "swinViT.patch_embed.proj.weight",
-    "encoder1.layer.conv1.conv.weight",
-    "encoder1.layer.conv3.conv.weight",
-    "encoder.stem.convs.0.conv.weight",
-    "down_tr64.ops.0.conv1.weight",
-    "convInit.conv.weight",
-    "encoder.conv_init.weight",
-}
 INDEX = "relative_position_index"  # a function of the window's size: the network's own is used
 BOOKKEEPING = (INDEX, "num_batches_tracked")  # no weights: may be missing
 Tensors = Mapping[str, torch.Tensor]
@@ -102,7 +90,7 @@ def _splits(name: str) -> Iterator[tuple[str, str]]:
 
 
 # ---- matching
-def find(tensors: Tensors, targets: Tensors) -> Match:
+def find(tensors: Tensors, targets: Tensors, names) -> Match:
     """Where in the file the encoder and the decoder are, and which tensor goes where.
 
     Of a student and a teacher the teacher is taken. The decoder is looked for where the encoder is
@@ -111,18 +99,20 @@ def find(tensors: Tensors, targets: Tensors) -> Match:
     Args:
         tensors: of the file, by their full names.
         targets: of the backbone.
+        names: the backbone, for its encoder_names, roots, layer_names and input_layers.
     """
+    of_encoder = names.encoder_names
     places = {}  # (prefix in the file, prefix of ours that it leaves out) -> {target: name in file}
     by_name = {}
     for raw in sorted(tensors, key=lambda raw: plain(raw) != raw):  # not renamed: first choice
         name = plain(raw)
         by_name.setdefault(name, raw)
         for head, tail in _splits(name):
-            for root in ROOTS:
+            for root in names.roots:
                 target = targets.get(root + tail)
                 if target is not None and _fits(tensors[raw], target, tail):
                     places.setdefault((head, root), {}).setdefault(root + tail, raw)
-    encoders = {p: sum(x.startswith(ENCODERS) for x in found) for p, found in places.items()}
+    encoders = {p: sum(x.startswith(of_encoder) for x in found) for p, found in places.items()}
     decoders = {p: len(found) - encoders[p] for p, found in places.items()}
     most = max(encoders.values(), default=0)
     if most == 0:
@@ -141,21 +131,21 @@ def find(tensors: Tensors, targets: Tensors) -> Match:
     encoder = max((p for p in places if encoders[p] >= ENOUGH * most), key=preference)
     decoder = decoder_of(encoder[0])
     match = Match(container=encoder[0])
-    match.used = {x: raw for x, raw in places[encoder].items() if x.startswith(ENCODERS)}
-    match.used |= {x: raw for x, raw in places[decoder].items() if not x.startswith(ENCODERS)}
+    match.used = {x: raw for x, raw in places[encoder].items() if x.startswith(of_encoder)}
+    match.used |= {x: raw for x, raw in places[decoder].items() if not x.startswith(of_encoder)}
     for name in [x for x in targets if x not in match.used and not x.endswith(BOOKKEEPING)]:
-        head, root = encoder if name.startswith(ENCODERS) else decoder
+        head, root = encoder if name.startswith(of_encoder) else decoder
         raw = by_name.get(f"{head}.{name.removeprefix(root)}".removeprefix("."))
         if raw is None:
             continue
-        if name in INPUT_LAYERS and _differ_in_channels(tensors[raw], targets[name]):
+        if name in names.input_layers and _differ_in_channels(tensors[raw], targets[name]):
             match.used[name] = raw
             match.adapted.append(name)
         else:
             match.other_shape[name] = raw
     head, root = encoder
     inside = [x.removeprefix(f"{head}.") for x in by_name if not head or x.startswith(f"{head}.")]
-    match.extra = [root + x for x in inside if (root + x).startswith(LAYERS)]
+    match.extra = [root + x for x in inside if (root + x).startswith(names.layer_names)]
     match.extra = [x for x in match.extra if x not in targets]
     # The strides of nnU-Net's encoder show in the kernels of its decoder only; ours are all 2.
     ups = [x for x in by_name if re.search(r"(^|\.)decoder\.transpconvs\.\d+\.weight$", x)]
@@ -186,11 +176,11 @@ def to_channels(weight: torch.Tensor, channels: int) -> torch.Tensor:
     return weight[:, source] / repeats
 
 
-def unused(tensors: Tensors, match: Match) -> tuple[list[str], list[str]]:
+def unused(tensors: Tensors, match: Match, roots: Iterable[str]) -> tuple[list[str], list[str]]:
     """Names in the file of tensors that hold a used one again, and of all others not used."""
     duplicates, ignored, used = [], [], set(match.used.values())
     for raw in [raw for raw in tensors if raw not in used]:
-        targets = [root + tail for _, tail in _splits(plain(raw)) for root in ROOTS]
+        targets = [root + tail for _, tail in _splits(plain(raw)) for root in roots]
         again = [tensors[match.used[x]] for x in targets if x in match.used]
         same = any(_same(tensors[raw], tensor) for tensor in again)
         (duplicates if same else ignored).append(raw)

@@ -11,6 +11,7 @@ from data.inference import probing
 from data.inference.windows import fixed_view
 from tests.data.views.test_crops import FakeEntry
 from utils.signals import Stopped
+from utils.training.run import Run
 
 SIZE = (16, 16, 16)
 HU_WINDOW = (-1000.0, 1000.0)
@@ -79,6 +80,9 @@ class Stop(NoStop):
         raise Stopped("SIGTERM")
 
 
+RUN = Run(CFG, CPU, NoStop())
+
+
 def make_cases(*entries):
     cases = [Case(f"p{i}", "", "0", i, seg_path="mask") for i in range(len(entries))]
     return cases, Cache(dict(enumerate(entries)))
@@ -105,7 +109,7 @@ def test_windows_tile_a_volume_or_are_the_fullest():
 
 def test_embeddings_are_means_over_windows(labelled):
     cases, cache = make_cases(*labelled)
-    found = probing.embed(Network(), cache, cases, CFG, CPU, NoStop())
+    found = probing.embed(RUN, Network(), cache, cases)
     assert found.shape == (4, 3)
     for value, entry in zip(found[:, 0], labelled, strict=True):
         starts = [
@@ -121,21 +125,21 @@ def test_embeddings_are_means_over_windows(labelled):
 def test_embeddings_stop_when_asked(labelled):
     cases, cache = make_cases(*labelled)
     with pytest.raises(Stopped):
-        probing.embed(Network(), cache, cases, CFG, CPU, Stop())
+        probing.embed(Run(CFG, CPU, Stop()), Network(), cache, cases)
 
 
 def test_dense_score_is_high_where_the_map_knows_the_labels(labelled):
     cases, cache = make_cases(*labelled)
-    settings = (cache, cases[:2], cases[2:], CFG, CPU, NoStop())
-    assert probing.dense_score(Network(), *settings) == 1
-    assert probing.dense_score(Network(blind=True), *settings) < 0.3
+    settings = (cache, cases[:2], cases[2:])
+    assert probing.dense_score(RUN, Network(), *settings) == 1
+    assert probing.dense_score(RUN, Network(blind=True), *settings) < 0.3
 
 
 def test_dense_score_finds_one_small_label(labelled):
     """All its few voxels are drawn, far fewer than of the background."""
     entries = [Labelled((28, 20, 18), {2: np.s_[5:8, a : a + 3, 6:9]}) for a in (3, 9, 6, 12)]
     cases, cache = make_cases(*entries)
-    score = probing.dense_score(Network(), cache, cases[:2], cases[2:], CFG, CPU, NoStop())
+    score = probing.dense_score(RUN, Network(), cache, cases[:2], cases[2:])
     assert score == 1
 
 
@@ -143,8 +147,7 @@ def test_dense_score_without_masks(labelled):
     cases, cache = make_cases(*labelled)
     bare = [Case(c.patient, "", "0", c.row) for c in cases]
     for train, val in ((bare[:2], cases[2:]), (cases[:2], bare[2:])):
-        settings = (cache, train, val, CFG, CPU, NoStop())
-        assert probing.dense_score(Network(), *settings) is None
+        assert probing.dense_score(RUN, Network(), cache, train, val) is None
 
 
 def test_probe_scores_labels_and_masks(labelled):
@@ -154,11 +157,11 @@ def test_probe_scores_labels_and_masks(labelled):
         case.labels["size"] = "large" if i >= 4 else "small"
     split = {"train": cases[::2], "val": cases[1::2]}
     network = Network()
-    row = probing.probe(network, cache, split, CFG, CPU, NoStop())
+    row = probing.probe(RUN, network, cache, split)
     assert row["probe_size_linear_auc"] == row["probe_size_knn_accuracy"] == 1
     assert 0 < row["probe_dense_dice"] <= 1
     assert network.training
-    assert probing.probe(network, cache, {"train": cases, "val": []}, CFG, CPU, NoStop()) == {}
+    assert probing.probe(RUN, network, cache, {"train": cases, "val": []}) == {}
 
 
 def test_spread_takes_items_evenly():

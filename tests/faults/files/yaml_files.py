@@ -7,16 +7,18 @@ from typing import Any
 
 import yaml
 
+from models.backbones import facts_of
 from tests.faults.frame import NAMED, RIGHT, WRONG, Fault, Group, Outcome, judge
 from utils.config.command_line import parse_command_line
 from utils.config.dino import DinoConfig, impossible_dino
 
 SHIPPED = Path(__file__).resolve().parents[3] / "dino_config.yaml"
+IMPOSSIBLE = partial(impossible_dino, facts_of=facts_of)
 
 
 def ours(path: Path) -> dict:
     """The config, or ConfigError with all its problems."""
-    config, _ = parse_command_line([], path, DinoConfig, impossible_dino)
+    config, _ = parse_command_line([], path, DinoConfig, IMPOSSIBLE)
     return config.model_dump()
 
 

@@ -168,19 +168,18 @@ def repeat_finished() -> None:
 
     resume = state.resume
 
-    def resume_before(now, path, settings):
-        saved = resume(now, path, settings)
+    def resume_before(now, path):
+        resume(now, path)
         now.epoch, now.step = now.epoch - 1, now.step - now.steps_per_epoch
-        return saved
 
     state.resume = resume_before
 
 
 def patience() -> None:
     """Not broken, but for a test that cannot wait."""
-    from data import loading as datasets
+    from data import loading
 
-    datasets.WORKER_TIMEOUT_S = 5
+    loading.WORKER_TIMEOUT_S = 5
 
 
 def hang_in_a_read() -> None:
@@ -209,10 +208,10 @@ def hang_in_a_read() -> None:
 
 def leave_workers() -> None:
     """What a script starts is left to Python to end."""
-    from utils.training import loop
+    from utils.training import run
 
     patience()
-    loop.end_workers = lambda: None
+    run.end_workers = lambda: None
 
 
 BROKEN: dict[str, Callable[[], None]] = {

@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 
 from classification import CONFIG, OPTIONS
+from models.backbones import facts_of
 from tests.conftest import ROOT
 from utils.config.classification import ClassificationConfig, impossible_classification
 from utils.config.command_line import (
@@ -20,7 +21,7 @@ KEYS = schema_keys(ClassificationConfig)
 
 
 def parse(*argv, cv=False):
-    impossible = partial(impossible_classification, cv=cv)
+    impossible = partial(impossible_classification, facts_of=facts_of, cv=cv)
     return parse_command_line(list(argv), CONFIG, ClassificationConfig, impossible, OPTIONS)[0]
 
 

@@ -1,11 +1,13 @@
 """Config: the YAML's traps, every problem at once, overrides, help, and keys that code reads."""
 
 import ast
+from functools import partial
 from pathlib import Path
 
 import pytest
 import yaml
 
+from models.backbones import facts_of
 from utils.config import strict_yaml
 from utils.config.command_line import (
     ConfigError,
@@ -20,10 +22,11 @@ from utils.errors import nearest
 
 ROOT = Path(__file__).resolve().parents[3]
 DEFAULT = ROOT / "dino_config.yaml"
+IMPOSSIBLE = partial(impossible_dino, facts_of=facts_of)
 
 
 def parse(*argv, config=DEFAULT):
-    return parse_command_line(list(argv), config, DinoConfig, impossible_dino)[0]
+    return parse_command_line(list(argv), config, DinoConfig, IMPOSSIBLE)[0]
 
 
 def problems(*argv, config=DEFAULT) -> dict[str, str]:
@@ -368,7 +371,7 @@ def test_problems_of_the_command_line_together():
 def test_config_and_check(tmp_path):
     path = edited(tmp_path, ("seed: 0", "seed: 5"))
     argv = ["seed=6", "--check", f"--config={path}"]
-    config, check = parse_command_line(argv, DEFAULT, DinoConfig, impossible_dino)
+    config, check = parse_command_line(argv, DEFAULT, DinoConfig, IMPOSSIBLE)
     assert check and config.seed == 6
     assert parse("--config", str(path)).seed == 5
 

@@ -3,12 +3,13 @@
 import copy
 import json
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from models.backbones import build_backbone
+from models.backbones import build_backbone, facts_of
 from utils.config.command_line import parse_command_line
 from utils.config.dino import DinoConfig, impossible_dino
 from utils.tensor_files import WeightsError
@@ -24,6 +25,7 @@ SMALL = {
     "segresnet ds": {"variant": "ds", "feature_size": 8, "blocks": (1, 2, 1)},
 }
 SWIN = ("swinunetr", "swinunetr v2")
+IMPOSSIBLE = partial(impossible_dino, facts_of=facts_of)
 
 
 def small(case, seed=0, **options):
@@ -514,7 +516,7 @@ def test_report_is_a_table_and_json(states, load):
 
 
 def config(*overrides):
-    return parse_command_line(list(overrides), CONFIG, DinoConfig, impossible_dino)[0]
+    return parse_command_line(list(overrides), CONFIG, DinoConfig, IMPOSSIBLE)[0]
 
 
 def expecting(**expected):

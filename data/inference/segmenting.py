@@ -1,0 +1,93 @@
+"""A segmenter over whole cases: predicted, scored, drawn."""
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import torch
+from torch import nn
+
+from data.cases import Case
+from data.inference.restore import predict_case, read_truth, write_prediction
+from data.readers import read_volume
+from data.volume import spacing_of
+from utils import distributed
+from utils.classes import Classes
+from utils.memory import explained
+from utils.metrics.segmentation import case_dice, case_metrics, predicted_volumes
+from utils.report.plots_segmentation import plot_overlay
+from utils.report.segmentation import describe, file_name
+from utils.sliding_window import averaged
+from utils.training.run import Run
+from utils.training.step import autocast, refuse_not_finite
+
+
+def probabilities(run: Run, networks: Sequence[nn.Module]) -> Callable:
+    """(B, 1, x, y, z) -> (B, K, x, y, z): the mean of the networks' softmax."""
+
+    def of(network: nn.Module) -> Callable:
+        def predict(x: torch.Tensor) -> torch.Tensor:
+            with autocast(run.device, run.cfg.precision):
+                logits = network(x)
+            return logits.float().softmax(dim=1)
+
+        return predict
+
+    return averaged([of(network.eval()) for network in networks])
+
+
+def segment(run: Run, predict: Callable, entry) -> np.ndarray:
+    """Class indices on the grid of the volume that was read."""
+    cfg, i = run.cfg, run.cfg.inference
+    return predict_case(
+        predict,
+        entry,
+        roi=cfg.patches.size,
+        overlap=i.overlap,
+        batch=i.batch,
+        hu_window=cfg.data.hu_window,
+        device=run.device,
+        log=run.say,
+    )
+
+
+def own_share(run: Run, cases: Sequence[Case]) -> Iterator[Case]:
+    """This rank's cases, until a signal comes."""
+    mine = cases[distributed.rank() :: distributed.world_size()]
+    return itertools.takewhile(lambda _: not run.stop, mine)
+
+
+def rows_of_all(run: Run, rows: list[dict], bad: list[str]) -> list[dict]:
+    """The rows of all ranks. Raises NotFinite on all ranks if any has bad patients."""
+    run.stop.raise_if_received()
+    refuse_not_finite(bad)
+    return list(itertools.chain(*distributed.gather_objects(rows)))
+
+
+def predict_and_score(
+    run: Run, predict: Callable, case: Case, entry, classes, files: Path
+) -> list[dict]:
+    """Predict a case, to `files`, and score it; a row per class."""
+    with explained("the test", run.cfg):
+        found = segment(run, predict, entry)
+    name = f"{file_name(case.patient, case.row)}.nii.gz"
+    write_prediction(files / name, found, classes, case, entry)
+    spacing = spacing_of(entry.original_affine)
+    if case.seg_path:
+        truth, tolerance = read_truth(case, entry, classes), run.cfg.inference.tolerance
+        rows = case_metrics(found, truth, spacing, classes.names, tolerance)
+    else:
+        rows = predicted_volumes(found, spacing, classes.names)
+    who = {"PatientID": case.patient, "csv_line": case.row, "prediction": name}
+    return [who | row for row in rows]
+
+
+def draw_case(path: Path, case: Case, entry, found, truth, classes: Classes) -> np.ndarray:
+    """Prediction and truth (class indices on the file's grid), outlined on the image."""
+    turn = nib.io_orientation(entry.original_affine)
+    volumes = (read_volume(case.path, case.series_uid).voxels, found, truth)
+    in_ras = [nib.apply_orientation(voxels, turn) for voxels in volumes]
+    title = f"line {case.row} of the CSV: {describe(case_dice(found, truth, classes.names))}"
+    return plot_overlay(path, *in_ras, entry.slice_spacing, classes.names, title)

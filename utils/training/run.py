@@ -1,0 +1,169 @@
+"""A run of one of the scripts: what all its parts need, how it begins, how it ends."""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, TypeVar
+
+import torch
+from pydantic import BaseModel
+from torch import nn
+
+from utils import checkpoint, distributed
+from utils.config.command_line import save_resolved
+from utils.errors import InputError, RunError
+from utils.report.page import write_training_report
+from utils.signals import Stopped, StopSignal, end_workers
+from utils.training.runlog import RunLog
+from utils.training.state import State, check_space, save
+from utils.weights import LoadReport, compare_input, load_backbone
+
+EXIT_FAILED, EXIT_BAD_INPUT, EXIT_STOPPED = 1, 2, 75
+Config = TypeVar("Config", bound=BaseModel)
+
+
+@dataclass
+class Run(Generic[Config]):
+    """What all parts of a run need.
+
+    cfg: the config. device: of this process. stop: the signals that end the run early.
+    started_from: the checkpoint that it goes on from, if any.
+    log: opened by `open_log` when training begins. exit_code: of training, 0 or EXIT_STOPPED.
+    """
+
+    cfg: Config
+    device: torch.device
+    stop: StopSignal
+    started_from: Path | None = None
+    log: RunLog | None = None
+    exit_code: int = 0
+
+    @property
+    def folder(self) -> Path:
+        """Where all results of the run go."""
+        return Path(self.cfg.results_dir) / self.cfg.experiment
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    def report_is_old(self) -> bool:
+        """On the main rank: whether report.html lacks the last checkpoint, because the run was
+        killed in between."""
+        times = [self.folder / name for name in ("report.html", "checkpoints/last.pt")]
+        times = [path.stat().st_mtime if path.exists() else 0.0 for path in times]
+        return distributed.is_main() and times[0] < times[1]
+
+    def say(self, text: str) -> None:
+        """To the log; before there is one, to the terminal."""
+        (self.log.message if self.log else print)(text)
+
+
+def begin(cfg: Config, device: torch.device, stop: StopSignal) -> Run[Config]:
+    """A run of the config, which goes on from the checkpoint that resume_training_from names."""
+    run = Run(cfg, device, stop)
+    run.started_from = checkpoint.find(run.checkpoints, cfg.resume_training_from)
+    return run
+
+
+def load_weights(run: Run, backbone: nn.Module) -> dict | None:
+    """Load the weights that a new run starts from; returns the report as JSON, for `State`."""
+    cfg = run.cfg
+    path = cfg.suprem_weights or getattr(cfg, "dino_weights", None)  # dino.py has only the first
+    if not path or run.started_from:
+        return None
+    report = load_backbone(backbone, path)
+    report.warnings += compare_input(report, cfg)
+    return report.to_dict()
+
+
+def open_log(run: Run, state: State, network: nn.Module, cases: dict, skipped) -> None:
+    """Open the run's folder and its log, whose first lines say what is trained on what.
+
+    network: whose parameters are counted. skipped: problems of the cases that were left out.
+    """
+    check_space(state, run.checkpoints, network)
+    log = run.log = RunLog(run.folder, state.step, state.epoch, skipped)
+    report = LoadReport(**state.weights) if state.weights else None
+    if distributed.is_main():
+        (log.folder / "plots").mkdir(exist_ok=True)
+        save_resolved(run.cfg, log.folder / "config.yaml")
+        if report:
+            (log.folder / "weights.json").write_text(json.dumps(state.weights, indent=1))
+    if not run.started_from:
+        log.message(str(report) if report else "weights: random")
+    log.message(
+        f"{', '.join(f'{len(found)} {name}' for name, found in cases.items())} cases, "
+        f"{len(skipped)} problems; {run.cfg.backbone}, "
+        f"{sum(p.numel() for p in network.parameters()) / 1e6:.1f} M parameters, on "
+        f"{distributed.world_size()} x {run.device.type}; {state.steps_per_epoch} steps per "
+        f"epoch, from step {state.step}"
+    )
+    for problem in skipped:
+        log.message(f"left out {problem.patient} (line {problem.row}): {problem.what}")
+
+
+@contextmanager
+def until_stopped(run: Run, state: State) -> Iterator[None]:
+    """The context of training. A signal ends it: the state is saved and run.exit_code is set."""
+    run.stop.immediate = False
+    try:
+        if state.step == 0:  # a disk that cannot take it shows now, not after an epoch
+            save(state, run.checkpoints)
+        yield
+    except Stopped as e:
+        save(state, run.checkpoints)
+        distributed.barrier()  # torchrun ends all ranks when the first one exits
+        run.say(f"{e}: saved at step {state.step}; resume_training_from=auto goes on from it")
+        run.exit_code = EXIT_STOPPED
+    finally:
+        run.log.close()
+
+
+def write_report(run: Run, state: State, title: str, pictures: dict[str, str]) -> None:
+    """report.html from what has been logged so far; pictures: file in plots/ -> caption."""
+    report = LoadReport(**state.weights) if state.weights else None
+    warnings = [*(report.warnings if report else []), *state.warnings.values()]
+    settings, weights = run.cfg.model_dump(mode="json"), report.rows() if report else None
+    write_training_report(run.log, title, pictures, warnings, settings, weights)
+
+
+def exit_code(main: Callable[[list[str]], int]) -> int:
+    """main(arguments), with what the user can mend printed without a traceback.
+
+    One of several processes ends here (see `distributed.leave`).
+    """
+    code = _exit_code(main)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        distributed.leave(code)
+    return code
+
+
+def _exit_code(main: Callable[[list[str]], int]) -> int:
+    place = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
+    try:
+        return main(sys.argv[1:])
+    except InputError as e:
+        if distributed.is_main():
+            print(e, file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except RunError as e:
+        print(f"{place}{e}", file=sys.stderr)
+        return EXIT_FAILED
+    except OSError as e:
+        if e.errno not in checkpoint.FULL:
+            raise
+        bare = e.strerror == os.strerror(e.errno)
+        where = f": {e.filename or 'results_dir or cache_dir'}" if bare else ""
+        print(f"{place}{e.strerror}{where}", file=sys.stderr)
+        return EXIT_FAILED
+    except Stopped as e:
+        print(f"{e}: stopped; resume_training_from=auto goes on", file=sys.stderr)
+        return EXIT_STOPPED
+    finally:
+        distributed.teardown()
+        end_workers()
