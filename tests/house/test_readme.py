@@ -20,6 +20,9 @@ KEYS = {stage: schema_keys(config) for stage, config in STAGES.items()}
 EVERY = {key for keys in KEYS.values() for key in keys}
 SECTIONS = {key.partition(".")[0] for key in EVERY if "." in key}
 FOLDERS = ("data", "models", "utils")
+CODE = [*ROOT.glob("*.py"), *(f for d in (*FOLDERS, "tests") for f in (ROOT / d).rglob("*.py"))]
+WORDS = {word for file in CODE for word in re.findall(r"\w+", file.read_text(encoding="utf-8"))}
+PROCESSOR = {"avx512_bf16", "amx_bf16"}  # flags of lscpu
 WRITTEN = ("results", "config.yaml", "plots", "test")  # by a run
 
 
@@ -54,8 +57,10 @@ def module_exists(name):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_keys_exist(page):
-    """section.key and key=value in backticks; single words are no keys for certain."""
+    """section.key and key=value in backticks; a_word may also be a column or a name of the code."""
     for text in quoted(TEXTS[page]):
+        if re.fullmatch(r"[a-z0-9]+(_[a-z0-9]+)+", text):
+            assert text in EVERY | WORDS | PROCESSOR, text
         named = re.findall(r"(?:^| )([a-z_][a-z_0-9.]*)=", text)
         named += re.findall(r"^([a-z_][a-z_0-9.]*): ", text)
         alone = re.fullmatch(rf"(?:{'|'.join(SECTIONS)})\.([a-z_0-9]+)", text)
