@@ -33,7 +33,7 @@ TISSUES = {  # of TotalSegmentator's labels; features of small windows know neit
     7: range(92, 117),  # ribs, sternum
 }
 COLUMNS = ["PatientID", "path", "seg_path", "fold", "modality"]
-# Small volumes: views that overlap (see README, what the defaults rest on), a small network.
+# Small volumes: views that overlap (why: docs/experiments.md), a small network.
 SMALL = {
     "backbone": "resunet",
     "resunet.features": [16, 16, 32, 64],

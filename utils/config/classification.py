@@ -24,7 +24,11 @@ def all_or_count(value: Any, check: Any) -> Any:
     return value if value == "all" else check(value)
 
 
-Epochs = Annotated[Count, WrapValidator(all_or_count), PlainSerializer(lambda value: value)]
+Epochs = Annotated[
+    Count,
+    WrapValidator(all_or_count, json_schema_input_type=Literal["all"] | Count),
+    PlainSerializer(lambda value: value),
+]
 Shift = Annotated[float, Field(ge=0, le=0.5)]  # of the image's size
 
 

@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from utils.config import strict_yaml
+from utils.config.fields import in_words
 from utils.errors import InputError, nearest
 from utils.files import read_text
 
@@ -35,7 +36,7 @@ usage: python {script} [key=value | section.key=value ...] [--config FILE] {flag
   --check         read every row of the CSV, list all problems, train nothing
 {more}  --help          this text
 
-The keys, with their defaults in {default}:"""
+The keys, with their defaults in {default}, and <what they may be>:"""
 
 
 class ConfigProblem(NamedTuple):
@@ -82,7 +83,7 @@ def parse_command_line(
     options = [*OPTIONS, *more_options]
     path, flags, overrides, problems = _split_arguments(argv, default_config, options)
     if flags & {"--help", "-h"}:
-        print(help_text(default_config, more_options))
+        print(help_text(default_config, schema, more_options))
         raise SystemExit(0)
     try:
         values, lines, found = read_yaml(path)
@@ -260,9 +261,13 @@ def _unknown(key: str, known: list[str]) -> str:
 
 
 # ---- help and the resolved config
-def help_text(path: str | Path, more_options: Mapping[str, str] = NO_OPTIONS) -> str:
-    """Usage, and every key of a YAML file with its value and comment under the file's headings."""
-    text = read_text(path)
+def help_text(
+    path: str | Path, schema: type[BaseModel], more_options: Mapping[str, str] = NO_OPTIONS
+) -> str:
+    """Usage, and every key of a YAML file with its value, its comment and what the schema allows,
+    under the file's headings.
+    """
+    text, rules = read_text(path), _json_rules(schema)
     lines = text.splitlines()
     flags = " ".join(f"[{name}]" for name in ("--check", *more_options, "--help"))
     more = "".join(f"  {name:<14}  {what}\n" for name, what in more_options.items())
@@ -270,21 +275,39 @@ def help_text(path: str | Path, more_options: Mapping[str, str] = NO_OPTIONS) ->
     result = [USAGE.format(script=script, default=default, flags=flags, more=more)]
     section = ""
     for key, key_node, value_node in strict_yaml.walk(yaml.compose(text, strict_yaml.Loader)):
-        line = key_node.start_mark.line
+        if key.rpartition(".")[0] in rules:  # a part of a value, such as classes.liver
+            continue
+        is_section, line = key not in rules, key_node.start_mark.line
+        group = key if is_section else key.rpartition(".")[0]
         above = lines[line - 1] if line else ""
         if above.startswith("#"):
             result += ["", above.strip("# -")]
-        elif key.rpartition(".")[0] != section and result[-1]:
+        elif group != section and result[-1]:
             result.append("")
-        section = key.rpartition(".")[0]
-        is_section = isinstance(value_node, yaml.MappingNode)
+        section = group
         end = (key_node if is_section else value_node).end_mark
-        comment = re.search(r"#\s*(.*)", lines[end.line][end.column :])
+        found = re.search(r"#\s*(.*)", lines[end.line][end.column :])
+        comment = found[1] if found else ""
         value = text[value_node.start_mark.index : value_node.end_mark.index]
         entry = key if is_section else f"{key}={value}"
+        allowed = in_words(rules.get(key, {}), comment)
+        if allowed not in ("", "text", "true or false"):  # which the value shows
+            comment += f" <{allowed}>"
         if comment or not is_section:
-            result.append(f"  {entry:<48}  {comment[1] if comment else ''}".rstrip())
+            result.append(f"  {entry:<48}  {comment}".rstrip())
     return "\n".join(result)
+
+
+def _json_rules(schema: type[BaseModel]) -> dict[str, dict[str, Any]]:
+    """{dotted key: JSON schema of its value}"""
+    whole, rules = schema.model_json_schema(), {}
+    for name, rule in whole["properties"].items():
+        if "$ref" in rule:
+            section = whole["$defs"][rule["$ref"].rpartition("/")[2]]
+            rules |= {f"{name}.{key}": inner for key, inner in section["properties"].items()}
+        else:
+            rules[name] = rule
+    return rules
 
 
 def environment() -> dict[str, str]:

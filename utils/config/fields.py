@@ -1,6 +1,7 @@
 """Types of the values in the config files: each checks one value and says what it expects."""
 
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -95,7 +96,11 @@ Size = Annotated[tuple[Positive, Positive, Positive], Strict(False)]  # voxels
 Text = Annotated[str, BeforeValidator(quoted_if_bool), AfterValidator(not_empty)]
 Texts = Annotated[list[Text], AfterValidator(no_repeats)]
 PathText = Annotated[Text, AfterValidator(expand_path)]
-Paths = Annotated[list[PathText], Field(min_length=1), BeforeValidator(one_or_more)]
+Paths = Annotated[
+    list[PathText],
+    Field(min_length=1),
+    BeforeValidator(one_or_more, json_schema_input_type=Text | list[Text]),
+]
 Name = Annotated[Text, AfterValidator(folder_name)]
 Range = Annotated[
     tuple[float, float], Strict(False), AfterValidator(rising), AfterValidator(not_equal)
@@ -105,9 +110,42 @@ Percentiles = Annotated[
 ]
 Factors = Annotated[tuple[AboveZero, AboveZero], Strict(False), AfterValidator(rising)]
 Fractions = Annotated[tuple[Fraction, Fraction], Strict(False), AfterValidator(rising)]
-Spacing = Annotated[  # mm, or the word native
-    tuple[AboveZero, AboveZero, AboveZero],
+Millimetres = tuple[AboveZero, AboveZero, AboveZero]
+Spacing = Annotated[
+    Millimetres,
     Strict(False),
-    WrapValidator(native_or_mm),
+    WrapValidator(native_or_mm, json_schema_input_type=Literal["native"] | Millimetres),
     PlainSerializer(lambda value: value),
 ]
+
+
+# ---- in words
+def in_words(rule: Mapping[str, Any], comment: str = "", s: str = "") -> str:
+    """What a value may be, in a few words, for --help.
+
+    Args:
+        rule: the JSON schema that pydantic makes of the value's type.
+        comment: words that it names, such as choices or null, are not repeated.
+        s: "s" for the plural.
+    """
+    if "anyOf" in rule:
+        return " or ".join(filter(None, (in_words(x, comment, s) for x in rule["anyOf"])))
+    choices = rule.get("enum", [rule["const"]] if "const" in rule else [])
+    if rule.get("type") == "null":
+        choices = ["null"]
+    if choices:
+        named = all(re.search(rf"\b{choice}\b", comment) for choice in choices)
+        return "" if named else " or ".join(filter(None, (", ".join(choices[:-1]), choices[-1])))
+    if "prefixItems" in rule:
+        return f"{len(rule['prefixItems'])} {in_words(rule['prefixItems'][0], comment, 's')}"
+    if "items" in rule:
+        least = f"{rule['minItems']} or more " if rule.get("minItems", 1) > 1 else ""
+        return f"list{s} of {least}{in_words(rule['items'], comment, 's')}"
+    if "multipleOf" in rule:
+        return f"multiple{s} of {rule['multipleOf']}, from {rule['minimum']}"
+    kinds = {"integer": f"whole number{s}", "number": f"number{s}", "string": f"text{s}"}
+    kinds["boolean"] = "times true or false" if s else "true or false"
+    bounds = {"minimum": "from", "exclusiveMinimum": "above", "maximum": "to"}
+    bounds["exclusiveMaximum"] = "below"
+    limits = [f"{word} {rule[bound]}" for bound, word in bounds.items() if bound in rule]
+    return " ".join([kinds.get(rule.get("type"), ""), *limits])

@@ -30,7 +30,7 @@ from utils.config.schema import (
     longer_than_run,
 )
 
-Labels = Annotated[list[int], BeforeValidator(one_or_more)]
+Labels = Annotated[list[int], BeforeValidator(one_or_more, json_schema_input_type=int | list[int])]
 
 
 class Patches(BaseModel):

@@ -44,7 +44,7 @@ class LoadReport:
         are in encoder and decoder.
     ignored: tensors of the file that are not used; duplicates: those that hold a used one again.
     merge_order: of a Swin UNETR. seen_patients: hashes, from files of ours.
-    expected_input: of `weight_origins.Origin`, or data settings of ours; None where not known.
+    expected_input: of `origins.Origin`, or data settings of ours; None where not known.
     warnings: what to look at; callers add those of `compare_input`.
     """
 

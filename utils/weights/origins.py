@@ -67,6 +67,14 @@ OPENMIND = {  # MIC-DKFZ/nnssl: ZScoreNormalization of each volume, configuratio
 GENESIS = {"modality": "CT", "hu_window": [-1000, 1000], "crop": [64, 64, 32]}  # its README
 BTCV = {**ABDOMEN, "spacing": [1.5, 1.5, 2.0]}  # research-contributions, SwinUNETR/BTCV
 
+# Networks that no backbone here is. A ViT's patches have 4 axes (images) or 5 (volumes).
+PLAIN_CONV_UNET = r"stages\.\d+\.\d+\.convs\.\d+\.conv\.weight"
+VIT = r"blocks\.(\d+\.)+attn\.qkv\.weight"  # DINOv2 and 3DINO number their blocks within chunks
+VITS = {
+    4: "a vision transformer for 2D images, such as facebookresearch/dino's",
+    5: "a vision transformer for volumes, such as 3DINO's",
+}
+
 SWIN, UNET = r"(^|\.)swinViT\.", r"(^|\.)down_tr64\."
 ORIGINS = (  # the first that fits
     Origin(
@@ -133,8 +141,12 @@ ORIGINS = (  # the first that fits
         (r"(^|\.)student_backbone\.", r"(^|\.)teacher_backbone\."),
         published=False,
     ),
-    Origin("DINO by facebookresearch/dino", (r"^student\.", r"^teacher\."), published=False),
-    Origin("DINO by 3DINO", (r"^teacher\.backbone\.",), published=False),
+    Origin(
+        "DINO, laid out as by facebookresearch/dino",
+        (r"^student\.", r"^teacher\."),
+        published=False,
+    ),
+    Origin("DINO, laid out as by 3DINO", (r"^teacher\.backbone\.",), published=False),
 )
 
 
@@ -164,10 +176,11 @@ def fitting_backbone(shapes: Shapes) -> str:
             blocks = [count for _, count in stages]
             options = f"segresnet.feature_size={shape[0]} segresnet.blocks={blocks}"
             return f"backbone=segresnet segresnet.variant={variant} {options}"
-    if _shape(shapes, r"stages\.\d+\.\d+\.convs\.\d+\.conv\.weight"):
+    if _shape(shapes, PLAIN_CONV_UNET):
         return "none: this is nnU-Net's PlainConvUNet; resunet is its residual encoder U-Net"
-    if _shape(shapes, r"blocks\.\d+\.attn\.qkv\.weight"):
-        return "none: this is a vision transformer"
+    if _shape(shapes, VIT):
+        patches = _shape(shapes, r"patch_embed\.proj\.weight") or ()
+        return f"none: this is {VITS.get(len(patches), 'a vision transformer')}"
     return "none that is known here"
 
 

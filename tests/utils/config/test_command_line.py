@@ -3,12 +3,15 @@
 import ast
 from functools import partial
 from pathlib import Path
+from typing import Annotated, Literal
 
 import pytest
 import yaml
+from pydantic import BaseModel, Field
 
 from models.backbones import facts_of
 from utils.config import strict_yaml
+from utils.config.classification import Epochs
 from utils.config.command_line import (
     ConfigError,
     help_text,
@@ -18,6 +21,7 @@ from utils.config.command_line import (
     schema_keys,
 )
 from utils.config.dino import DinoConfig, impossible_dino
+from utils.config.fields import Size, Spacing, Texts
 from utils.errors import nearest
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -387,13 +391,51 @@ def test_help_lists_every_key_with_its_comment(capsys):
         parse("--help", "nonsense")
     assert e.value.code == 0
     text = capsys.readouterr().out
-    assert text.strip() == help_text(DEFAULT).strip()
-    lines = {
-        line.split("=")[0].strip(): line for line in text.splitlines() if line.startswith("  ")
-    }
+    assert text.strip() == help_text(DEFAULT, DinoConfig).strip()
+    lines = help_lines(DEFAULT, DinoConfig)
     assert set(schema_keys(DinoConfig)) <= lines.keys()
-    assert lines["data.spacing"].split("  ")[-1].startswith("mm per voxel")
+    assert "  mm per voxel, or native to" in lines["data.spacing"]
     assert lines["data.spacing"].strip().startswith("data.spacing=[1.5, 1.5, 1.5] ")
+
+
+def help_lines(path, schema):
+    lines = [line for line in help_text(path, schema).splitlines() if line.startswith("  ")]
+    return {line.split("=")[0].strip(): line for line in lines}
+
+
+def test_help_adds_what_the_schema_allows(tmp_path):
+    class Section(BaseModel):
+        choice: Literal["a", "b", "c"]
+        size: Size
+        epochs: Epochs
+
+    class Schema(BaseModel):
+        known: Literal["a", "b"]
+        wide: Annotated[float, Field(ge=0, lt=0.5)] | None
+        names: Texts | None
+        spacing: Spacing
+        switch: bool
+        classes: dict[str, int]
+        section: Section
+
+    (tmp_path / "c.yaml").write_text(
+        "known: a  # a: this | b: that\nwide: 0  # null: never\nnames: [x]\nspacing: native  # mm\n"
+        "switch: true  # on\nclasses: {a: 1}  # names\n"
+        "section:\n  choice: a\n  size: [1, 1, 1]  # voxels\n  epochs: 3\n"
+    )
+    lines = help_lines(tmp_path / "c.yaml", Schema)
+    shown = {key: lines[key].split("  ")[-1].strip() for key in schema_keys(Schema)}
+    assert shown == {
+        "known": "a: this | b: that",
+        "wide": "null: never <number from 0 below 0.5>",
+        "names": "<list of texts or null>",
+        "spacing": "mm <native or 3 numbers above 0>",
+        "switch": "on",
+        "classes": "names",
+        "section.choice": "<a, b or c>",
+        "section.size": "voxels <3 whole numbers from 1>",
+        "section.epochs": "<all or whole number from 0>",
+    }
 
 
 def test_nearest():

@@ -349,13 +349,45 @@ def test_other_strides_are_refused(states, load):
         load(small("resunet", decoder=False), state)
 
 
-def test_published_networks_without_a_backbone_here(load):
-    plain = {f"encoder.stages.{i}.0.convs.0.conv.weight": torch.ones(4, 4) for i in range(3)}
-    with pytest.raises(WeightsError, match="PlainConvUNet"):
-        load(small("resunet"), {"network_weights": plain})
-    vit = {f"backbone.blocks.{i}.attn.qkv.weight": torch.ones(12, 4) for i in range(3)}
-    with pytest.raises(WeightsError, match="a vision transformer"):
-        load(small("resunet"), {"teacher": vit})
+def transformer(block, *patch):
+    """The names of a ViT: `block` numbers the third block, `patch` is the size of its patches."""
+    block = f"blocks.{block}"
+    state = {f"{block}.attn.qkv.weight": torch.ones(12, 4), f"{block}.mlp.fc1.bias": torch.ones(16)}
+    return state | {"patch_embed.proj.weight": torch.ones(4, 1, *patch), "cls_token": torch.ones(4)}
+
+
+@pytest.mark.parametrize(
+    "content, network",
+    [
+        (
+            {"network_weights": {"encoder.stages.0.0.convs.0.conv.weight": torch.ones(4, 4)}},
+            "nnU-Net's PlainConvUNet; resunet is its residual encoder U-Net",
+        ),
+        (
+            {"teacher": prefixed("backbone.")(transformer("0.2", 8, 8, 8))},
+            "a vision transformer for volumes, such as 3DINO's",
+        ),
+        (
+            {"student": prefixed("module.backbone.")(transformer("2", 8, 8))},
+            "a vision transformer for 2D images, such as facebookresearch/dino's",
+        ),
+        (transformer("2", 8, 8), "a vision transformer for 2D images, such as"),
+        ({"teacher": {"backbone.blocks.2.attn.qkv.weight": torch.ones(12, 4)}}, "a vision transf"),
+    ],
+)
+@pytest.mark.parametrize("case", ["resunet", "swinunetr", "unet", "segresnet ds"])
+def test_networks_that_no_backbone_is_are_named(case, content, network, load):
+    """3DINO's published file (block_chunks 4) has its blocks numbered as here."""
+    with pytest.raises(WeightsError) as e:
+        load(small(case), content)
+    fits = str(e.value).splitlines()[-1]
+    assert fits.startswith(f"  fits      none: this is {network}")
+
+
+@pytest.mark.parametrize("layout", ["3DINO", "DINO"])
+def test_layouts_of_others_are_not_called_their_weights(layout, states, load):
+    report = load(small("unet"), LAYOUTS[layout](states["unet"]))
+    assert report.origin.startswith("DINO, laid out as by ")
 
 
 def test_one_layer_of_another_shape_is_refused(states, load):
