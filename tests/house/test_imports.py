@@ -1,5 +1,5 @@
-"""Imports point one way: scripts -> models, data, utils; models -> utils; data -> utils. Within data
-and utils they point down the lists of rooms below, and no files import each other in a circle."""
+"""Imports point one way: scripts -> models, data, utils; models -> utils; data -> utils. Within
+data and utils they point down the lists of rooms below; no files import each other in a circle."""
 
 import ast
 from collections.abc import Iterator
