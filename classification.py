@@ -41,15 +41,7 @@ from utils.report.plots import plot_crops, plot_curves
 from utils.signals import StopSignal
 from utils.training import schedules, step
 from utils.training.loop import Epoch
-from utils.training.run import (
-    Run,
-    begin,
-    exit_code,
-    load_weights,
-    open_log,
-    until_stopped,
-    write_report,
-)
+from utils.training.run import Run, exit_code, load_weights, open_log, until_stopped, write_report
 from utils.training.state import State, note_best, resume, save
 from utils.weights import load_backbone
 
@@ -359,8 +351,8 @@ def main(argv: list[str]) -> int:
     cv = "--cv" in argv
     impossible = partial(impossible_classification, facts_of=facts_of, cv=cv)
     cfg, check_only = parse_command_line(argv, CONFIG, ClassificationConfig, impossible, OPTIONS)
-    run = begin(cfg, distributed.setup(), StopSignal())
-    folds = [begin(fold, run.device, run.stop) for fold in rotations(cfg)] if cv else [run]
+    run = Run.begin(cfg, distributed.setup(), StopSignal())
+    folds = [Run.begin(fold, run.device, run.stop) for fold in rotations(cfg)] if cv else [run]
     tested = open_tested(cfg) if cfg.test_ckpt else []
     for fold in [] if check_only or tested else folds:
         if not fold.started_from:

@@ -38,15 +38,7 @@ from utils.report.plots import plot_crops, plot_curves, plot_feature_pca
 from utils.signals import StopSignal
 from utils.training import collapse, schedules, step
 from utils.training.loop import Epoch
-from utils.training.run import (
-    Run,
-    begin,
-    exit_code,
-    load_weights,
-    open_log,
-    until_stopped,
-    write_report,
-)
+from utils.training.run import Run, exit_code, load_weights, open_log, until_stopped, write_report
 from utils.training.state import State, note_best, resume, save
 from utils.weights import load_backbone
 
@@ -379,7 +371,7 @@ def main(argv: list[str]) -> int:
     # ---- setup
     impossible = partial(impossible_dino, facts_of=facts_of)
     cfg, check_only = parse_command_line(argv, CONFIG, DinoConfig, impossible)
-    run = begin(cfg, distributed.setup(), StopSignal())
+    run = Run.begin(cfg, distributed.setup(), StopSignal())
     if not (run.started_from or check_only or cfg.test_ckpt):
         checkpoint.refuse_existing(run.folder)
     if cfg.suprem_weights and not run.started_from:  # a wrong file fails before scans are read

@@ -54,15 +54,7 @@ from utils.signals import Stopped, StopSignal
 from utils.sliding_window import mirrored
 from utils.training import schedules, step
 from utils.training.loop import Epoch
-from utils.training.run import (
-    Run,
-    begin,
-    exit_code,
-    load_weights,
-    open_log,
-    until_stopped,
-    write_report,
-)
+from utils.training.run import Run, exit_code, load_weights, open_log, until_stopped, write_report
 from utils.training.state import State, note_best, resume, save
 from utils.training.tested import open_tested, refuse_unlike
 from utils.weights import load_backbone
@@ -368,7 +360,7 @@ def main(argv: list[str]) -> int:
     # ---- setup
     impossible = partial(impossible_segmentation, facts_of=facts_of)
     cfg, check_only = parse_command_line(argv, CONFIG, SegmentationConfig, impossible)
-    run = begin(cfg, distributed.setup(), StopSignal())
+    run = Run.begin(cfg, distributed.setup(), StopSignal())
     opened = open_all(cfg) if cfg.test_ckpt else []
     if not (run.started_from or check_only or opened):
         checkpoint.refuse_existing(run.folder)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Generic, Self, TypeVar
 
 import torch
 from pydantic import BaseModel
@@ -42,6 +42,13 @@ class Run(Generic[Config]):
     log: RunLog | None = None
     exit_code: int = 0
 
+    @classmethod
+    def begin(cls, cfg: Config, device: torch.device, stop: StopSignal) -> Self:
+        """A run of the config, which goes on from the checkpoint that resume_training_from names."""
+        run = cls(cfg, device, stop)
+        run.started_from = checkpoint.find(run.checkpoints, cfg.resume_training_from)
+        return run
+
     @property
     def folder(self) -> Path:
         """Where all results of the run go."""
@@ -61,13 +68,6 @@ class Run(Generic[Config]):
     def say(self, text: str) -> None:
         """To the log; before there is one, to the terminal."""
         (self.log.message if self.log else print)(text)
-
-
-def begin(cfg: Config, device: torch.device, stop: StopSignal) -> Run[Config]:
-    """A run of the config, which goes on from the checkpoint that resume_training_from names."""
-    run = Run(cfg, device, stop)
-    run.started_from = checkpoint.find(run.checkpoints, cfg.resume_training_from)
-    return run
 
 
 def load_weights(run: Run, backbone: nn.Module) -> dict | None:
