@@ -44,7 +44,7 @@ class Run(Generic[Config]):
 
     @classmethod
     def begin(cls, cfg: Config, device: torch.device, stop: StopSignal) -> Self:
-        """A run of the config, which goes on from the checkpoint that resume_training_from names."""
+        """Return a run that goes on from the checkpoint that resume_training_from names, if any."""
         run = cls(cfg, device, stop)
         run.started_from = checkpoint.find(run.checkpoints, cfg.resume_training_from)
         return run
