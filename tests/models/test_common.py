@@ -1,9 +1,11 @@
-"""Convolutions in bfloat16 on a CPU against the same in float32."""
+"""Convolutions in bfloat16 on a CPU against the same in float32; groups of parameters."""
 
 import pytest
 import torch
+from torch import nn
 
 from models.backbones import build_backbone
+from models.common import parameter_groups
 
 SMALL = {
     "resunet": {"features": [16, 32], "blocks": [1, 2]},
@@ -32,3 +34,11 @@ def test_gradients_are_right_where_the_deepest_map_is_two_voxels_long(name):
         for key, grad in found.items():
             assert torch.isfinite(grad).all(), key
             assert grad.norm() < 3 * max(expected[key].norm(), least), key
+
+
+def test_vectors_get_no_weight_decay():
+    model = nn.Sequential(nn.Conv3d(1, 2, 3), nn.BatchNorm3d(2), nn.Linear(2, 2))
+    model[2].requires_grad_(False)
+    decayed, others = parameter_groups(model)
+    assert [p.shape for p in decayed["params"]] == [model[0].weight.shape]
+    assert len(others["params"]) == 3 and others["weight_decay"] == 0

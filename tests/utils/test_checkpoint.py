@@ -84,3 +84,9 @@ def test_a_failed_save_leaves_the_good_file_and_no_rubbish(tmp_path, monkeypatch
         checkpoint.save(tmp_path / "last.pt", state(2))
     assert checkpoint.load(tmp_path / "last.pt")["step"] == 1
     assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_hashes_tell_patients_apart_without_naming_them():
+    hashes = checkpoint.hash_patients(["Ann", "Bob", "Ann"])
+    assert len(hashes) == 2 and hashes == checkpoint.hash_patients(["Bob", "Ann"])
+    assert not {"Ann", "Bob"} & set(hashes)
