@@ -3,13 +3,15 @@
 Their checksums are right, as whoever may write into the cache can make them.
 """
 
+import io
+import zipfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import blosc2
-import msgpack
 import numpy as np
+from blosc2.msgpack_utils import ExtType, msgpack_packb
 
 from data.cache import VolumeCache
 from data.cases import Case
@@ -19,10 +21,8 @@ from tests.faults.cache.damage import whole
 from tests.faults.frame import RIGHT, WRONG, Fault, Group, Outcome
 
 CODE = """
-def kernel(inputs, output, offset):
+def kernel(inputs, output, offset=blosc2.schunk.os.mkdir({!r})):
     output[:] = 0
-
-blosc2.schunk.os.mkdir({!r})
 """
 
 
@@ -48,10 +48,14 @@ def as_lazy_array(path: Path, canary: Path):
     return array
 
 
+def code_as_value(canary: Path) -> bytes:
+    """The same where blosc2 keeps a plain value."""
+    return msgpack_packb(ExtType(43, msgpack_packb(lazy(canary))))
+
+
 def in_facts(path: Path, canary: Path):
-    content = msgpack.packb(msgpack.ExtType(43, msgpack.packb(lazy(canary))))
     array = blosc2.asarray(np.zeros(8, "<i2"))
-    array.schunk.vlmeta.set_vlmeta("facts", content, typesize=1)
+    array.schunk.vlmeta.set_vlmeta("facts", code_as_value(canary), typesize=1)
     return array
 
 
@@ -67,11 +71,24 @@ def as_objects(path: Path, canary: Path):
     return array
 
 
+def as_archive(path: Path, canary: Path) -> bytes:
+    """A broken frame and, after it, a zip archive. blosc2.open finds a store of remote arrays in it
+    and runs the code in its metadata even with deserialize="safe"."""
+    store = blosc2.SChunk(meta={"b2remote_store": {"version": 1}})
+    store.vlmeta.set_vlmeta("b2remote_manifest", code_as_value(canary), typesize=1)
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("embed.b2e", store.to_cframe())
+    frame = blosc2.asarray(np.zeros(8, "<i2")).to_cframe()
+    return frame[:16] + bytes(8) + frame[24:] + archive.getvalue()  # a length of 0: is refused
+
+
 def _foreign(make: Callable, folder: Path, subject: type) -> Outcome:
     case, canary = make_cases(folder, 1)[0], folder / "canary"
     cache = subject(folder / "cache", FORM)
     cache.get(case)
-    frame = make(cache.path(case), canary).to_cframe()
+    made = make(cache.path(case), canary)
+    frame = made if isinstance(made, bytes) else made.to_cframe()
     cache.path(case).write_bytes(frame + _checks(frame))
     outcome = whole(subject(folder / "cache", FORM), case)
     return Outcome(WRONG, "code from the file was run") if canary.exists() else outcome
@@ -82,17 +99,31 @@ FAULTS = [
     Fault("code in the facts", partial(_foreign, in_facts), RIGHT),
     Fault("a proxy of another file", partial(_foreign, as_proxy), RIGHT),
     Fault("objects in place of an array", partial(_foreign, as_objects), RIGHT),
+    Fault("an archive in place of an array", partial(_foreign, as_archive), RIGHT),
 ]
 
 
 class OpeningCache(VolumeCache):
     """Broken: opens its files as blosc2's manual says."""
 
+    deserialize = "safe"
+
     def get(self, case: Case):
         if self.has(case):
-            array = blosc2.open(str(self.path(case)), mode="r")
+            array = blosc2.open(str(self.path(case)), mode="r", deserialize=self.deserialize)
             array.schunk.vlmeta["facts"]
         return super().get(case)
 
 
-CACHE_CODE = Group("cache, code in it", VolumeCache, FAULTS, {"blosc2.open": OpeningCache})
+class BelievingCache(OpeningCache):
+    """Broken: has blosc2 build all that a file describes."""
+
+    deserialize = "full"
+
+
+CACHE_CODE = Group(
+    "cache, code in it",
+    VolumeCache,
+    FAULTS,
+    {"blosc2.open": OpeningCache, 'deserialize="full"': BelievingCache},
+)
