@@ -1,6 +1,6 @@
 """NIfTI files: types and scaling of voxels, and agreement with nibabel.
 
-tests/faults/files/nifti.py builds odd and broken files, and judges each volume and each message.
+tests/faults/files/nifti.py writes odd and broken files; it judges volumes, and messages.
 """
 
 import struct

@@ -78,7 +78,8 @@ def judge(
             return Outcome(WRONG, f"the error shows {leaked[0]}: {text}", raised=True)
         if not any(name in text for name in names):
             return Outcome(WRONG, f"names neither file nor patient: {text}", raised=True)
-        unsaid = [word for word in words if word not in text]
+        said = text.removeprefix(begin)  # a path may happen to hold a word
+        unsaid = [word for word in words if word not in said]
         if unsaid or not text.startswith(begin):
             return Outcome(WRONG, f"does not say {unsaid or begin}: {text}", raised=True)
         return Outcome(NAMED, text)

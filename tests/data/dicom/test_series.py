@@ -1,6 +1,6 @@
 """DICOM series: facts of a volume, missing decoders, and agreement with dcm2niix and pydicom.
 
-tests/faults/dicom builds odd and broken folders, and judges each volume to the voxel, each message.
+tests/faults/dicom builds odd and broken folders; it judges volumes to the voxel, and messages.
 """
 
 import warnings

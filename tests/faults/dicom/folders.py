@@ -220,7 +220,7 @@ def several() -> list[Fault]:
         refused("two series, none of them picked", picked("1.2.3.4.5"), "1.2.3 (8 slices)"),
         refused(
             "two time points",
-            beside(_two_times),
+            _two_times,
             "same position",
             "time points",
             "TemporalPositionIdentifier",
@@ -246,13 +246,13 @@ def several() -> list[Fault]:
     ]
 
 
-def _two_times(path: Path, made: Series) -> None:
+def _two_times(folder: Path) -> Path:
+    made = make_series()
     for point, slices in ((1, made), (2, brighter(made))):
         for k, ds in enumerate(slices):
             ds.TemporalPositionIdentifier, ds.InstanceNumber = point, k + 8 * point
-            save(ds, path / f"{point}{k}")
-    for file in path.glob("IM*"):
-        file.unlink()
+            save(ds, folder / f"{point}{k}")
+    return folder
 
 
 def _nameless_patients(folder: Path) -> Path:

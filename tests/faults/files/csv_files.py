@@ -173,7 +173,7 @@ REFUSED = [
         GOOD.replace("p2", "Müller").encode("latin-1"),
         "line 3: not UTF-8 (byte 0xFC)",
     ),
-    no_csv("an Excel workbook", b"PK\x03\x04" + bytes(100), "Excel"),
+    no_csv("an Excel workbook", b"PK\x03\x04" + bytes(100), "Excel workbook"),
     refused("gzip", b"\x1f\x8b\x08" + bytes(50)),
     refused("a NUL in a path", GOOD.replace("b.nii", "b\0.nii")),
     refused("a line break in a patient", GOOD.replace("p2", '"p\n2"')),

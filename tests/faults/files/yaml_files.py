@@ -83,9 +83,9 @@ def broken(name: str, content: bytes, key: str = "", *words: str) -> Fault:
 
 
 def line_of(key: str) -> str:
-    """Where a key of no section is in the shipped file."""
-    lines = SHIPPED.read_text(encoding="utf-8").splitlines()
-    return f"line {[line.startswith(f'{key}:') for line in lines].index(True) + 1}"
+    """The line of a key, which is in no section, of the shipped file."""
+    lines = enumerate(SHIPPED.read_text(encoding="utf-8").splitlines(), 1)
+    return f"line {next(n for n, line in lines if line.startswith(f'{key}:'))}"
 
 
 GOOD = SHIPPED.read_bytes()
@@ -135,11 +135,9 @@ PROBLEMS = [
     ),
     *(
         refused("batch_size", v)
-        for v in (
-            *("8.0", "'8'", "010", "0x10", "0", "-1", "1e2", "yes", "", "1_000", "[8]"),
-            *("true", "null"),
-        )
+        for v in ("8.0", "'8'", "010", "0x10", "0", "-1", "1e2", "yes", "", "1_000", "[8]")
     ),
+    *(refused("batch_size", v) for v in ("true", "null")),
     *(refused("compile", v) for v in ("yes", "no", "on", "1", "'true'", "null")),
     *(
         refused("train_folds", v)

@@ -232,7 +232,7 @@ def test_a_broken_section_hides_nothing_else(tmp_path):
     ],
 )
 def test_impossible_values(argument):
-    """Those of types, and of names and paths, are in tests/faults/files/yaml_files.py."""
+    """Wrong types, names and paths are in tests/faults/files/yaml_files.py."""
     key = argument.split("=")[0]
     assert any(k.split("[")[0] == key or key.startswith("resunet") for k in problems(argument))
 
