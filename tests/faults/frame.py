@@ -60,11 +60,14 @@ def judge(
     names: Sequence[str],
     errors: type | tuple = ValueError,
     secrets: Sequence[str] = (),
+    words: Sequence[str] = (),
+    begin: str = "",
 ) -> Outcome:
     """What became of attempt().
 
     is_right: of its result; may assert instead of returning.
-    names: an error must hold one of them: the file, the patient. secrets: nor any of these.
+    names: an error must hold one of them: the file, the patient. secrets: none of these.
+    words: all of these, which say what is wrong. begin: what it must begin with.
     """
     try:
         result = attempt()
@@ -75,6 +78,10 @@ def judge(
             return Outcome(WRONG, f"the error shows {leaked[0]}: {text}", raised=True)
         if not any(name in text for name in names):
             return Outcome(WRONG, f"names neither file nor patient: {text}", raised=True)
+        said = text.removeprefix(begin)  # a path may happen to hold a word
+        unsaid = [word for word in words if word not in said]
+        if unsaid or not text.startswith(begin):
+            return Outcome(WRONG, f"does not say {unsaid or begin}: {text}", raised=True)
         return Outcome(NAMED, text)
     except Exception as error:
         return Outcome(WRONG, f"{type(error).__name__}: {error}", raised=True)

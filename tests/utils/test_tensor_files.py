@@ -2,8 +2,6 @@
 
 import argparse
 import io
-import os
-import pickle
 import zipfile
 
 import numpy as np
@@ -156,35 +154,6 @@ def test_damaged_headers(tmp_path, kind):
             read(path)
         except WeightsError:
             pass
-
-
-@pytest.mark.parametrize("legacy", [False, True])
-@pytest.mark.parametrize("protocol", [2, 4])
-def test_code_is_refused_and_not_run(tmp_path, legacy, protocol):
-    class Attack:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "attacked"),)
-
-    path = tmp_path / "evil.pt"
-    kind = {"_use_new_zipfile_serialization": not legacy, "pickle_protocol": protocol}
-    torch.save({"state_dict": STATE, "x": Attack()}, path, **kind)
-    with pytest.raises(WeightsError, match="evil.pt: ") as caught:
-        read(path)
-    assert ("posix.mkdir" if protocol == 2 else "pickle_protocol") in str(caught.value)
-    assert not (tmp_path / "attacked").exists()
-    torch.load(path, weights_only=False)  # the test can fail: this does run it
-    assert (tmp_path / "attacked").exists()
-
-
-def test_a_bare_pickle_is_not_run(tmp_path):
-    class Attack:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "attacked"),)
-
-    (tmp_path / "evil.pkl").write_bytes(pickle.dumps(Attack()))
-    with pytest.raises(WeightsError, match=r"evil\.pkl"):
-        read(tmp_path / "evil.pkl")
-    assert not (tmp_path / "attacked").exists()
 
 
 @pytest.mark.parametrize("legacy", [False, True])

@@ -135,51 +135,6 @@ def moved(shift=(0, 0, 0), zoom=(1, 1, 1), degrees=0.0):
     return affine
 
 
-@pytest.mark.parametrize(
-    "affine, codes, parts",
-    [
-        (
-            moved(shift=(3, 0, -4)),
-            None,
-            ["up to 5.00 mm", "first voxel off by 3.00, 0.00, -4.00 mm"],
-        ),
-        (
-            moved(shift=(3, 0, -4)),
-            "ILA",
-            ["up to 5.00 mm", "first voxel off by 3.00, 0.00, -4.00 mm"],
-        ),
-        (
-            moved(zoom=(1, 1, 2)),
-            None,
-            ["22.50 mm", "spacing 1.2 x 0.9 x 5 mm, image 1.2 x 0.9 x 2.5"],
-        ),
-        (moved(degrees=5), "LPS", ["axes turned by 5.00 degrees"]),
-        (TURNED @ np.diag([-1, 1, 1, 1]), None, ["up to 15.60 mm", "first voxel off"]),  # flipped
-    ],
-)
-def test_masks_elsewhere_are_refused_saying_how(tmp_path, affine, codes, parts):
-    voxels, labels = phantom()
-    image = save(tmp_path / "image.nii", voxels)
-    text = refused(tmp_path, image, save(tmp_path / "mask.nii", labels, affine, codes))
-    for part in parts:
-        assert part in text, text
-    assert "image.nii" in text
-
-
-@pytest.mark.parametrize(
-    "labels, parts",
-    [
-        (np.ones((14, 12, 9), np.uint8), ["14 x 12 x 9 voxels in RAS+ order, image 14 x 12 x 10"]),
-        (np.ones((10, 12, 14), np.uint8), ["10 x 12 x 14", "14 x 12 x 10"]),  # axes, not affine
-    ],
-)
-def test_masks_of_another_shape_are_refused(tmp_path, labels, parts):
-    image = save(tmp_path / "image.nii", phantom()[0], codes="SPR")
-    text = refused(tmp_path, image, save(tmp_path / "mask.nii", labels))
-    for part in parts:
-        assert part in text, text
-
-
 def test_rounding_in_a_header_is_no_difference(tmp_path):
     voxels, labels = phantom()
     image = save(tmp_path / "image.nii", voxels)

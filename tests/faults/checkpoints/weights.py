@@ -38,7 +38,7 @@ def of_torch(path: Path) -> dict:
     return torch.load(path, weights_only=False)
 
 
-def _load(make: Callable[[Path, Path], None], folder: Path, reader) -> Outcome:
+def _load(make: Callable[[Path, Path], None], folder: Path, reader, word: str = "") -> Outcome:
     path = folder / "weights.pt"
     make(path, folder)
     with HighWater() as water:
@@ -46,6 +46,7 @@ def _load(make: Callable[[Path, Path], None], folder: Path, reader) -> Outcome:
             lambda: reader(path),
             lambda state: all(torch.equal(state[name], STATE[name]) for name in STATE),
             names=[str(path)],
+            words=[word],
         )
     if (folder / "canary").exists():
         return Outcome(WRONG, "code from the file was run")
@@ -54,12 +55,13 @@ def _load(make: Callable[[Path, Path], None], folder: Path, reader) -> Outcome:
     return outcome
 
 
-def saved(path: Path, folder: Path, state=None, legacy: bool = False) -> None:
-    torch.save(state or STATE, path, _use_new_zipfile_serialization=not legacy)
+def saved(path: Path, folder: Path, state=None, legacy: bool = False, protocol: int = 2) -> None:
+    kind = {"_use_new_zipfile_serialization": not legacy, "pickle_protocol": protocol}
+    torch.save(state or STATE, path, **kind)
 
 
-def evil(path: Path, folder: Path, legacy: bool = False) -> None:
-    saved(path, folder, STATE | {"epoch": Evil(folder)}, legacy)
+def evil(path: Path, folder: Path, legacy: bool = False, protocol: int = 2) -> None:
+    saved(path, folder, STATE | {"epoch": Evil(folder)}, legacy, protocol)
 
 
 def evil_pickle(path: Path, folder: Path) -> None:
@@ -152,8 +154,15 @@ FAULTS = [
     Fault("whole", partial(_load, saved), RIGHT),
     Fault("whole, legacy", partial(_load, partial(saved, legacy=True)), RIGHT),
     Fault("whole, safetensors", partial(_load, safe), RIGHT),
-    Fault("code", partial(_load, evil), NAMED),
-    Fault("code, legacy", partial(_load, partial(evil, legacy=True)), NAMED),
+    *(
+        Fault(
+            f"code{', legacy' * legacy}, protocol {protocol}",
+            partial(_load, partial(evil, legacy=legacy, protocol=protocol), word=word),
+            NAMED,
+        )
+        for legacy in (False, True)
+        for protocol, word in ((2, "posix.mkdir"), (4, "pickle_protocol"))
+    ),
     Fault("code in a pickle", partial(_load, evil_pickle), NAMED),
     Fault("code in an old pickle", partial(_load, evil_old_pickle), NAMED),
     Fault("code in a NumPy array", partial(_load, evil_numpy), NAMED),

@@ -51,28 +51,32 @@ Series = list[Dataset]
 Build = Callable[[Path], Path | tuple[Path, str]]  # folder -> what to read, and which series of it
 
 
-def read(build: Build, shape, tolerance, folder: Path, reader) -> Outcome:
+def read(build: Build, shape, tolerance, folder: Path, reader, dtype=None, words=()) -> Outcome:
     made = build(folder)
     path, uid = made if isinstance(made, tuple) else (made, None)
 
     def is_right(volume) -> None:
         assert_phantom(volume, shape, tolerance)
         assert volume.modality in ("CT", None), volume.modality
+        assert dtype in (volume.voxels.dtype, None), volume.voxels.dtype
 
     return judge(
         lambda: reader(path, uid),
         is_right,
-        names=[str(folder)],
+        names=[str(path)],
         secrets=SECRETS,
+        words=words,
+        begin=str(path),
     )
 
 
-def right(name: str, build: Build, shape=SHAPE, tolerance=0.501) -> Fault:
-    return Fault(name, partial(read, build, shape, tolerance), RIGHT)
+def right(name: str, build: Build, shape=SHAPE, tolerance=0.501, dtype=None) -> Fault:
+    return Fault(name, partial(read, build, shape, tolerance, dtype=dtype), RIGHT)
 
 
-def refused(name: str, build: Build, shape=SHAPE) -> Fault:
-    return Fault(name, partial(read, build, shape, 0.501), NAMED)
+def refused(name: str, build: Build, *words: str) -> Fault:
+    """words: of the message."""
+    return Fault(name, partial(read, build, SHAPE, 0.501, words=words), NAMED)
 
 
 def series(
@@ -149,10 +153,10 @@ def shifted(offset: Callable[[int], tuple]) -> Callable[[Series], None]:
 
 
 def beside(make: Callable[[Path, Series], None]) -> Build:
-    """A good series, and what `make` puts into its folder."""
+    """A good series, 1.2.3, and what `make` puts into its folder."""
 
     def build(folder: Path) -> Path:
-        made = make_series()
+        made = make_series(series_uid="1.2.3")
         path = save_series(made, folder / "series")
         make(path, made)
         return path

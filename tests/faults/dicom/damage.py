@@ -46,6 +46,7 @@ def damage() -> list[Fault]:
         refused(
             f"{name} cut to {keep:.0%}",
             files(partial(_cut, keep=keep), series(syntax=SYNTAXES[name], **big)),
+            "IM0940",
         )
         for name in SYNTAXES
         for keep in (0.03, 0.3, 0.55, 0.8, 0.97)
@@ -63,16 +64,21 @@ def damage() -> list[Fault]:
     }.items():
         for which in (3, 7):
             build = files(partial(_overwritten, which=which, content=content), _in_order)
-            found.append(refused(f"slice {which} overwritten with {name}", build))
+            words = (f"IM{886 + which:04d}", *("damaged",) * (name == "noise"))
+            found.append(refused(f"slice {which} overwritten with {name}", build, *words))
     for suffix, content in ((".gz", None), (".part", b""), (".crdownload", bytes(2000))):
         change = partial(_unfinished, suffix=suffix, content=content)
         found.append(refused(f"last slice as {suffix}", files(change, _in_order)))
     return found + [
         refused("all slices empty", files(lambda paths: [path.write_bytes(b"") for path in paths])),
-        refused("a link to nowhere", files(_dead_link)),
+        refused("a link to nowhere", files(_dead_link), "IM0000", "link"),
+        refused("noise named slice.dcm", files(_noise_beside), "slice.dcm", "damaged"),
         refused(
             "JPEG 2000 cut within whole fragments",
             files(_cut_fragment, series(syntax=JPEG2000Lossless, rows=64, columns=64)),
+            "IM0000",
+            "frame 1",
+            "breaks off",
         ),
         refused(
             "a JP2 file without an image",
@@ -83,6 +89,7 @@ def damage() -> list[Fault]:
         refused(
             "unknown transfer syntax",
             files(lambda paths: replace(paths[0], b"1.2.840.10008.1.2.1", b"1.2.840.99999.1.2.1")),
+            "transfer syntax 1.2.840.99999.1.2.1",
         ),
         refused(
             "JPEG 2000 by name, plain within",
@@ -132,6 +139,10 @@ def _cut(paths: list[Path], keep: float) -> None:
 
 def _overwritten(paths: list[Path], which: int, content: bytes) -> None:
     paths[which].write_bytes(content)
+
+
+def _noise_beside(paths: list[Path]) -> None:
+    paths[0].with_name("slice.dcm").write_bytes(np.random.default_rng(0).bytes(2000))
 
 
 def _unfinished(paths: list[Path], suffix: str, content: bytes | None) -> None:
@@ -248,19 +259,35 @@ def content() -> list[Fault]:
         return build
 
     return [
-        refused("colour", series(each(**rgb))),
-        refused("palette colour", series(each(PhotometricInterpretation="PALETTE COLOR"))),
+        refused("colour", series(each(**rgb)), "colour", "RGB"),
+        refused(
+            "palette colour",
+            series(each(PhotometricInterpretation="PALETTE COLOR")),
+            "colour",
+            "PALETTE COLOR",
+        ),
         refused("no photometric interpretation", series(each(PhotometricInterpretation=""))),
-        refused("Siemens mosaic", series(each(ImageType=["ORIGINAL", "PRIMARY", "M", "MOSAIC"]))),
-        refused("Modality LUT", series(each(ModalityLUTSequence=Sequence([Dataset()])))),
+        refused(
+            "Siemens mosaic",
+            series(each(ImageType=["ORIGINAL", "PRIMARY", "M", "MOSAIC"])),
+            "mosaic",
+        ),
+        refused(
+            "Modality LUT", series(each(ModalityLUTSequence=Sequence([Dataset()]))), "Modality LUT"
+        ),
         refused("1 bit", series(each(BitsAllocated=1, BitsStored=1, HighBit=0))),
         refused("12 bits allocated", series(each(BitsAllocated=12, BitsStored=12, HighBit=11))),
         refused("more bits stored than allocated", series(each(BitsStored=17))),
         refused("high bit below the stored bits", series(each(HighBit=3))),
         refused("no rows", series(each(Rows=0))),
-        refused("empty folder", empty),
-        refused("folder of a folder", above),
-        refused("one slice as a file", lambda folder: save(make_series()[0], folder / "one.dcm")),
+        refused("empty folder", empty, "no DICOM images"),
+        refused("folder of a folder", above, "1 subfolders"),
+        refused(
+            "one slice as a file",
+            lambda folder: save(make_series()[0], folder / "one.dcm"),
+            "single slice",
+            "folder",
+        ),
         refused("not there", lambda folder: folder / "none"),
         refused("a text file", written("scan.dcm", b"scan")),
         refused("an empty file", written("scan.dcm", b"")),

@@ -97,7 +97,7 @@ def _in_threads(folder: Path, reader) -> list[Outcome]:
 PARENT = """
 import sys, time
 from pathlib import Path
-from data import decoder
+from data.dicom import decoder
 from data.readers import read_volume
 read_volume(Path(sys.argv[1]))
 print(decoder._process.pid, flush=True)

@@ -5,6 +5,7 @@ import itertools
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pydicom
 from pydicom.dataset import Dataset
 from pydicom.uid import (
@@ -41,6 +42,7 @@ def strays() -> list[Fault]:
         "Thumbs.db": ("Thumbs.db", bytes(range(256)) * 8),
         "empty file": ("empty.dcm", b""),
         "lock file": ("LOCKFILE", b""),
+        "noise named as text": ("slice.txt", np.random.default_rng(0).bytes(2000)),
         "JSON sidecar": ("series.json", b"{}"),
         "checksums": ("md5sums", b"d41d8cd98f00b204e9800998ecf8427e  IM0001"),
     }
@@ -176,13 +178,16 @@ def several() -> list[Fault]:
 
         return series(change)
 
-    def picked(uid: str | None, which: int | None) -> Build:
+    def picked(uid: str) -> Build:
         def build(folder: Path) -> tuple[Path, str]:
-            made = make_series(), make_series(slices=9, orientation=CORONAL)
+            made = (
+                make_series(series_uid="1.2.3"),
+                make_series(series_uid="1.2.4", slices=9, orientation=CORONAL),
+            )
             some(slice(None), PatientID="phantom-2")(made[1])
             for k, ds in enumerate(made[0] + made[1]):
                 save(ds, folder / f"{k}.dcm")
-            return folder, uid or made[which][0].SeriesInstanceUID
+            return folder, uid
 
         return build
 
@@ -195,29 +200,59 @@ def several() -> list[Fault]:
         return saved_beside(more)
 
     return [
-        refused("two series", other(SeriesInstanceUID="1.2.3.4")),
-        refused("two patients", other(SeriesInstanceUID="1.2.3.4", PatientID="phantom-2")),
-        refused("two patients in one series", other(PatientID="phantom-2")),
+        refused(
+            "two series",
+            saved_beside(lambda made: make_series(series_uid="1.2.4", slices=6)),
+            "2 series",
+            "1.2.3 (8 slices)",
+            "1.2.4 (6 slices)",
+        ),
+        refused(
+            "two patients",
+            other(SeriesInstanceUID="1.2.4", PatientID="phantom-2"),
+            "2 patients",
+            "1.2.3",
+        ),
+        refused("two patients in one series", other(PatientID="phantom-2"), "2 patients", "1.2.3"),
         refused("two patients without IDs", _nameless_patients),
-        right("two series, first picked", picked(None, 0)),
-        right("two series, second picked", picked(None, 1), (12, 10, 9)),
-        refused("two series, none of them picked", picked("1.2.3.4.5", None)),
-        refused("two time points", other(TemporalPositionIdentifier=2)),
+        right("two series, first picked", picked("1.2.3")),
+        right("two series, second picked", picked("1.2.4"), (12, 10, 9)),
+        refused("two series, none of them picked", picked("1.2.3.4.5"), "1.2.3 (8 slices)"),
+        refused(
+            "two time points",
+            _two_times,
+            "same position",
+            "time points",
+            "TemporalPositionIdentifier",
+        ),
         refused("two acquisitions", other(AcquisitionNumber=2)),
         refused("two echoes", other(EchoNumbers=2, EchoTime="40")),
         refused("two echo times", other(EchoTime="40")),
         refused("two b-values", other(DiffusionBValue=1000.0)),
         refused("magnitude and phase", other(ImageType=["ORIGINAL", "PRIMARY", "P"])),
         refused("two reconstructions, nothing says so", other()),
-        refused("times in turn", interleaved(TemporalPositionIdentifier=(1, 2))),
+        refused(
+            "times in turn",
+            interleaved(TemporalPositionIdentifier=(1, 2)),
+            "TemporalPositionIdentifier",
+        ),
         refused("echoes in turn", interleaved(EchoNumbers=(1, 2), EchoTime=("20", "40"))),
         refused("b-values in turn", interleaved(DiffusionBValue=(0.0, 1000.0))),
         refused("frames of reference in turn", interleaved(FrameOfReferenceUID=("1.2.3", "1.2.4"))),
         refused("two frames of reference", halves(FrameOfReferenceUID=("1.2.3", "1.2.4"))),
-        refused("a slice twice, differing", once_more(lambda ds: None)),
-        refused("a slice twice, differing, same UID", _same_uid),
+        refused("a slice twice, differing", once_more(lambda ds: None), "same position", "more0"),
+        refused("a slice twice, differing, same UID", _same_uid, "same position", "again"),
         refused("CT and PET in one series", other(Modality="PT")),
     ]
+
+
+def _two_times(folder: Path) -> Path:
+    made = make_series()
+    for point, slices in ((1, made), (2, brighter(made))):
+        for k, ds in enumerate(slices):
+            ds.TemporalPositionIdentifier, ds.InstanceNumber = point, k + 8 * point
+            save(ds, folder / f"{point}{k}")
+    return folder
 
 
 def _nameless_patients(folder: Path) -> Path:

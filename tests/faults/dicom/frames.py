@@ -9,6 +9,7 @@ from pydicom.uid import (
     DeflatedExplicitVRLittleEndian,
     ExplicitVRBigEndian,
     ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
     JPEG2000Lossless,
     RLELossless,
 )
@@ -42,6 +43,7 @@ def multi_frame() -> list[Fault]:
         right(f"enhanced, {name}, groups {where}", coded(shared, syntax, options), shape)
         for name, syntax, options, shape in (
             ("explicit", ExplicitVRLittleEndian, oblique, SHAPE),
+            ("implicit", ImplicitVRLittleEndian, oblique, SHAPE),
             ("big endian", ExplicitVRBigEndian, oblique, SHAPE),
             ("deflated", DeflatedExplicitVRLittleEndian, oblique, SHAPE),
             ("RLE", RLELossless, oblique, SHAPE),
@@ -96,22 +98,35 @@ def multi_frame() -> list[Fault]:
 
     return found + [
         right("enhanced, in two files", parts),
+        right("enhanced, given its folder", lambda folder: enhanced()(folder).parent),
         right("enhanced, undefined lengths", enhanced(undefined)),
-        refused("enhanced, two stacks", enhanced(differing("StackID", "11112222"))),
-        refused(
-            "enhanced, two times in turn", enhanced(differing("TemporalPositionIndex", [1, 2] * 4))
+        refused("enhanced, two stacks", enhanced(differing("StackID", "11112222")), "StackID"),
+        *(
+            refused(
+                f"enhanced, two times {how}",
+                enhanced(differing("TemporalPositionIndex", values)),
+                "TemporalPositionIndex",
+            )
+            for how, values in (("in turn", [1, 2] * 4), ("in halves", [1] * 4 + [2] * 4))
         ),
-        refused("enhanced, two times at each place", times),
-        refused("enhanced, a frame without position", enhanced(without("PlanePositionSequence"))),
         refused(
-            "enhanced, a frame without orientation", enhanced(without("PlaneOrientationSequence"))
+            "enhanced, two times at each place", times, "same position", "TemporalPositionIndex"
         ),
-        refused("enhanced, no functional groups", enhanced(bare)),
+        *(
+            refused(
+                f"enhanced, a frame without {name}",
+                enhanced(without(f"Plane{name.capitalize()}Sequence")),
+                "no Image",
+            )
+            for name in ("position", "orientation")
+        ),
+        refused("enhanced, no functional groups", enhanced(bare), "positions for 0"),
         refused("enhanced, a frame missing", gap),
         *(
             refused(
                 f"enhanced, claims {n} frames",
                 enhanced(lambda ds, n=n: setattr(ds, "NumberOfFrames", n)),
+                "frames",
             )
             for n in (7, 9, 0, 2_000_000_000)
         ),

@@ -48,7 +48,8 @@ def geometry() -> list[Fault]:
             )
             for where, which in (("everywhere", slice(None)), ("once", slice(2, 3))):
                 name = f"{keyword} {shown}, {where}"
-                found.append(refused(name, series(some(which, **{keyword: value}))))
+                words = () if "1e9" in shown else (keyword,)  # that is numbers, though far away
+                found.append(refused(name, series(some(which, **{keyword: value})), *words))
     for keyword in (
         "ImagePositionPatient",
         "ImageOrientationPatient",
@@ -57,18 +58,25 @@ def geometry() -> list[Fault]:
     ):
         for text in (b"nan", b"inf", b"1,5", b"abc"):
             build = files(partial(_no_number, keyword=keyword, text=text), series(slope=0.9375))
-            found.append(refused(f"{keyword} {text.decode()}", build))
+            found.append(refused(f"{keyword} {text.decode()}", build, keyword))
     return found + [
-        *(refused(f"slice {k} of 8 missing", without(k)) for k in (1, 3, 6)),
+        *(
+            refused(f"slice {k} of 8 missing", without(k), "1 slice(s) missing", "5 mm")
+            for k in (1, 3, 6)
+        ),
         refused("two slices missing", without(2, 5)),
         refused("neighbours missing", without(3, 4)),
         refused("every second slice missing in one half", without(1, 3)),
         *(
-            refused(f"uneven by {mm} mm", series(shifted(lambda k, mm=mm: (0, 0, mm * (k > 3)))))
+            refused(
+                f"uneven by {mm} mm",
+                series(shifted(lambda k, mm=mm: (0, 0, mm * (k > 3)))),
+                "uneven slice spacing",
+            )
             for mm in (0.5, 1.0, -0.3)
         ),
         refused("spacing grows", series(shifted(lambda k: (0, 0, 0.1 * k * k)))),
-        refused("gantry tilt 12 degrees", tilt(12)),
+        refused("gantry tilt 12 degrees", tilt(12), "12.0 degrees", "tilt"),
         refused("gantry tilt 2 degrees", tilt(2)),
         refused("a slice moved sideways", series(shifted(lambda k: (2.0 * (k == 4), 0, 0)))),
         refused("slices on an arc", series(shifted(lambda k: (0.3 * (k - 3.5) ** 2, 0, 0)))),
@@ -76,6 +84,7 @@ def geometry() -> list[Fault]:
         refused(
             "one orientation differs",
             series(some(slice(5, 6), ImageOrientationPatient=list(CORONAL))),
+            "orientation",
         ),
         refused(
             "one flipped",
@@ -83,14 +92,24 @@ def geometry() -> list[Fault]:
         ),
         refused("turned by a degree, slice by slice", series(_turning)),
         refused(
-            "one pixel spacing differs", series(some(slice(5, 6), PixelSpacing=["1.5", "1.5"]))
+            "one pixel spacing differs",
+            series(some(slice(5, 6), PixelSpacing=["1.5", "1.5"])),
+            "pixel spacing",
         ),
-        refused("one size differs", series(some(slice(5, 6), Rows=12, Columns=10))),
-        refused("one without RescaleIntercept", series(some(slice(5, 6), RescaleIntercept=None))),
+        refused("one size differs", series(some(slice(5, 6), Rows=12, Columns=10)), "size"),
+        refused(
+            "one without RescaleIntercept",
+            series(some(slice(5, 6), RescaleIntercept=None)),
+            "RescaleIntercept in 7 of 8",
+        ),
         refused(
             "one without RescaleSlope", series(some(slice(5, 6), RescaleSlope=None), slope=0.5)
         ),
-        refused("a single slice without thickness", series(each(SliceThickness=None), slices=1)),
+        refused(
+            "a single slice without thickness",
+            series(each(SliceThickness=None), slices=1),
+            "SliceThickness",
+        ),
     ]
 
 

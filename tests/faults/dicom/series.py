@@ -72,7 +72,15 @@ def orders() -> list[Fault]:
         right("SliceThickness thicker than the gap", series(each(SliceThickness="5.0"))),
         right("names against the order", named_backwards),
         right("1 % jitter of positions", series(_jitter, slices=30), (12, 10, 30), tolerance=3),
-        right("rounded directions", series(_rounded, slices=40, orientation=OBLIQUE), (12, 10, 40)),
+        *(
+            right(
+                f"directions of {digits} digits",
+                series(partial(_rounded, digits=digits), slices=40, orientation=OBLIQUE),
+                (12, 10, 40),
+                tolerance,
+            )
+            for digits, tolerance in ((4, 0.6), (5, 0.501))
+        ),
         right("one slice with its thickness", series(slices=1), (12, 10, 1)),
         right("two slices", series(slices=2), (12, 10, 2)),
         right("images of 1 x 1 pixel", series(rows=1, columns=1), (1, 1, 8)),
@@ -86,9 +94,10 @@ def _jitter(made: Series) -> None:
         ds.ImagePositionPatient = [f"{mm:.6f}" for mm in moved]
 
 
-def _rounded(made: Series) -> None:
+def _rounded(made: Series, digits: int) -> None:
     for ds in made:
-        ds.ImageOrientationPatient = [repr(round(float(c), 5)) for c in ds.ImageOrientationPatient]
+        cosines = [repr(round(float(c), digits)) for c in ds.ImageOrientationPatient]
+        ds.ImageOrientationPatient = cosines
 
 
 # ---- right: values
@@ -96,7 +105,8 @@ def _rounded(made: Series) -> None:
 
 def values() -> list[Fault]:
     per_slice = {"slope": np.linspace(1, 2.75, 8), "intercept": np.arange(8) * 10.0}
-    kinds = {"12 bits": (12, False), "16 bits signed": (16, True), "13 bits signed": (13, True)}
+    kinds = {"12 bits": (12, False), "13 bits signed": (13, True)}
+    kinds |= {"16 bits": (16, False), "16 bits signed": (16, True)}
     found = [
         right(
             f"{name}, {kind}",
@@ -112,11 +122,24 @@ def values() -> list[Fault]:
         for name, syntax in SYNTAXES.items()
         for kind, (bits, signed) in kinds.items()
     ]
-    for signed, high_bit in ((False, 11), (True, 11), (False, 15)):
-        change = partial(_foreign_bits, high_bit=high_bit)
-        options = {"bits_stored": 12, "signed": signed, "intercept": 2000.0 if signed else 0.0}
-        name = f"foreign bits around 12, high bit {high_bit}" + ", signed" * signed
-        found.append(right(name, series(change, **options)))
+    for coding in ("implicit", "explicit", "big endian", "RLE"):
+        for signed, high_bit in ((False, 11), (True, 11), (False, 15), (True, 13)):
+            options = {"bits_stored": 12, "signed": signed, "intercept": 2000.0 if signed else 0.0}
+            words = series(partial(_foreign_bits, high_bit=high_bit), SYNTAXES[coding], **options)
+            build = files(partial(_set_bits, high_bit=high_bit), words)
+            name = f"foreign bits around 12, high bit {high_bit}" + ", signed" * signed
+            found.append(right(f"{name}, {coding}", build))
+    for coding in ("implicit", "explicit", "big endian", "RLE", "JPEG 2000"):
+        options = {"bits_allocated": 8, "bits_stored": 8, "slope": 16.0, "rows": 37, "columns": 39}
+        change = _padded_bytes if coding == "big endian" else lambda _: None
+        build = series(change, SYNTAXES[coding], **options)
+        found.append(right(f"8 bits, {coding}", build, (39, 37, 8), 8.001, np.int16))
+    for coding in ("explicit", "big endian"):
+        for signed in (False, True):
+            options = {"bits_allocated": 32, "bits_stored": 32, "signed": signed}
+            build = series(syntax=SYNTAXES[coding], **options)
+            name = f"32 bits, {coding}" + ", signed" * signed
+            found.append(right(name, build, dtype=np.int16))
 
     def mixed_coding(folder: Path) -> Path:
         for k, ds in enumerate(make_series(**LARGE)):
@@ -133,21 +156,21 @@ def values() -> list[Fault]:
             ds.PixelSpacing = ["1.5E0", "1.25"] if k % 2 else ["1.500 ", "+1.25"]
 
     return found + [
-        right("rescaling of each slice its own", series(**per_slice), tolerance=1.501),
         right(
-            "integer rescaling", series(slope=[1, 2] * 4, intercept=[-1024, 0] * 4), tolerance=1.001
+            "rescaling of each slice its own",
+            series(**per_slice),
+            tolerance=1.501,
+            dtype=np.float32,
+        ),
+        right(
+            "integer rescaling",
+            series(slope=[1, 2] * 4, intercept=[-1024, 0] * 4),
+            tolerance=1.001,
+            dtype=np.int16,
         ),
         right("negative slope", series(slope=-1.0, intercept=5000.0)),
         right("no rescaling", series(each(RescaleSlope=None, RescaleIntercept=None))),
-        right(
-            "8 bits", series(bits_allocated=8, bits_stored=8, slope=16.0, rows=9), (12, 9, 8), 8.001
-        ),
-        right("32 bits signed", series(bits_allocated=32, bits_stored=32, signed=True)),
-        right(
-            "32 bits big endian",
-            series(lambda _: None, ExplicitVRBigEndian, bits_allocated=32, bits_stored=32),
-        ),
-        right("float pixels", series(_float_pixels)),
+        right("float pixels", series(_float_pixels), tolerance=0.76, dtype=np.float32),
         right("transfer syntaxes mixed", mixed_coding, LARGE_SHAPE),
         right("signed and unsigned mixed", series(mixed_sign)),
         right("numbers written in other ways", series(number_formats)),
@@ -161,12 +184,26 @@ def _foreign_bits(made: Series, high_bit: int) -> None:
         below = high_bit - 11
         foreign = np.arange(words.size) % 7 * 0x2421 & ~(0xFFF << below) & 0xFFFF
         ds.PixelData = ((words << below) | foreign).astype("<u2").tobytes()
-        ds.HighBit = high_bit
+        ds.BitsStored, ds.HighBit = 16, 15  # the encoder of RLE insists
+
+
+def _set_bits(paths: list[Path], high_bit: int) -> None:
+    for path in paths:
+        ds = pydicom.dcmread(path)
+        ds.BitsStored, ds.HighBit = 12, high_bit
+        ds.save_as(path)
+
+
+def _padded_bytes(made: Series) -> None:
+    """An odd number of bytes, padded; those of OB are not swapped."""
+    for ds in made:
+        ds["PixelData"].VR = "OB"
+        ds.PixelData += b"\0"
 
 
 def _float_pixels(made: Series) -> None:
     for ds in made:
-        ds.FloatPixelData = np.frombuffer(ds.PixelData, "<u2").astype(np.float32).tobytes()
+        ds.FloatPixelData = (np.frombuffer(ds.PixelData, "<u2") + np.float32(0.25)).tobytes()
         ds.BitsAllocated = 32
         del ds.PixelData, ds.BitsStored, ds.HighBit, ds.PixelRepresentation
 

@@ -40,7 +40,7 @@ def of_csv(path: Path) -> list[Row]:
         return [tuple(row[name] for name in HEADER.split(",")) for row in csv.DictReader(file)]
 
 
-def _read(content: bytes, rows: list[Row] | None, folder: Path, reader) -> Outcome:
+def _read(content: bytes, rows: list[Row] | None, words, folder: Path, reader) -> Outcome:
     for name in ("a.nii", "b.nii", "c.nii"):
         (folder / name).touch()
     path = folder / "cases.csv"
@@ -50,17 +50,23 @@ def _read(content: bytes, rows: list[Row] | None, folder: Path, reader) -> Outco
         assert rows is not None, "read as if nothing were wrong"
         assert found == rows, f"{found}, expected {rows}"
 
-    return judge(lambda: reader(path), is_right, names=["cases.csv"])
+    return judge(lambda: reader(path), is_right, names=["cases.csv"], words=words)
 
 
 def right(name: str, content: str | bytes, rows: list[Row] | None = None) -> Fault:
     data = content.encode() if isinstance(content, str) else content
-    return Fault(name, partial(_read, data, rows or ROWS), RIGHT)
+    return Fault(name, partial(_read, data, rows or ROWS, ()), RIGHT)
 
 
-def refused(name: str, content: str | bytes) -> Fault:
+def refused(name: str, content: str | bytes, *words: str) -> Fault:
+    """words: of the message."""
     data = content.encode() if isinstance(content, str) else content
-    return Fault(name, partial(_read, data, None), NAMED)
+    return Fault(name, partial(_read, data, None, words), NAMED)
+
+
+def no_csv(name: str, content: str | bytes, what: str) -> Fault:
+    """A file of another kind: that, and nothing else, is what is wrong."""
+    return refused(name, content, "CSV (1)", what)
 
 
 def patient(text: str, written: str | None = None) -> Fault:
@@ -135,13 +141,14 @@ AS_WRITTEN = [
         [ROWS[0], (*ROWS[1][:3], "1,5"), ROWS[2]],
     ),
 ]
+QUOTED = "\n".join(";".join(f'"{c}"' for c in line.split(",")) for line in GOOD.splitlines())
 NFC, NFD = (unicodedata.normalize(form, "Müller") for form in ("NFC", "NFD"))
 REFUSED = [
     refused("a field too many in each row", GOOD.replace("low", "low,").replace("high", "high,")),
     refused("a field too many in one row", GOOD.replace("high", "high,very")),
     refused("a field too few", GOOD.replace(",high", "")),
     refused("a comma without quotes", GOOD.replace("p2", "Smith, John")),
-    refused("a quote left open", GOOD.replace("p2", '"p2')),
+    refused("a quote left open", GOOD.replace("p2", '"p2'), "line 3 ", "double quote"),
     refused("text after a closing quote", GOOD.replace("p2", '"p2"x')),
     refused("a column twice", GOOD.replace("grade", "fold")),
     refused("a label column twice", GOOD.replace("\n", ",x\n").replace("grade,x", "grade,grade")),
@@ -150,17 +157,23 @@ REFUSED = [
     refused("no label column", GOOD.replace("grade", "stage")),
     refused("no header", GOOD.partition("\n")[2]),
     refused("a comment before the header", "# export of 2024\n" + GOOD),
-    refused("header only", HEADER + "\n"),
-    refused("empty", ""),
-    refused("empty lines only", "\n\n"),
-    refused("semicolons", GOOD.replace(",", ";")),
-    refused("tabs", GOOD.replace(",", "\t")),
+    no_csv("header only", HEADER + "\n", "no rows"),
+    no_csv("empty", "", "is empty"),
+    no_csv("empty lines only", "\n\n", "is empty"),
+    no_csv("semicolons", GOOD.replace(",", ";"), "separated by semicolons"),
+    no_csv("semicolons, named", "sep=;\n" + GOOD.replace(",", ";"), "separated by semicolons"),
+    no_csv("semicolons and quotes", QUOTED.encode("utf-8-sig"), "separated by semicolons"),
+    no_csv("tabs", GOOD.replace(",", "\t"), "separated by tabs"),
     refused("a line that names the separator", "sep=,\n" + GOOD),
-    refused("UTF-16", GOOD.encode("utf-16")),
-    refused("UTF-16 without a mark", GOOD.encode("utf-16-le")),
+    no_csv("UTF-16", GOOD.encode("utf-16"), "UTF-16"),
+    no_csv("UTF-16 without a mark", GOOD.encode("utf-16-le"), "UTF-16"),
     refused("UTF-32", GOOD.encode("utf-32")),
-    refused("Latin-1", GOOD.replace("p2", "Müller").encode("latin-1")),
-    refused("an Excel workbook", b"PK\x03\x04" + bytes(100)),
+    no_csv(
+        "Latin-1",
+        GOOD.replace("p2", "Müller").encode("latin-1"),
+        "line 3: not UTF-8 (byte 0xFC)",
+    ),
+    no_csv("an Excel workbook", b"PK\x03\x04" + bytes(100), "Excel workbook"),
     refused("gzip", b"\x1f\x8b\x08" + bytes(50)),
     refused("a NUL in a path", GOOD.replace("b.nii", "b\0.nii")),
     refused("a line break in a patient", GOOD.replace("p2", '"p\n2"')),

@@ -60,7 +60,7 @@ def as_stored(image: Path, mask: Path) -> tuple[np.ndarray, np.ndarray, str]:
     return CLASSES.to_index(np.maximum(values, 0)), nib.load(image).affine, ""
 
 
-def _check(make: Callable[[Path], None], notice: str, folder: Path, reader) -> Outcome:
+def _check(make: Callable[[Path], None], notice: str, words, folder: Path, reader) -> Outcome:
     image = nib.Nifti1Image(np.rint(phantom()).astype(np.int16), AFFINE)
     nib.save(image, folder / "image.nii.gz")
     mask = folder / "mask.nii.gz"
@@ -77,7 +77,10 @@ def _check(make: Callable[[Path], None], notice: str, folder: Path, reader) -> O
         assert notice in notices, f"not noticed: {notice}"
 
     return judge(
-        lambda: reader(folder / "image.nii.gz", mask), is_right, ["mask.nii.gz", "classes."]
+        lambda: reader(folder / "image.nii.gz", mask),
+        is_right,
+        ["mask.nii.gz", "classes."],
+        words=words,
     )
 
 
@@ -85,8 +88,13 @@ def save(path: Path, values=TRUE, affine=AFFINE, dtype=np.uint8) -> None:
     nib.save(nib.Nifti1Image(values.astype(dtype), affine, dtype=dtype), path)
 
 
-def fault(name: str, expected: str, notice: str = "", **options) -> Fault:
-    return Fault(name, partial(_check, partial(save, **options), notice), expected)
+def fault(name: str, expected: str, notice: str = "", words=(), **options) -> Fault:
+    """words: of the message of an error."""
+    return Fault(name, partial(_check, partial(save, **options), notice, words), expected)
+
+
+def elsewhere(name: str, *words: str, **options) -> Fault:
+    return fault(name, NAMED, words=("image.nii", *words), **options)
 
 
 def with_values(value: float, where=BLOCK) -> np.ndarray:
@@ -122,10 +130,12 @@ def stored_permuted(order=(2, 0, 1)) -> dict:
     return {"values": TRUE.transpose(order), "affine": AFFINE[:, [*order, 3]]}
 
 
-def shorter() -> dict:
-    return {"values": TRUE[:, :, :-1]}
+def moved_and_flipped(mm: float) -> dict:
+    values, affine = flipped(TRUE, moved(mm), 2)
+    return {"values": values, "affine": affine}
 
 
+OFF_BY_5 = ("up to 5.00 mm", "first voxel off by 5.00, 0.00, 0.00 mm")
 FAULTS = [
     *(fault(f"stored as {t}", RIGHT, dtype=t) for t in ("u1", "i2", "u2", "i4", "f4", "f8")),
     *(fault(f"stored backwards along axis {a}", RIGHT, **stored_flipped(a)) for a in range(3)),
@@ -140,13 +150,39 @@ FAULTS = [
     fault("negative labels", NAMED, values=with_values(-1), dtype="i2"),
     fault("a NaN", NAMED, values=with_values(np.nan, (2, 2, 2)), dtype="f4"),
     fault("labels beyond int16", NAMED, values=with_values(70000), dtype="i4"),
-    fault("one slice less", NAMED, **shorter()),
+    elsewhere(
+        "one slice less",
+        "14 x 12 x 9 voxels in RAS+ order, image 14 x 12 x 10",
+        values=TRUE[:, :, :-1],
+    ),
+    elsewhere(
+        "axes in another order, the affine not",
+        "10 x 12 x 14 voxels in RAS+ order, image 14 x 12 x 10",
+        values=TRUE.T,
+    ),
     fault("4D, one hot", NAMED, values=np.stack([TRUE == 1, TRUE == 3], -1)),
-    fault("moved by 5 mm", NAMED, affine=moved(5)),
-    fault("moved by half a voxel", NAMED, affine=moved(0.75)),
-    fault("other spacing", NAMED, affine=AFFINE @ np.diag([1.1, 1, 1, 1])),
-    fault("mirrored affine", NAMED, affine=np.diag([-1.0, 1, 1, 1]) @ AFFINE),
-    fault("identity affine", NAMED, affine=np.eye(4)),
-    fault("turned by 2 degrees", NAMED, affine=turned(2)),
+    elsewhere("moved by 5 mm", *OFF_BY_5, affine=moved(5)),
+    elsewhere("moved by 5 mm, stored backwards", *OFF_BY_5, **moved_and_flipped(5)),
+    elsewhere("moved by half a voxel", "up to 0.75 mm", affine=moved(0.75)),
+    elsewhere(
+        "other spacing",
+        "up to 1.97 mm",
+        "spacing 1.665 x 1.513 x 2.5 mm, image 1.513 x 1.513 x 2.5",
+        affine=AFFINE @ np.diag([1.1, 1, 1, 1]),
+    ),
+    elsewhere(
+        "mirrored affine",
+        "up to 3.89 mm",
+        "first voxel off by 1.50, -2.60, 0.00 mm",
+        affine=np.diag([-1.0, 1, 1, 1]) @ AFFINE,
+    ),
+    elsewhere(
+        "mirrored at its first voxel",
+        "up to 19.67 mm",
+        "first voxel off by 19.50, -2.60, 0.00 mm",
+        affine=AFFINE @ np.diag([-1.0, 1, 1, 1]),
+    ),
+    elsewhere("identity affine", affine=np.eye(4)),
+    elsewhere("turned by 2 degrees", "axes turned by 2.00 degrees", affine=turned(2)),
 ]
 MASKS = Group("masks", through_cache, FAULTS, {"ignores the mask's header": as_stored})

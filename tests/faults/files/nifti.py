@@ -16,7 +16,7 @@ import numpy as np
 from data.readers import read_volume
 from data.volume import Volume
 from tests.data.dicom.factory import value_at
-from tests.faults.frame import NAMED, RIGHT, Fault, Group, judge
+from tests.faults.frame import NAMED, RIGHT, Fault, Group, Outcome, judge
 
 SHAPE = (14, 12, 10)
 AFFINE = np.array([[-1.5, 0.2, 0, 9], [0.2, 1.5, 0, -8], [0, 0, 2.5, 7], [0, 0, 0, 1.0]])
@@ -70,11 +70,23 @@ def unpacked(path: Path) -> bytes:
     return gzip.decompress(data) if path.suffix == ".gz" else data
 
 
-def _read(name: str, change: Change, tolerance: float, options: dict, folder: Path, reader):
+def _read(
+    name: str,
+    change: Change,
+    tolerance: float,
+    options: dict,
+    words: tuple[str, ...],
+    folder: Path,
+    reader: Callable,
+) -> Outcome:
     path = write(folder / name, **options)
     path = change(path) or path
     return judge(
-        lambda: reader(path), lambda v: assert_phantom(v, tolerance), names=[str(path), path.name]
+        lambda: reader(path),
+        lambda volume: assert_phantom(volume, tolerance),
+        names=[str(path)],
+        words=words,
+        begin=str(path),
     )
 
 
@@ -83,15 +95,17 @@ def fault(
     expected: str | None,
     change: Change = lambda path: None,
     file: str = "scan.nii.gz",
+    *words: str,
     tolerance: float = 0.501,
     long: bool = False,
     **options,
 ) -> Fault:
-    return Fault(name, partial(_read, file, change, tolerance, options), expected, long)
+    """words: of the message."""
+    return Fault(name, partial(_read, file, change, tolerance, options, words), expected, long)
 
 
-def header(name: str, file: str = "scan.nii", **fields) -> Fault:
-    return fault(f"header: {name}", NAMED, file=file, **fields)
+def header(name: str, *words: str, file: str = "scan.nii", **fields) -> Fault:
+    return fault(f"header: {name}", NAMED, lambda path: None, file, *words, **fields)
 
 
 def cut(keep: int | float) -> Change:
@@ -140,6 +154,13 @@ def with_bad_length(path: Path) -> bytes:
     return bytes(data)
 
 
+def with_one_byte_changed(path: Path) -> bytes:
+    """Of a stream that is stored, so that it unpacks: the checksum alone shows it, at the end."""
+    data = bytearray(gzip.compress(unpacked(path), 0))
+    data[2000] ^= 1
+    return bytes(data)
+
+
 def with_one_member_lost(path: Path) -> bytes:
     data = unpacked(path)
     return b"".join(gzip.compress(data[i : i + 500]) for i in range(0, len(data), 500) if i != 1000)
@@ -156,9 +177,14 @@ def placed(affine: list) -> dict:
     return {"affine": np.array([*affine, [0, 0, 0, 1.0]])}
 
 
-def sform(name: str, rows: list) -> Fault:
+def sform(name: str, rows: list, *words: str) -> Fault:
     fields = dict(zip(("srow_x", "srow_y", "srow_z"), rows, strict=True))
-    return header(f"sform {name}", qform_code=0, **fields)
+    return header(f"sform {name}", "sform", *words, qform_code=0, **fields)
+
+
+def in_units(name: str, code: int, mm: float) -> Fault:
+    rows = {f"srow_{axis}": AFFINE[i] / mm for i, axis in enumerate("xyz")}
+    return fault(name, RIGHT, xyzt_units=code, qform_code=0, **rows)
 
 
 def spoilt(value: float) -> np.ndarray:
@@ -172,6 +198,7 @@ def big_endian(path: Path) -> Path:
         np.rint(phantom()).astype(">i2"), AFFINE, nib.Nifti1Header(endianness=">")
     )
     nib.save(image, path)
+    assert unpacked(path)[:4] == b"\0\0\1\x5c"
     return path
 
 
@@ -214,14 +241,9 @@ RIGHT_ONES = [
     fault("qform alone", RIGHT, sform_code=0),
     fault("wrong qform, not in use", RIGHT, qform_code=0, qoffset_x=99),
     fault("a fourth axis of length 1", RIGHT, values=phantom()[..., None]),
-    fault(
-        "metres",
-        RIGHT,
-        affine=AFFINE,
-        xyzt_units=1,
-        **{f"srow_{axis}": AFFINE[i] / 1000 for i, axis in enumerate("xyz")},
-        qform_code=0,
-    ),
+    in_units("metres", 1, 1000),
+    in_units("micrometres", 3, 0.001),
+    in_units("no unit", 0, 1),
     fault("LAS", RIGHT, **placed([[-1.5, 0, 0, 9], [0, 1.5, 0, -8], [0, 0, 2.5, 7]])),
     fault("PIR", RIGHT, **placed([[0, 0, 1.5, 9], [-2, 0, 0, 20], [0, -2.5, 0, 7]])),
     fault("sagittal", RIGHT, **placed([[0, 0, 3.0, 9], [1, 0, 0, -8], [0, -1, 0, 7]])),
@@ -234,6 +256,13 @@ REFUSED = [
     ),
     fault("gzip checksum and length missing", NAMED, cut(-8)),
     fault("gzip checksum wrong", NAMED, rewritten(with_bad_sum)),
+    fault(
+        "gzip, a byte changed",
+        NAMED,
+        rewritten(with_one_byte_changed),
+        "scan.nii.gz",
+        "damaged or truncated gzip",
+    ),
     fault("gzip length wrong", NAMED, rewritten(with_bad_length)),
     fault("a gzip member lost", NAMED, rewritten(with_one_member_lost)),
     fault("trash after the gzip stream", NAMED, rewritten(lambda p: p.read_bytes() + b"trash" * 9)),
@@ -241,47 +270,61 @@ REFUSED = [
     fault("plain, named .nii.gz", NAMED, rewritten(unpacked)),
     fault("packed, named .nii", NAMED, rewritten(Path.read_bytes, "scan.nii")),
     fault("packed by zlib", NAMED, rewritten(lambda p: zlib.compress(unpacked(p)))),
-    fault("text", NAMED, rewritten(lambda p: b"hello" * 100), "scan.nii"),
+    fault("text", NAMED, rewritten(lambda p: b"hello" * 100), "scan.nii", "not a NIfTI"),
+    fault("text, named .nii.gz", NAMED, rewritten(lambda p: b"hello" * 100), "scan.nii.gz", "gzip"),
     fault("empty", NAMED, rewritten(lambda p: b"")),
     fault("zeros", NAMED, rewritten(lambda p: bytes(5000)), "scan.nii"),
-    fault("header of a pair", NAMED, pair),
+    fault("header of a pair", NAMED, pair, "scan.nii.gz", "single-file"),
     fault("not there", NAMED, lambda p: p.with_name("none.nii.gz")),
-    header("32000 x 32000 x 32000", dim=[3, 32000, 32000, 32000, 1, 1, 1, 1]),
-    header("the same, packed", file="scan.nii.gz", dim=[3, 32000, 32000, 32000, 1, 1, 1, 1]),
-    header("one slice more", dim=[3, 14, 12, 11, 1, 1, 1, 1]),
-    header("one slice less", dim=[3, 14, 12, 7, 1, 1, 1, 1]),
-    header("no rows", dim=[3, 14, 0, 10, 1, 1, 1, 1]),
+    *(
+        header(f"{name}, {file}", word, file=file, dim=[*dim, 1, 1, 1, 1])
+        for file in ("scan.nii", "scan.nii.gz")
+        for name, word, dim in (
+            ("32000 x 32000 x 32000", "32000 x 32000 x 32000", [3, 32000, 32000, 32000]),
+            ("one slice more", "truncated", [3, 14, 12, 11]),
+            ("slices less", "more data", [3, 14, 12, 7]),
+            ("no rows", "shape", [3, 14, 0, 10]),
+            ("9 dimensions", "9 dimensions", [9, 14, 12, 10]),
+        )
+    ),
     header("negative size", dim=[3, 14, -12, 10, 1, 1, 1, 1]),
-    header("9 dimensions", dim=[9, 14, 12, 10, 1, 1, 1, 1]),
-    header("2D", dim=[2, 14, 120, 1, 1, 1, 1, 1]),
-    header("4D", dim=[4, 14, 12, 5, 2, 1, 1, 1]),
-    header("5D", dim=[5, 14, 12, 5, 1, 2, 1, 1]),
+    header("2D", "[14, 120]", dim=[2, 14, 120, 1, 1, 1, 1, 1]),
+    header("4D", "[14, 12, 5, 2]", dim=[4, 14, 12, 5, 2, 1, 1, 1]),
+    header("5D", "[14, 12, 5, 1, 2]", dim=[5, 14, 12, 5, 1, 2, 1, 1]),
     header("vox_offset within the header", vox_offset=100),
     header("vox_offset beyond the file", vox_offset=1e6),
     header("vox_offset NaN", vox_offset=np.nan),
-    header("unknown data type", datatype=11780),
-    header("complex", datatype=32, bitpix=64),
-    header("colour", datatype=128, bitpix=24),
+    header("unknown data type", "11780", datatype=11780),
+    header("complex", "not supported", datatype=32, bitpix=64),
+    header("colour", "not supported", datatype=128, bitpix=24),
     header("128-bit numbers", datatype=1536, bitpix=128),
-    header("unknown unit", xyzt_units=5),
+    header("unknown unit", "unit", xyzt_units=5),
     header("no magic", magic=b""),
     header("magic of a pair", magic=b"ni1"),
-    header("no orientation", qform_code=0, sform_code=0),
-    header("sform and qform disagree", srow_x=[-1.5, 0.2, 0, 12]),
+    header("no orientation", "neither qform nor sform", qform_code=0, sform_code=0),
+    header("sform and qform disagree", "sform and qform", "code", srow_x=[-1.5, 0.2, 0, 12]),
     header("sform mirrored", srow_x=[1.5, 0.2, 0, 9]),
     header("quaternion too long", sform_code=0, quatern_b=0.9, quatern_c=0.9),
     header("qform with NaN", sform_code=0, qoffset_x=np.nan),
     header("qform with voxels of 0 mm", sform_code=0, pixdim=[1, 0, 1, 1, 1, 1, 1, 1]),
-    header("scl_inter NaN", scl_slope=1, scl_inter=np.nan),
+    header("scl_inter NaN", "scl_inter", scl_slope=1, scl_inter=np.nan),
     header("scaling beyond float32", scl_slope=1e38, scl_inter=0),
-    sform("of voxels of 0 mm", [[0, 0, 0, 1], [0, 1, 0, 0], [0, 0, 1, 0]]),
-    sform("singular", [[1, 1, 0, 1], [1, 1, 0, 0], [0, 0, 1, 0]]),
-    sform("with NaN", [[np.nan, 0, 0, 1], [0, 1, 0, 0], [0, 0, 1, 0]]),
+    sform("of voxels of 0 mm", [[0, 0, 0, 1], [0, 1, 0, 0], [0, 0, 1, 0]], "voxels of 0"),
+    sform("singular", [[1, 1, 0, 1], [1, 1, 0, 0], [0, 0, 1, 0]], "singular"),
+    sform("with NaN", [[np.nan, 0, 0, 1], [0, 1, 0, 0], [0, 0, 1, 0]], "NaN"),
     sform("infinite", [[1, 0, 0, np.inf], [0, 1, 0, 0], [0, 0, 1, 0]]),
-    sform("sheared", [[1, 0.2, 0, 1], [0, 1, 0, 0], [0, 0, 1, 0]]),
+    sform("sheared", [[1, 0.2, 0, 1], [0, 1, 0, 0], [0, 0, 1, 0]], "sheared"),
     sform("of kilometres", [[1e6, 0, 0, 1], [0, 1e6, 0, 0], [0, 0, 1e6, 0]]),
     *(
-        fault(f"voxels of {value}", NAMED, values=spoilt(value), dtype="f4")
+        fault(
+            f"voxels of {value}",
+            NAMED,
+            lambda path: None,
+            "scan.nii",
+            "2 of 1680 voxels",
+            values=spoilt(value),
+            dtype="f4",
+        )
         for value in (np.nan, np.inf, -np.inf)
     ),
 ]

@@ -46,7 +46,7 @@ def edited(key: str, value: str | None) -> bytes:
     return text.encode()
 
 
-def _read(content: bytes, key: str, expected: Any, folder: Path, reader) -> Outcome:
+def _read(content: bytes, key: str, expected: Any, folder: Path, reader, words=()) -> Outcome:
     path = folder / "config.yaml"
     path.write_bytes(content.replace(b"CANARY", str(folder / "canary").encode()))
 
@@ -57,7 +57,8 @@ def _read(content: bytes, key: str, expected: Any, folder: Path, reader) -> Outc
             found = found[part]
         assert found == expected and type(found) is type(expected), f"{key} is {found!r}"
 
-    outcome = judge(lambda: reader(path), is_right, names=[key] if key else ["config.yaml"])
+    names = [key] if key else ["config.yaml"]
+    outcome = judge(lambda: reader(path), is_right, names, words=words)
     if (folder / "canary").exists():
         return Outcome(WRONG, "code from the file was run")
     return outcome
@@ -76,8 +77,15 @@ def refused(key: str, value: str | None) -> Fault:
     return Fault(f"{key}: {shown}", partial(_read, edited(key, value), key, REFUSED), NAMED)
 
 
-def broken(name: str, content: bytes, key: str = "") -> Fault:
-    return Fault(name, partial(_read, content, key, REFUSED), NAMED)
+def broken(name: str, content: bytes, key: str = "", *words: str) -> Fault:
+    """words: of the message."""
+    return Fault(name, partial(_read, content, key, REFUSED, words=words), NAMED)
+
+
+def line_of(key: str) -> str:
+    """The line of a key, which is in no section, of the shipped file."""
+    lines = enumerate(SHIPPED.read_text(encoding="utf-8").splitlines(), 1)
+    return f"line {next(n for n, line in lines if line.startswith(f'{key}:'))}"
 
 
 GOOD = SHIPPED.read_bytes()
@@ -97,6 +105,10 @@ VALUES = [
     right("experiment", "on", "on"),
     right("experiment", "Yes", "Yes"),
     right("experiment", "n", "n"),
+    right("experiment", "run 1", "run 1"),
+    right("experiment", "2024", "2024"),
+    right("experiment", "007", "007"),
+    right("experiment", "é-ü_(3)", "é-ü_(3)"),
     right("experiment", "010", "010"),
     right("experiment", "1_000", "1_000"),
     right("experiment", "2024-01-31", "2024-01-31"),
@@ -125,10 +137,11 @@ PROBLEMS = [
         refused("batch_size", v)
         for v in ("8.0", "'8'", "010", "0x10", "0", "-1", "1e2", "yes", "", "1_000", "[8]")
     ),
+    *(refused("batch_size", v) for v in ("true", "null")),
     *(refused("compile", v) for v in ("yes", "no", "on", "1", "'true'", "null")),
     *(
         refused("train_folds", v)
-        for v in ("0", "[]", "[0, '0']", "[true]", "[null]", "[[0]]", "{0: 1}", "[4]")
+        for v in ("0", "[]", "[0, '0']", "[true]", "[null]", "['']", "[[0]]", "{0: 1}", "[4]")
     ),
     *(
         refused("experiment", v)
@@ -140,7 +153,6 @@ PROBLEMS = [
             "..",
             "CON",
             "nul.txt",
-            "x" * 300,
             '"\\0"',
             '"a\\nb"',
             "x.",
@@ -148,6 +160,11 @@ PROBLEMS = [
             "null",
             "[x]",
             "C:x",
+            "",
+            ".",
+            "com1",
+            "x" * 101,
+            "é" * 130,
         )
     ),
     *(refused("csv_path", v) for v in ('""', "$NO_SUCH_VARIABLE/x.csv", '"a\\0b"', "null")),
@@ -163,24 +180,25 @@ PROBLEMS = [
     broken("a section twice", GOOD + b"\ndata:\n  modality: CT\n", "data"),
     broken("a key twice within a list", edited("train_folds", "[{a: 1, a: 2}]"), "train_folds"),
     broken("no space after the colon", edited("seed", None) + b"\nseed:1\n"),
-    broken("a tab", GOOD + b"\nx:\n\ty: 1\n"),
-    broken("a tag that runs code", edited("seed", RUN)),
+    broken("a tab", b"x: 1\ny:\n\tz: 1\n", "", "line 3: a tab"),
+    broken("a tag that runs code", edited("seed", RUN), "", line_of("seed")),
     broken("a tag that makes a tuple", edited("train_folds", "!!python/tuple [0]")),
     broken("a tag for text", edited("batch_size", "!!str 8")),
-    broken("anchor and alias", edited("seed", "&s 1") + b"\nx: *s\n"),
+    broken("anchor and alias", edited("seed", "&s 1") + b"\nx: *s\n", "", line_of("seed")),
     broken("merge key", GOOD + b"\n<<: {seed: 1}\n", "<<"),
     broken("a billion laughs", LAUGHS),
-    broken("two documents", GOOD + b"\n---\nseed: 1\n"),
-    broken("an open bracket", edited("train_folds", "[0, 1")),
+    broken("two documents", b"seed: 1\n---\nseed: 1\n", "", "line 2"),
+    broken("an open bracket", b"seed: [1\n", "", "not YAML: line 2"),
+    broken("an open bracket, then more", edited("train_folds", "[0, 1")),
     broken("an open quote", edited("experiment", '"dino')),
-    broken("5000 brackets", b"a: " + b"[" * 5000),
-    broken("a list", b"- seed: 1\n"),
-    broken("a number", b"5"),
-    broken("empty", b""),
-    broken("comments only", b"# seed: 1\n"),
-    broken("UTF-16", GOOD.decode().encode("utf-16")),
-    broken("Latin-1", edited("experiment", "Müller").decode().encode("latin-1", "replace")),
-    broken("a NUL", edited("experiment", "a\0b")),
+    broken("5000 brackets", b"a: " + b"[" * 5000, "", "nested too deeply"),
+    broken("a list", b"- seed: 1\n", "", "holds a list"),
+    broken("a number", b"5", "", "holds a int"),
+    broken("empty", b"", "", "is empty"),
+    broken("comments only", b"# seed: 1\n", "", "is empty"),
+    broken("UTF-16", GOOD.decode().encode("utf-16"), "", "UTF-16"),
+    broken("Latin-1", b"experiment: M\xfcller\n", "", "line 1: not UTF-8 (byte 0xFC)"),
+    broken("a NUL", edited("experiment", "a\0b"), "", "not YAML"),
     broken("a zip archive", b"PK\x03\x04" + bytes(99)),
     Fault("byte order mark", partial(_read, b"\xef\xbb\xbf" + GOOD, "seed", 0), RIGHT),
     Fault("line ends of Windows", partial(_read, GOOD.replace(b"\n", b"\r\n"), "seed", 0), RIGHT),
