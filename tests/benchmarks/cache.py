@@ -28,9 +28,10 @@ from data.cache import VolumeCache
 from data.cases import Case
 from data.entry import CacheEntry
 from data.standard import StandardForm
+from tests.places import SHARED
 
 SHAPE, SIZE, REPEATS = (330, 330, 300), (128, 128, 128), 60
-CT = Path(__file__).parents[3] / "shared" / "data" / "ct" / "abdomen_3mm.nii.gz"
+CT = SHARED / "data" / "ct" / "abdomen_3mm.nii.gz"
 
 
 class CropAt(Transform, RandomizableTrait):

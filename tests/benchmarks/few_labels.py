@@ -66,7 +66,7 @@ def compare(count: int, seed: int, argv: list[str]) -> tuple[float, float]:
 
 def write_csv(path: Path, count: int, seed: int) -> None:
     """`count` train cases drawn by `seed`, of a longer draw the first ones; all test cases."""
-    folder = pretrain.SHARED / "hippocampus"
+    folder = pretrain.DATA / "hippocampus"
     with open(folder / "segmentation.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     labelled = [row for row in rows if row["fold"] == "train"]

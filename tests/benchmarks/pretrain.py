@@ -19,10 +19,11 @@ import nibabel as nib
 import numpy as np
 
 import dino
+from tests.places import SHARED
 from utils.training.runlog import read_metrics
 
-SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
-DICOM = SHARED / "dicom"
+DATA = SHARED / "data"
+DICOM = DATA / "dicom"
 TISSUES = {  # of TotalSegmentator's labels; features of small windows know neither side nor level
     1: [1],  # spleen
     2: [5],  # liver
@@ -124,7 +125,7 @@ def write_csv(path: Path, name: str) -> None:
     """One CSV with image, mask and labels, which the shared data keeps in two."""
     rows, targets = [], []
     if name == "dicom":
-        ct = SHARED / "ct"
+        ct = DATA / "ct"
         masks = [DICOM / "ct_jpeg2000_labels.nii.gz", ct / "abdomen_3mm_labels.nii.gz"]
         masks = [tissues(mask, path.parent) for mask in masks]
         rows = [
@@ -133,13 +134,13 @@ def write_csv(path: Path, name: str) -> None:
             ["abdomen", ct / "abdomen_3mm.nii.gz", masks[1], "nifti", "CT"],
         ]
     else:
-        with open(SHARED / name / "segmentation.csv", newline="") as file:
+        with open(DATA / name / "segmentation.csv", newline="") as file:
             masks = {row["PatientID"]: row["seg_path"] for row in csv.DictReader(file)}
-        with open(SHARED / name / "classification.csv", newline="") as file:
+        with open(DATA / name / "classification.csv", newline="") as file:
             cases = list(csv.DictReader(file))
         targets = [c for c in cases[0] if c not in COLUMNS]
         for c in cases:
-            paths = [SHARED / name / c["path"], SHARED / name / masks[c["PatientID"]]]
+            paths = [DATA / name / c["path"], DATA / name / masks[c["PatientID"]]]
             labels = [c[target] for target in targets]
             modality = "MR" if name == "hippocampus" else ""
             rows.append([c["PatientID"], *paths, c["fold"], modality, *labels])

@@ -13,8 +13,9 @@ import time
 from pathlib import Path
 
 import segmentation
+from tests.places import SHARED
 
-DATA = Path(__file__).resolve().parents[3] / "shared" / "data" / "hippocampus"
+DATA = SHARED / "data" / "hippocampus"
 VALUES = {
     "experiment": "bench_segment",
     "csv_path": DATA / "segmentation.csv",

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from data.cases import Case, CasesError, Problem, format_problems, read_cases, split_bad
+from tests.places import SHARED
 
 FOLDS = {"train": ["0"], "val": ["1"], "test": []}
-SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
+DATA = SHARED / "data"
 
 
 @pytest.fixture
@@ -201,11 +202,11 @@ def test_table():
     assert len(format_problems(found, max_rows=None).splitlines()) == 71
 
 
-@pytest.mark.skipif(not SHARED.exists(), reason="shared/data is not beside the repository")
+@pytest.mark.skipif(not DATA.exists(), reason="shared/data is not beside the repository")
 @pytest.mark.parametrize(
     "name, rows", [("hippocampus/classification.csv", 130), ("nodules/classification.csv", 300)]
 )
 def test_real_csv(name, rows):
     folds = {"train": ["0", "1", "2"], "val": ["3"], "test": ["4"]}
-    cases, found = read_cases(SHARED / name, folds)
+    cases, found = read_cases(DATA / name, folds)
     assert len(cases) == rows and found == []

@@ -4,15 +4,15 @@ tests/faults/files/nifti.py writes odd and broken files; it judges volumes, and 
 """
 
 import struct
-from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
 
 from data.readers import read_volume
+from tests.places import SHARED
 
-SHARED = Path(__file__).parents[3] / "shared" / "data"
+DATA = SHARED / "data"
 AFFINE = np.array([[-1.5, 0.2, 0, 9], [0.2, 1.5, 0, -8], [0, 0, 2.5, 7], [0, 0, 0, 1.0]])
 SHAPE = (6, 5, 4)
 VALUES = np.arange(120, dtype=np.int16).reshape(SHAPE)
@@ -65,12 +65,12 @@ def test_scaling(tmp_path, slope, inter, dtype):
     np.testing.assert_allclose(voxels, VALUES * slope + inter, rtol=1e-6)
 
 
-@pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared/data")
+@pytest.mark.skipif(not DATA.exists(), reason="needs ../shared/data")
 @pytest.mark.parametrize(
     "folder", ["hippocampus/images", "hippocampus/labels", "ct", "mr", "nodules"]
 )
 def test_agrees_with_nibabel(folder):
-    for path in sorted((SHARED / folder).rglob("*.nii.gz"))[:3]:
+    for path in sorted((DATA / folder).rglob("*.nii.gz"))[:3]:
         volume, image = read_volume(path), nib.load(path)
         np.testing.assert_allclose(volume.voxels, image.get_fdata(), rtol=1e-6)
         np.testing.assert_allclose(volume.affine, image.affine, atol=1e-5)

@@ -1,7 +1,5 @@
 """The standard form: geometry against an analytic phantom, intensities, body box, masks."""
 
-from pathlib import Path
-
 import nibabel as nib
 import numpy as np
 import pytest
@@ -10,9 +8,10 @@ import torch
 from data.readers import VolumeError
 from data.standard import STEPS, StandardForm, find_body, standard_transform
 from data.volume import spacing_of
+from tests.places import SHARED
 
-SHARED = Path(__file__).parents[3] / "shared" / "data"
-needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"no real data at {SHARED}")
+DATA = SHARED / "data"
+needs_shared = pytest.mark.skipif(not DATA.is_dir(), reason=f"no real data at {DATA}")
 
 
 def save(path, voxels, affine=None):
@@ -264,7 +263,7 @@ def test_deterministic(tmp_path):
 
 @needs_shared
 def test_hippocampus_crops_stay_whole():
-    for path in sorted((SHARED / "hippocampus" / "images").glob("*.nii.gz"))[:10]:
+    for path in sorted((DATA / "hippocampus" / "images").glob("*.nii.gz"))[:10]:
         out = run(StandardForm(None), path=str(path), modality="MR")
         assert out["image"].shape[1:] == nib.load(path).shape
         assert out["body"].min() == 255
@@ -272,7 +271,7 @@ def test_hippocampus_crops_stay_whole():
 
 @needs_shared
 def test_dicom_series_takes_the_modality_from_its_header():
-    path = SHARED / "dicom" / "ct_jpeg2000"
+    path = DATA / "dicom" / "ct_jpeg2000"
     out = run(StandardForm(None), path=str(path), seg_path=f"{path}_labels.nii.gz")
     assert out["kind"] == "CT" and len(np.unique(out["seg"])) == 32
     assert out["image"].shape[2] < 400  # of 512 rows: table and air are gone

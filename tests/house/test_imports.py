@@ -5,7 +5,8 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from tests.places import ROOT
+
 ALLOWED = {"models": {"models", "utils"}, "data": {"data", "utils"}, "utils": {"utils"}}
 SCRIPTS = {"tests", *(path.stem for path in ROOT.glob("*.py"))}
 # rooms (folders, and the files that are in none) from the top down: none imports one above it

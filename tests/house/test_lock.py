@@ -1,9 +1,9 @@
 """The lock file against requirements.txt: the same versions, each with its hashes."""
 
 import re
-from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from tests.places import ROOT
+
 PINNED = r"^([\w.-]+)==([^\s;\\]+)"
 
 

@@ -2,16 +2,15 @@
 
 import importlib.util
 import re
-from pathlib import Path
 
 import pytest
 
+from tests.places import ROOT
 from utils.config.classification import ClassificationConfig
 from utils.config.command_line import OPTIONS, schema_keys
 from utils.config.dino import DinoConfig
 from utils.config.segmentation import SegmentationConfig
 
-ROOT = Path(__file__).parents[2]
 PAGES = {p.relative_to(ROOT).as_posix(): p for p in (ROOT / "README.md", *ROOT.glob("docs/*.md"))}
 TEXTS = {name: path.read_text(encoding="utf-8") for name, path in PAGES.items()}
 STAGES = {"dino": DinoConfig, "classification": ClassificationConfig}

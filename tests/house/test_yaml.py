@@ -1,18 +1,17 @@
 """The three YAML files: every key is explained where it stands, and in the same words in each."""
 
 import re
-from pathlib import Path
 
 import pytest
 import yaml
 
+from tests.places import ROOT
 from utils.config import strict_yaml
 from utils.config.classification import ClassificationConfig
 from utils.config.command_line import schema_keys
 from utils.config.dino import DinoConfig
 from utils.config.segmentation import SegmentationConfig
 
-ROOT = Path(__file__).parents[2]
 STAGES = {"dino": DinoConfig, "classification": ClassificationConfig}
 STAGES["segmentation"] = SegmentationConfig
 DIFFERENT = {"learning_rate"}  # dino.py scales it with the batch, after DINO; the others do not

@@ -3,17 +3,17 @@
 import copy
 import json
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 
 from models.backbones import build_backbone, facts_of, from_config
+from tests.places import ROOT
 from utils.config.command_line import parse_command_line
 from utils.config.dino import DinoConfig, impossible_dino
 from utils.config.schema import impossible_size
 
-CONFIG = Path(__file__).parents[2] / "dino_config.yaml"
+CONFIG = ROOT / "dino_config.yaml"
 
 SMALL = {
     "resunet": {"features": (4, 8, 12), "blocks": (1, 2, 2)},

@@ -3,7 +3,6 @@
 import copy
 import importlib.util
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,8 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 from models.backbones import build_backbone
 from models.swinunetr import FusedWindowAttention
 from tests.models.test_backbones import gradients
+from tests.places import SHARED
 
-SHARED = Path(__file__).parents[3] / "shared"
 needs_shared = pytest.mark.skipif(
     not (SHARED / "references").exists(), reason="no reference outputs in ../shared/references"
 )

@@ -24,8 +24,9 @@ from tests.data.dicom.factory import (
     save_series,
     set_stored,
 )
+from tests.places import SHARED
 
-SHARED_DICOM = Path(__file__).parents[4] / "shared" / "data" / "dicom"
+SHARED_DICOM = SHARED / "data" / "dicom"
 LARGER = {"rows": 40, "columns": 36}  # JPEG 2000 takes at least 32 x 32
 
 

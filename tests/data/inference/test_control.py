@@ -1,5 +1,4 @@
 import json
-from pathlib import Path
 from types import SimpleNamespace
 
 import nibabel as nib
@@ -14,8 +13,9 @@ from data.cases import Case, read_cases
 from data.inference.control import Control, control_features
 from data.prepare.targets import Targets
 from data.standard import StandardForm
+from tests.places import SHARED
 
-HIPPOCAMPUS = Path(__file__).resolve().parents[4] / "shared" / "data" / "hippocampus"
+HIPPOCAMPUS = SHARED / "data" / "hippocampus"
 
 
 def entry_of(shape, value=1.0, body=255):

@@ -2,7 +2,6 @@
 
 import gzip
 from dataclasses import replace
-from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -23,11 +22,12 @@ from data.inference.restore import (
 )
 from data.readers import VolumeError, read_volume
 from data.standard import StandardForm
+from tests.places import SHARED
 from utils.classes import IGNORE, Classes
 
-SHARED = Path(__file__).parents[4] / "shared" / "data"
-DICOM = SHARED / "dicom"
-needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"no real data at {SHARED}")
+DATA = SHARED / "data"
+DICOM = DATA / "dicom"
+needs_shared = pytest.mark.skipif(not DATA.is_dir(), reason=f"no real data at {DATA}")
 CLASSES = Classes(("ball", "rod"), ((3, 4), (7,)), ignore=(9,))
 CPU = torch.device("cpu")
 TURN = np.array(

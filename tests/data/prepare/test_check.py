@@ -14,10 +14,11 @@ from data.cache import VolumeCache
 from data.cases import Case, read_cases
 from data.prepare.check import check_volumes
 from data.standard import StandardForm
+from tests.places import SHARED
 
-SHARED = Path(__file__).resolve().parents[4] / "shared" / "data"
+DATA = SHARED / "data"
 needs_data = pytest.mark.skipif(
-    not SHARED.exists(), reason="shared/data is not beside the repository"
+    not DATA.exists(), reason="shared/data is not beside the repository"
 )
 
 
@@ -152,7 +153,7 @@ def test_a_mistake_of_ours_names_the_row(tmp_path, monkeypatch):
 @needs_data
 @pytest.mark.parametrize("build", [False, True])
 def test_one_series_under_two_patients(tmp_path, build):
-    source = SHARED / "dicom" / "mr_hippocampus_crop"
+    source = DATA / "dicom" / "mr_hippocampus_crop"
     for name in ("a", "b"):
         shutil.copytree(source, tmp_path / name)
     cases = [Case("p1", str(tmp_path / "a"), "0", 2), Case("p2", str(tmp_path / "b"), "1", 3)]
@@ -163,12 +164,12 @@ def test_one_series_under_two_patients(tmp_path, build):
 
 @needs_data
 def test_real_volumes(tmp_path):
-    cases, found = read_cases(SHARED / "hippocampus" / "segmentation.csv", {}, (), ("img_path",))
+    cases, found = read_cases(DATA / "hippocampus" / "segmentation.csv", {}, (), ("img_path",))
     assert found == [] and check(cases[:10], cache_in(tmp_path, "MR"), modality="MR") == []
-    mask = str(SHARED / "dicom" / "ct_jpeg2000_labels.nii.gz")
+    mask = str(DATA / "dicom" / "ct_jpeg2000_labels.nii.gz")
     series = [
-        Case("p1", str(SHARED / "dicom" / "ct_jpeg2000"), "0", 2, seg_path=mask),
-        Case("p2", str(SHARED / "dicom" / "mr_oblique_t1"), "0", 3),
-        Case("p2", str(SHARED / "dicom" / "mr_oblique_flair"), "0", 4),
+        Case("p1", str(DATA / "dicom" / "ct_jpeg2000"), "0", 2, seg_path=mask),
+        Case("p2", str(DATA / "dicom" / "mr_oblique_t1"), "0", 3),
+        Case("p2", str(DATA / "dicom" / "mr_oblique_flair"), "0", 4),
     ]
     assert check(series, cache_in(tmp_path)) == []

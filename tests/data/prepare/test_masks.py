@@ -1,7 +1,6 @@
 """Image and mask, however they are stored, on one grid; what is wrong with masks, case by case."""
 
 import itertools
-from pathlib import Path
 from types import SimpleNamespace
 
 import nibabel as nib
@@ -17,11 +16,12 @@ from data.readers import VolumeError, read_volume
 from data.standard import StandardForm
 from data.views.patches import PatchDataset, PatchSettings
 from tests.data.dicom.factory import OBLIQUE, make_series, save_series
+from tests.places import SHARED
 from utils.classes import Classes
 
-SHARED = Path(__file__).resolve().parents[4] / "shared" / "data"
+DATA = SHARED / "data"
 needs_data = pytest.mark.skipif(
-    not SHARED.exists(), reason="shared/data is not beside the repository"
+    not DATA.exists(), reason="shared/data is not beside the repository"
 )
 ANGLE = np.deg2rad(20)
 TURNED = np.array(  # oblique, anisotropic, off the origin
@@ -291,8 +291,8 @@ def test_all_is_said_at_once_before_training(tmp_path, check):
 @needs_data
 def test_real_dicom_ct_and_its_mask_in_another_order(tmp_path):
     series, labels = (
-        SHARED / "dicom" / "ct_jpeg2000",
-        SHARED / "dicom" / "ct_jpeg2000_labels.nii.gz",
+        DATA / "dicom" / "ct_jpeg2000",
+        DATA / "dicom" / "ct_jpeg2000_labels.nii.gz",
     )
     image = nib.load(labels)
     turn = nib.orientations.ornt_transform(
@@ -313,7 +313,7 @@ def test_real_dicom_ct_and_its_mask_in_another_order(tmp_path):
 @needs_data
 @pytest.mark.parametrize("folder, modality, count", [("ct", "CT", 40), ("mr", "MR", 23)])
 def test_real_abdomen_with_many_labels(tmp_path, folder, modality, count):
-    paths = [str(SHARED / folder / f"abdomen_3mm{end}.nii.gz") for end in ("", "_labels")]
+    paths = [str(DATA / folder / f"abdomen_3mm{end}.nii.gz") for end in ("", "_labels")]
     case = Case("p", paths[0], "0", 2, modality=modality, seg_path=paths[1])
     cache = VolumeCache(tmp_path, StandardForm(None))
     entry = cache.get(case)

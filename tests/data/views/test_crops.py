@@ -2,7 +2,6 @@
 
 import itertools
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +13,7 @@ from scipy.spatial.transform import Rotation
 from data.views.crops import ViewSettings, apply_views, sample_fov, sample_region, sample_views
 from data.views.geometry import body_fraction, view_matrix
 from data.views.intensity import IntensitySettings
+from tests.places import ROOT
 
 WIDE = IntensitySettings(hu_window=(-2000.0, 2000.0))
 PLAIN = ViewSettings(
@@ -265,7 +265,7 @@ def test_crops_of_air_are_drawn_again_and_the_fraction_is_reported():
 
 
 def test_settings_cover_the_shipped_config():
-    config = yaml.safe_load((Path(__file__).parents[3] / "dino_config.yaml").read_text())
+    config = yaml.safe_load((ROOT / "dino_config.yaml").read_text())
     window = tuple(config["data"]["hu_window"])
     settings = ViewSettings.from_config(config["crops"], config["augment"], window)
     intensity = settings.intensity

@@ -30,8 +30,8 @@ from tests.faults.cache.cases import (
     write,
 )
 from tests.faults.frame import NAMED, RIGHT, WRONG, Fault, Group, Outcome, judge
+from tests.places import ROOT
 
-ROOT = Path(__file__).resolve().parents[3]
 OTHER_FORMS = {
     "spacing": StandardForm((2.0, 2.0, 2.0), "CT", crop_background=False),
     "modality": StandardForm(None, "MR", crop_background=False),

@@ -20,8 +20,8 @@ from data.dicom import decoder
 from data.readers import read_volume
 from tests.data.dicom.factory import assert_phantom, make_enhanced, make_series, save, save_series
 from tests.faults.frame import RIGHT, WRONG, Fault, Group, Outcome, judge
+from tests.places import ROOT
 
-ROOT = Path(__file__).resolve().parents[3]
 SYNTAXES = {"JPEG 2000": JPEG2000Lossless, "JPEG-LS": JPEGLSLossless, "RLE": RLELossless}
 SHAPE = (36, 40, 8)
 SECONDS = 0.5  # that a frame may take, here

@@ -9,10 +9,11 @@ import yaml
 
 from models.backbones import facts_of
 from tests.faults.frame import NAMED, RIGHT, WRONG, Fault, Group, Outcome, judge
+from tests.places import ROOT
 from utils.config.command_line import parse_command_line
 from utils.config.dino import DinoConfig, impossible_dino
 
-SHIPPED = Path(__file__).resolve().parents[3] / "dino_config.yaml"
+SHIPPED = ROOT / "dino_config.yaml"
 IMPOSSIBLE = partial(impossible_dino, facts_of=facts_of)
 
 

@@ -14,7 +14,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[3]
+from tests.places import ROOT
+
 ACTED = "[the fault happens]"
 
 

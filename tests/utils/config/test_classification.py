@@ -7,7 +7,7 @@ import pytest
 
 from classification import CONFIG, OPTIONS
 from models.backbones import facts_of
-from tests.conftest import ROOT
+from tests.places import ROOT
 from utils.config.classification import ClassificationConfig, impossible_classification
 from utils.config.command_line import (
     ConfigError,

@@ -2,7 +2,6 @@
 
 import ast
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Literal
 
 import pytest
@@ -10,6 +9,7 @@ import yaml
 from pydantic import BaseModel, Field
 
 from models.backbones import facts_of
+from tests.places import ROOT
 from utils.config import strict_yaml
 from utils.config.classification import Epochs
 from utils.config.command_line import (
@@ -24,7 +24,6 @@ from utils.config.dino import DinoConfig, impossible_dino
 from utils.config.fields import Size, Spacing, Texts
 from utils.errors import nearest
 
-ROOT = Path(__file__).resolve().parents[3]
 DEFAULT = ROOT / "dino_config.yaml"
 IMPOSSIBLE = partial(impossible_dino, facts_of=facts_of)
 

@@ -4,18 +4,18 @@ import copy
 import json
 import zipfile
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 
 from models.backbones import build_backbone, facts_of
+from tests.places import ROOT
 from utils.config.command_line import parse_command_line
 from utils.config.dino import DinoConfig, impossible_dino
 from utils.tensor_files import WeightsError
 from utils.weights import LoadReport, compare_input, load_backbone
 
-CONFIG = Path(__file__).parents[3] / "dino_config.yaml"
+CONFIG = ROOT / "dino_config.yaml"
 SMALL = {
     "resunet": {"features": (4, 8, 12), "blocks": (1, 2, 2)},
     "swinunetr": {"feature_size": 12},

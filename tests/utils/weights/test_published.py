@@ -3,7 +3,6 @@
 import functools
 import importlib.util
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,10 +13,10 @@ from monai.networks import nets
 from torch.overrides import TorchFunctionMode
 
 from models.backbones import build_backbone
+from tests.places import SHARED
 from utils.tensor_files import WeightsError
 from utils.weights import load_backbone
 
-SHARED = Path(__file__).parents[4] / "shared"
 pytestmark = pytest.mark.skipif(
     not (SHARED / "references").exists(), reason="no reference outputs in ../shared/references"
 )
