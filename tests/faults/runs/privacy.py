@@ -21,8 +21,8 @@ import pydicom
 from tests.data.dicom.factory import make_series, save_series
 from tests.faults.frame import RIGHT, WRONG, Fault, Group, Outcome
 from tests.faults.runs.searching import find_text
+from tests.places import ROOT
 
-ROOT = Path(__file__).resolve().parents[3]
 CANARIES = ("zqxcanary", "19010203")  # the first is in every text, the second a birth date
 HEADER = {
     "PatientName": "Zqxcanaryname^Vorname",
@@ -107,15 +107,14 @@ def write_scans(folder: Path) -> None:
 
 
 def _settings(stage: str) -> dict[str, str]:
-    from tests import conftest
-    from tests.stages import small_classification, small_segmentation
+    from tests.stages.small import STAGES
 
-    if stage == "dino":
-        return conftest.SMALL | {"probe.every": "1"}
-    if stage == "classification":
-        targets = {"cls_targets": "[../../lesion]", "reg_targets": "[]", "report_by": "[]"}
-        return small_classification.SMALL | targets
-    return small_segmentation.SMALL | {"classes": "{../../ball: 1}"}
+    others = {
+        "dino": {"probe.every": "1"},
+        "classification": {"cls_targets": "[../../lesion]", "reg_targets": "[]", "report_by": "[]"},
+        "segmentation": {"classes": "{../../ball: 1}"},
+    }
+    return STAGES[stage].settings | others[stage]
 
 
 KINDS = ("*.b2nd", "*.pt", "*tfevents*", "*.png", "report.html", "*.jsonl", "terminal.txt")

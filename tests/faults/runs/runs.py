@@ -11,11 +11,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests import conftest
-from tests.conftest import equal, read_cases, without_times
+from tests.conftest import equal
 from tests.faults.frame import LOST, WRONG, Outcome
 from tests.faults.runs.script import ACTED, be_script
-from tests.stages import small_classification, small_segmentation
+from tests.stages import small
 from utils import checkpoint
 
 STAGES = ("dino", "classification", "segmentation")
@@ -23,9 +22,9 @@ PATIENCE_S = 90  # for a run of a few seconds
 # 4 steps per epoch. The classifier draws dropout from torch's global random state, is frozen for an
 # epoch and stops early
 SETTINGS = {
-    "dino": conftest.SMALL
+    "dino": small.DINO
     | {"probe_targets": "[]", "probe.every": "1", "probe.max_cases": "4", "n_epochs": "3"},
-    "classification": small_classification.SMALL
+    "classification": small.CLASSIFICATION
     | {
         "head.dropout": "0.3",
         "finetune.freeze_epochs": "1",
@@ -34,7 +33,7 @@ SETTINGS = {
         "learning_rate": "0.03",
         "n_epochs": "9",
     },
-    "segmentation": small_segmentation.SMALL | {"n_epochs": "3"},
+    "segmentation": small.SEGMENTATION | {"n_epochs": "3"},
 }
 # starting a process of this kind takes no time, for it has imported all that the scripts need
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -52,8 +51,8 @@ def kept_folder(name: str) -> Path:
 @functools.cache
 def scans(stage: str) -> Path:
     """Folder of cases.csv."""
-    small = small_classification if stage == "classification" else small_segmentation
-    return small.make_scans(kept_folder(f"scans-{stage}"))
+    make = small.make_classification if stage == "classification" else small.make_segmentation
+    return make(kept_folder(f"scans-{stage}"))
 
 
 def arguments(stage: str, folder: Path, **overrides) -> list[str]:
@@ -117,20 +116,9 @@ def _in_group(stage: str, command_line: list[str], terminal: str, options: dict)
 
 
 def result(experiment: Path) -> dict:
-    """All that must not depend on when and how the run ran: the newest and the best state, what
-    later stages take, its log and its table."""
-    folder = experiment / "checkpoints"
-    found = {}
-    for name in ("last", "best", "backbone"):
-        if (folder / f"{name}.pt").exists():
-            saved = checkpoint.load(folder / f"{name}.pt")
-            if (saved.get("progress") or {}).get("first"):
-                saved["progress"]["first"] = without_times(saved["progress"]["first"])
-            found[name] = {k: v for k, v in saved.items() if k not in ("config", "versions")}
-    found["log"] = (experiment / "log.jsonl").read_text()
-    found["metrics"] = [without_times(row) for row in read_cases(experiment / "metrics.csv")]
-    found["report"] = (experiment / "report.html").read_text().rstrip().endswith("</html>")
-    return found
+    """All that must not depend on when and how the run ran, and whether the report is whole."""
+    whole = (experiment / "report.html").read_text().rstrip().endswith("</html>")
+    return small.result(experiment) | {"report": whole}
 
 
 def step_of(experiment: Path) -> int:

@@ -13,24 +13,16 @@ from pathlib import Path
 
 import torch
 
-import classification
-import dino
-import segmentation
 from tests.conftest import equal
 from tests.faults.runs.runs import arguments, scans
+from tests.stages import small
+from tests.stages.small import STAGES
 from utils.training import loop
 
-MODULES = {"dino": dino, "classification": classification, "segmentation": segmentation}
-LOSSES = {"dino": "dino_loss", "classification": "label_losses", "segmentation": "supervised"}
-DRAWN = ("draw_crops", "draw_inputs", "draw_patches", "draw_case", "draw_progress")
+MODULES = {name: stage.script for name, stage in STAGES.items()}
+LOSSES = {name: stage.loss for name, stage in STAGES.items()}
 NAN, INF = math.nan, math.inf
-# BatchNorm, whose running statistics move in the forward pass
-DS = {
-    "backbone": "segresnet",
-    "segresnet.variant": "ds",
-    "segresnet.feature_size": "8",
-    "segresnet.blocks": "[1,1,1]",
-}
+DS = small.settings(small.DS)  # BatchNorm, whose running statistics move in the forward pass
 Spoil = Callable  # (stage, state, batches) -> context in which the step is done
 
 
@@ -142,7 +134,7 @@ def run_script(stage: str, folder: Path, spoils=None, patches=(), **overrides):
     settings |= overrides
     command = [f"{stage}.py", *arguments(stage, folder, **settings)]
     handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1)}
-    drawn = {name: lambda *args: None for name in DRAWN if hasattr(module, name)}
+    drawn = {name: lambda *args, **kwargs: None for name in STAGES[stage].draws.split()}
     with ExitStack() as stack:
         for context in (redirect_stdout(said), redirect_stderr(said), *patches):
             stack.enter_context(context)
