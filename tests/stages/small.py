@@ -27,8 +27,10 @@ import dino
 import segmentation
 from tests.conftest import CANARY, read_cases, without_times, write_cases
 from utils import checkpoint
+from utils.training.run import EXIT_STOPPED
 from utils.training.state import State
 
+STOPPED = EXIT_STOPPED
 FOLDS = [0, 1, 2, 0, 1, 2, 0, 1, 3, 3, 3, 3, 3, 4, 4, 4, 4]  # 8 train, 5 val, 4 test
 FOLDS_OF_MASKS = [0, 1, 2, 0, 1, 2, 0, 1, 3, 3, 3, 4, 4, 4]  # 8 train, 3 val, 3 test
 TARGETS, SIZES = ("bright", "size", "hu"), ("small", "medium", "large")

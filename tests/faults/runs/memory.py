@@ -42,10 +42,10 @@ def small_device(module, phase: str, most: int):
         if within and isinstance(layer, nn.Conv3d) and len(inputs[0]) > most:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    def entered(*args):
+    def entered(*args, **kwargs):
         within.append(1)
         try:
-            return whole(*args)
+            return whole(*args, **kwargs)
         finally:
             within.pop()
 

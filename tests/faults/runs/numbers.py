@@ -35,7 +35,12 @@ from tests.faults.runs.spoiled_runs import (
     run_script,
     small_scale,
 )
+from tests.stages.small import STAGES, given
 from utils import checkpoint
+from utils.training import step
+from utils.training.state import State
+
+NETWORKS = {name: stage.network for name, stage in STAGES.items()} | {"dino": "teacher"}
 
 
 def train_patients(stage: str) -> list[str]:
@@ -212,8 +217,8 @@ def bad_validation(stage: str, calls: set[int]):
     module, done = MODULES[stage], []
     whole = module.validate
 
-    def spoiled(*args):
-        network = args[0].bare("teacher") if stage == "dino" else args[0]
+    def spoiled(*args, **kwargs):
+        network = given(State, args, kwargs).bare(NETWORKS[stage])
         weight = next(network.backbone.parameters())
         kept = weight.detach().clone()
         with torch.no_grad():
@@ -221,7 +226,7 @@ def bad_validation(stage: str, calls: set[int]):
                 weight.fill_(NAN)
             done.append(1)
             try:
-                return whole(*args)
+                return whole(*args, **kwargs)
             finally:
                 weight.copy_(kept)
 
@@ -258,7 +263,7 @@ def ours(module) -> list:
 def steps_anyway(module) -> list:
     """Broken: takes every number for finite."""
     functions = {name: getattr(math, name) for name in dir(math) if not name.startswith("_")}
-    return [patched(module, math=SimpleNamespace(**functions | {"isfinite": lambda x: True}))]
+    return [patched(step, math=SimpleNamespace(**functions | {"isfinite": lambda x: True}))]
 
 
 SPOILS = {

@@ -55,6 +55,7 @@ def draw_nothing() -> None:
     import numpy as np
     from PIL import Image
 
+    from data.inference import segmenting
     from utils.report import plots, plots_segmentation
 
     def plot(path: Path, *args) -> np.ndarray:
@@ -64,7 +65,7 @@ def draw_nothing() -> None:
 
     for name in ("plot_crops", "plot_curves", "plot_feature_pca"):
         setattr(plots, name, plot)
-    plots_segmentation.plot_overlay = plot
+    plots_segmentation.plot_overlay = segmenting.plot_overlay = plot
 
 
 def act_at(

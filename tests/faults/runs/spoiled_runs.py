@@ -11,13 +11,15 @@ from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr, 
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from tests.conftest import equal
 from tests.faults.runs.runs import arguments, scans
 from tests.stages import small
-from tests.stages.small import STAGES
-from utils.training import loop
+from tests.stages.small import STAGES, given
+from utils.training.run import exit_code
+from utils.training.state import State
 
 MODULES = {name: stage.script for name, stage in STAGES.items()}
 LOSSES = {name: stage.loss for name, stage in STAGES.items()}
@@ -108,10 +110,11 @@ class Watched(list):
     def __init__(self, stage: str, spoils: dict[int, Spoil]):
         self.stage, self.spoils, self.whole = stage, spoils, MODULES[stage].train_step
 
-    def __call__(self, state, batches: list[dict], *others) -> dict:
+    def __call__(self, *args, **kwargs) -> dict:
+        state, batches = given(State, args, kwargs), given(list, args, kwargs)
         before, spoil = snapshot(state), self.spoils.get(state.step)
         with spoil(self.stage, state, batches) if spoil else nullcontext():
-            numbers = self.whole(state, batches, *others)
+            numbers = self.whole(*args, **kwargs)
         after = snapshot(state)
         changed = [part for part in before if not equal(before[part], after[part])]
         pending = [x for x in state.modules.get("targets", {}).values() if x._pending]
@@ -134,7 +137,8 @@ def run_script(stage: str, folder: Path, spoils=None, patches=(), **overrides):
     settings |= overrides
     command = [f"{stage}.py", *arguments(stage, folder, **settings)]
     handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1)}
-    drawn = {name: lambda *args, **kwargs: None for name in STAGES[stage].draws.split()}
+    black = np.zeros((1, 1, 3), np.uint8)
+    drawn = {name: lambda *args, **kwargs: black for name in STAGES[stage].draws.split()}
     with ExitStack() as stack:
         for context in (redirect_stdout(said), redirect_stderr(said), *patches):
             stack.enter_context(context)
@@ -142,7 +146,7 @@ def run_script(stage: str, folder: Path, spoils=None, patches=(), **overrides):
         stack.enter_context(patched(module, train_step=watched, **drawn))
         stack.enter_context(patched(sys, argv=command))
         try:
-            code = loop.exit_code(module.main)
+            code = exit_code(module.main)
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
