@@ -9,6 +9,12 @@ from data.cases import CasesError
 from data.prepare.load import load_cases
 from data.standard import StandardForm
 from tests.conftest import read_cases, write_cases
+from tests.stages import small
+
+
+@pytest.fixture(scope="module")
+def scans(tmp_path_factory):
+    return small.make_dino(tmp_path_factory.mktemp("scans"))
 
 
 @pytest.fixture
