@@ -1,15 +1,19 @@
-"""Files and paths that users write, and what is wrong with them."""
+"""Text files: reading those that users write, naming what is wrong, and writing our own whole."""
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 
 def read_text(path: str | Path) -> str:
-    """The text of a UTF-8 file, with or without a byte-order mark.
+    """Return the text of a UTF-8 file with or without a byte-order mark.
 
     Raises:
-        ValueError: says what the file is instead, and in which line it stops being UTF-8.
+        ValueError: the file cannot be read or is not UTF-8; the message says what it is instead, or
+            which line is wrong.
     """
     try:
         content = Path(path).read_bytes()
@@ -28,10 +32,11 @@ def read_text(path: str | Path) -> str:
 
 
 def expand_path(text: str) -> str:
-    """`~`, $VAR and ${VAR} replaced.
+    """Replace `~`, $VAR and ${VAR} in a path.
 
     Raises:
-        ValueError: empty, holds a NUL character, or names a variable or user that does not exist.
+        ValueError: the path is empty, holds a NUL character, or names a variable or user that does
+            not exist.
     """
     if not text.strip():
         raise ValueError("empty path")
@@ -44,3 +49,12 @@ def expand_path(text: str) -> str:
     if expanded.startswith("~"):
         raise ValueError("~ names a user that does not exist; write ./~ for a file of that name")
     return expanded
+
+
+@contextmanager
+def replacing(path: Path, newline: str | None = None) -> Iterator[TextIO]:
+    """Open a text file that replaces `path` once it is complete; no reader sees half of it."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "w", newline=newline, encoding="utf-8") as file:
+        yield file
+    temporary.replace(path)

@@ -1,4 +1,4 @@
-"""test/ of the classifier: predictions, metrics, pictures and a page that shows them."""
+"""The folder test/ of the classifier: predictions, metrics, pictures and a page."""
 
 import json
 import re
@@ -22,7 +22,7 @@ from utils.report.plots_classification import (
     plot_roc,
 )
 
-NUM_WORST = 8  # cases of each target
+NUM_WORST = 8  # cases that are drawn for each target
 LABELS = {
     "auc": "AUC",
     "average_precision": "average precision",
@@ -35,8 +35,8 @@ LABELS = {
     "mae": "mean absolute error",
     "r2": "R²",
 }
-IN_GROUPS = ["auc", "balanced_accuracy", "mae", "r2"]  # told of each group and fold
-OF_CLASSES = {  # file in plots/ -> how it is drawn, caption
+IN_GROUPS = ["auc", "balanced_accuracy", "mae", "r2"]  # shown for each group and fold
+OF_CLASSES = {  # {file in plots/: (function that draws it, caption)}
     "roc": (plot_roc, "ROC, with the area under the curve"),
     "precision_recall": (
         plot_precision_recall,
@@ -82,15 +82,16 @@ def write_test_report(
 ) -> dict:
     """Write predictions.csv, control.csv, metrics.json, report.html and plots/*.png.
 
-    Works without labels, with one row, with one class. PatientIDs are in the two CSVs only.
+    This works without labels, with one row and with one class. Only the two CSVs have PatientIDs.
 
     Args:
         folder: made if absent; files of these names are overwritten.
-        targets, cases, predictions, control, report_by, by_fold: of `evaluate`.
-        images: case -> (X, Y, Z) in 0..1, for pictures of the cases that were most wrong.
+        targets, cases, predictions, control, report_by, by_fold, seed: see `evaluate`.
+        images: function that returns the volume of a case, (X, Y, Z) in 0..1, to draw the cases
+            with the worst predictions; None: they are not drawn.
         notes: warnings at the top of the page.
     Returns:
-        what metrics.json holds.
+        the content of metrics.json.
     """
     folder = Path(folder)
     (folder / "plots").mkdir(parents=True, exist_ok=True)
@@ -100,11 +101,10 @@ def write_test_report(
     metrics = evaluate(targets, cases, predictions, control, report_by, by_fold, seed=seed)
     text = json.dumps(metrics, indent=2, allow_nan=False, ensure_ascii=False)
     (folder / "metrics.json").write_text(text + "\n", encoding="utf-8")
-    sections = [Section("Warnings", [list(notes)], warning=True)]
-    for name in targets.names:
-        sections.append(Section(name, _summary(metrics[name], predictions[name])))
     worst = _draw_worst(folder, targets, cases, predictions, images) if images else []
-    sections += [
+    sections = [
+        Section("Warnings", [list(notes)], warning=True),
+        *(Section(name, _summary(metrics[name], predictions[name])) for name in targets.names),
         Section("Folds", _split(_fold_table(metrics), targets)),
         *(Section(f"By {c}", _split(_group_table(metrics, c), targets)) for c in report_by),
         Section("Pictures", _draw_curves(folder, targets, cases, predictions, metrics)),
@@ -119,7 +119,7 @@ def write_test_report(
 
 
 def _summary(found: dict, outputs: np.ndarray) -> list:
-    """What a target's section holds: counts, metrics beside the control, what is undefined."""
+    """Items of a target's section: counts, metrics beside the control's, what is undefined."""
     text = f"{found['n']} of {len(outputs)} rows have a label, of {found['patients']} patients."
     if "positive" in found:
         text += f" The positive class is {found['positive']!r}."
@@ -136,11 +136,8 @@ def _summary(found: dict, outputs: np.ndarray) -> list:
     rows = []
     for name in (name for name in LABELS if name in found):
         row = {"": LABELS[name], "network": found[name], "95 %": _ends(found, name)}
-        if "control" in found:
-            row |= {
-                "control": found["control"][name],
-                "control 95 %": _ends(found["control"], name),
-            }
+        if control := found.get("control"):
+            row |= {"control": control[name], "control 95 %": _ends(control, name)}
         rows.append(row)
     items.append(rows)
     for name, value in found.get("above_control", {}).items():
@@ -153,6 +150,7 @@ def _summary(found: dict, outputs: np.ndarray) -> list:
 
 
 def _group_table(metrics: dict, column: str) -> list[dict]:
+    """Rows of all targets for each value of a column."""
     return [
         {"target": target, "value": value, **_brief(found)}
         for target, of_target in metrics.items()
@@ -161,6 +159,7 @@ def _group_table(metrics: dict, column: str) -> list[dict]:
 
 
 def _fold_table(metrics: dict) -> list[dict]:
+    """Rows of all targets for each fold, for their mean and sd, and for all folds together."""
     rows = []
     for target, of_target in metrics.items():
         if "folds" not in of_target:
@@ -176,7 +175,7 @@ def _fold_table(metrics: dict) -> list[dict]:
 
 
 def _split(rows: list[dict], targets) -> list[list[dict]]:
-    """A table of the targets that are classes and one of those that are numbers, if any."""
+    """A table of the categorical targets and a table of the numeric ones, if there are any."""
     tables = [
         [row for row in rows if row["target"] in part]
         for part in (targets.classes, targets.moments)
@@ -185,6 +184,7 @@ def _split(rows: list[dict], targets) -> list[list[dict]]:
 
 
 def _brief(found: dict) -> dict:
+    """The numbers of a group or fold: counts, and the metrics of IN_GROUPS with intervals."""
     row = {"rows": found["n"], "patients": found["patients"]}
     for name in (name for name in IN_GROUPS if name in found):
         row |= {LABELS[name]: found[name], f"{LABELS[name]} 95 %": _ends(found, name)}
@@ -205,7 +205,7 @@ def _label(name: str) -> str:
 
 
 def _draw_curves(folder: Path, targets, cases, predictions, metrics) -> list:
-    """A picture of each kind, as far as there are labels; as items of a section."""
+    """Draw each kind of picture for which there are labels; return the items of a section."""
     truths, classes, numbers, items = targets.truth(cases), [], [], []
     for name, truth in truths.items():
         is_class = name in targets.classes
@@ -224,7 +224,7 @@ def _draw_curves(folder: Path, targets, cases, predictions, metrics) -> list:
 
 
 def _draw_worst(folder: Path, targets, cases, predictions, images: Callable) -> list:
-    """Pictures of the cases that were most wrong about each target; as items of a section."""
+    """Draw the cases with the worst predictions of each target; return the items of a section."""
     truths, items = targets.truth(cases), []
     for i, (name, truth) in enumerate(truths.items()):
         rows = most_wrong(truth, predictions[name], NUM_WORST)

@@ -1,4 +1,4 @@
-"""report.html: everything a run has to tell on one page that needs no other file."""
+"""report.html: all results of a run on one page that needs no other file."""
 
 import base64
 from collections.abc import Sequence
@@ -8,17 +8,17 @@ from pathlib import Path
 
 import numpy as np
 
+from utils.files import replacing
+
 
 @dataclass(frozen=True)
 class Section:
-    """One heading and what stands below it, in order. An item is one of
+    """A heading and the items below it, in order; a section without items is left out of the page.
 
-    str: a paragraph. Path: a PNG file. (Path, str): a PNG with a caption.
-    dict: a table of names and values; nested dicts become dotted names.
-    list of dicts, or a DataFrame: a table with a column per key.
-    list of str: a bullet list.
-
-    warning: draw the section so that it is not overlooked. Sections without items are left out.
+    An item is a str (a paragraph), a Path (a PNG file), a (Path, str) (a PNG file with a caption),
+    a dict (a table of names and values, where nested dicts become dotted names), a list of dicts or
+    a DataFrame (a table with a column for each key), or a list of str (a bullet list).
+    `warning` draws the section so that it is not overlooked.
     """
 
     title: str
@@ -53,9 +53,11 @@ section.warning h2 { color: var(--warn); margin-top: .8rem; }
 
 
 def write_report(path: str | Path, title: str, sections: Sequence[Section]) -> None:
-    """Write one self-contained HTML page; pictures are embedded and all text is escaped.
+    """Write one self-contained HTML page, with embedded pictures and with all text escaped.
 
-    Raises ValueError for an item that is none of those of `Section`, OSError for a missing picture.
+    Raises:
+        ValueError: an item is of none of the kinds that `Section` lists.
+        OSError: a picture cannot be read.
     """
     sections = [s for s in sections if any(len(i) if hasattr(i, "__len__") else 1 for i in s.items)]
     links = "".join(f'<a href="#s{n}">{escape(s.title)}</a>' for n, s in enumerate(sections))
@@ -70,13 +72,12 @@ def write_report(path: str | Path, title: str, sections: Sequence[Section]) -> N
         f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
         f"<h1>{escape(title)}</h1>\n<nav>{links}</nav>\n{body}\n</body>\n</html>\n"
     )
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")  # a reader never sees half a page
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(path)
+    with replacing(Path(path)) as file:
+        file.write(page)
 
 
 def _item(item) -> str:
+    """The HTML of one item of a section."""
     if isinstance(item, str):
         return f"<p>{escape(item)}</p>\n"
     if isinstance(item, Path):
@@ -103,15 +104,13 @@ def _picture(path, caption):
 
 
 def _table(columns, rows):
-    """The first cell of a row is its heading."""
-    head = ""
+    """A table in HTML; the first cell of each row is the row's heading."""
+    head = body = ""
     if columns is not None:
-        head = (
-            "<thead><tr>" + "".join(f"<th>{escape(str(c))}</th>" for c in columns) + "</tr></thead>"
-        )
-    body = ""
+        names = "".join(f"<th>{escape(str(c))}</th>" for c in columns)
+        head = f"<thead><tr>{names}</tr></thead>"
     for first, *others in rows:
-        cells = "".join(_cell(value) for value in others)
+        cells = "".join(map(_cell, others))
         body += f'<tr><th scope="row">{_text(first)}</th>{cells}</tr>\n'
     return f'<div class="scroll"><table>{head}<tbody>\n{body}</tbody></table></div>\n'
 
@@ -145,13 +144,13 @@ def write_training_report(
     settings: dict,
     weights: dict | None = None,
 ) -> None:
-    """<experiment>/report.html of a training run.
+    """Write <experiment>/report.html of a training run.
 
     Args:
-        log: the RunLog.
-        pictures: file in plots/ -> caption; those that do not exist are left out.
-        warnings, settings: as they stand.
-        weights: the table of the weights it started from; None: random ones.
+        log: the RunLog of the run.
+        pictures: {name of a file in plots/: caption}; files that do not exist are left out.
+        warnings, settings: shown as they are.
+        weights: what is known of the weights that the run started from; None: they were random.
     """
     left_out = [f"{p.patient} (line {p.row} of the CSV): {p.what}" for p in log.skipped]
     found = [(log.folder / "plots" / name, caption) for name, caption in pictures.items()]

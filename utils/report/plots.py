@@ -1,12 +1,15 @@
-"""Pictures of a run: crops, curves, features. Each function saves a PNG and returns its pixels.
+"""Pictures of a run: crops, curves, features.
 
-Volumes are (X, Y, Z) in RAS+ and drawn as a radiologist expects them: in axial and coronal slices
-the patient's right is on the left of the picture, the front is up (axial) or on the left
-(sagittal), the head is up. Figures are made without pyplot, so nothing is left behind.
+Each function that draws a picture saves it as a PNG and returns its pixels, (H, W, 3) uint8.
+Volumes are (X, Y, Z) in RAS+ and are drawn as a radiologist expects them: the patient's right is on
+the left of axial and coronal slices, the front is at the top of axial slices and on the left of
+sagittal ones, and the head is at the top of the other two. Figures are made without pyplot, which
+would keep them in memory.
 """
 
 from collections.abc import Sequence
 from fnmatch import fnmatch
+from itertools import product
 from math import log
 
 import numpy as np
@@ -20,13 +23,13 @@ from scipy.ndimage import zoom
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#777777"]
 LINES = ["-", "--", "-.", ":"]
 
-PLANES = {  # name: (axis across the slice, letters at the left, right, top, bottom of the picture)
+PLANES = {  # {name: (axis across the slice, letters at the picture's left, right, top, bottom)}
     "axial": (2, "RLAP"),
     "coronal": (1, "RLSI"),
     "sagittal": (0, "APSI"),
 }
 
-PANELS = [  # title, columns of metrics.csv; a column goes to the first panel it fits
+PANELS = [  # (title, columns of metrics.csv); a column is drawn in the first panel that it fits
     ("loss", ["loss", "train_loss", "val_loss"]),
     ("DINO loss", ["*dino_loss"]),
     ("patch loss", ["*patch_loss"]),
@@ -52,10 +55,9 @@ PANELS = [  # title, columns of metrics.csv; a column goes to the first panel it
     ("share of time waiting for data", ["*wait*"]),
     ("images per second", ["*images_per_s*", "*images/s*"]),
 ]
-MAX_LEGEND = 12  # lines that a legend names; more would hide the panel
-NOTE = {"ha": "center", "va": "bottom", "fontsize": 7}
-LEFT_OUT = ["epoch", "step", "prototypes_move", "probe_*accuracy"]  # are in metrics.csv
-WITH_LN_K = {  # panels that get a line at the entropy of the uniform output
+MAX_LEGEND = 12  # lines in a legend; more would hide the panel
+LEFT_OUT = ["epoch", "step", "prototypes_move", "probe_*accuracy"]  # only in metrics.csv
+WITH_LN_K = {  # panels with a line at ln K, the entropy of the uniform output
     "DINO loss": "out_dim",
     "teacher entropy (nats)": "out_dim",
     "patch loss": "patch_out_dim",
@@ -64,16 +66,16 @@ WITH_LN_K = {  # panels that get a line at the entropy of the uniform output
 
 
 def slice_2d(volume: np.ndarray, plane: str, index: int) -> np.ndarray:
-    """Slice `index` of (X, Y, Z, ...) in RAS+ as a picture (rows, columns, ...), see the module."""
+    """Return slice `index` of a volume (X, Y, Z, ...) in RAS+ as a picture (rows, columns, ...)."""
     cut = np.take(volume, index, axis=PLANES[plane][0])
-    return np.swapaxes(cut, 0, 1)[::-1, ::-1]  # all three axes of RAS+ run against the picture's
+    return np.swapaxes(cut, 0, 1)[::-1, ::-1]  # RAS+ axes run against those of pictures
 
 
 def plot_crops(path, views: dict[str, np.ndarray], max_cases: int = 3) -> np.ndarray:
-    """Middle slices of the crops of a batch in three planes.
+    """Draw the middle slices of the crops of a batch in three planes.
 
-    views: name -> (N, X, Y, Z), values in 0..1; "global 1", "local 3", ... Each view is one column,
-    each case three rows. Returns the picture as (H, W, 3) uint8.
+    views: {"global 1", "local 3", ...: (N, X, Y, Z), values in 0..1}. Each view is a column, each
+    case three rows.
     """
     views = {name: np.asarray(crops, np.float32) for name, crops in views.items()}
     num_cases = min(max_cases, min(len(crops) for crops in views.values()))
@@ -82,38 +84,52 @@ def plot_crops(path, views: dict[str, np.ndarray], max_cases: int = 3) -> np.nda
     width, top = max(side * columns + 0.7, 6), 0.95
     height = side * rows + top + 0.1
     fig = figure(width, height)
-    grid = fig.add_gridspec(
-        rows, columns, left=0.7 / width, right=0.995, bottom=0.1 / height, top=1 - top / height
-    )
-    grid.update(wspace=0.04, hspace=0.04)
     fig.suptitle("Crops of the first batch: middle slices", y=1 - 0.1 / height, va="top")
     note = (
         "R L A P S I: patient's right, left, front, back, head, feet (if the crop is not flipped)"
     )
     fig.text(0.5, 1 - 0.36 / height, note, ha="center", va="top", fontsize=7)
-    for column, (name, crops) in enumerate(views.items()):
-        for row in range(rows):
-            case, plane = divmod(row, 3)
-            plane = list(PLANES)[plane]
-            volume = crops[case]
-            ax = fig.add_subplot(grid[row, column])
-            middle = volume.shape[PLANES[plane][0]] // 2
-            ax.imshow(slice_2d(volume, plane, middle), cmap="gray", vmin=0, vmax=1)
-            bare(ax)
-            if row == 0:
-                size = "×".join(map(str, volume.shape))
-                ax.set_title(f"{name}\n{size}", fontsize=8)
-            if column == 0:
-                ax.set_ylabel(f"case {case + 1}\n{plane}", fontsize=8)
-                letters(ax, PLANES[plane][1])
+    titles = [f"{n}\n" + "×".join(map(str, crops.shape[1:])) for n, crops in views.items()]
+    cases = [f"case {i + 1}\n" for i in range(num_cases)]
+    edges = {"left": 0.7 / width, "bottom": 0.1 / height, "top": 1 - top / height}
+    draw_middles(fig, list(views.values()), titles, cases, edges)
     return save(fig, path)
 
 
+def draw_middles(
+    fig: Figure,
+    columns: Sequence[Sequence[np.ndarray]],
+    titles: Sequence[str],
+    cases: Sequence[str],
+    edges: dict[str, float],
+    title_size: float = 8,
+) -> None:
+    """Draw the middle slices of volumes in three planes, three rows for each case.
+
+    Args:
+        columns: for each column the volumes of its cases, (X, Y, Z) in 0..1.
+        titles: text above each column. cases: text before the name of the plane, for each case.
+        edges: left, bottom and top of the grid, as fractions of the figure.
+    """
+    space = {"right": 0.995, "wspace": 0.04, "hspace": 0.04}
+    grid = fig.add_gridspec(3 * len(cases), len(columns), **edges, **space)
+    for column, volumes in enumerate(columns):
+        for row, (case, plane) in enumerate(product(range(len(cases)), PLANES)):
+            volume, (axis, sides) = volumes[case], PLANES[plane]
+            ax = fig.add_subplot(grid[row, column])
+            _draw_slice(ax, volume, plane, volume.shape[axis] // 2)
+            if row == 0:
+                ax.set_title(titles[column], fontsize=title_size, parse_math=False)
+            if column == 0:
+                ax.set_ylabel(f"{cases[case]}{plane}", fontsize=8)
+                letters(ax, sides)
+
+
 def plot_curves(path, metrics, out_dim: int | None = None, patch_out_dim: int | None = None):
-    """Metrics over epochs, a small panel each; columns that are absent or empty are left out.
+    """Draw metrics over epochs in small panels; columns that are absent or empty are left out.
 
     metrics: rows of metrics.csv, as a list of dicts (None: no value) or a DataFrame; x is `epoch`.
-    out_dim, patch_out_dim: prototypes K, for a line at ln K. Returns the picture, (H, W, 3) uint8.
+    out_dim, patch_out_dim: numbers of prototypes K, for a line at ln K.
     """
     rows = metrics.to_dict("records") if hasattr(metrics, "to_dict") else list(metrics)
     series = _series(rows)
@@ -128,10 +144,8 @@ def plot_curves(path, metrics, out_dim: int | None = None, patch_out_dim: int | 
         ax = fig.add_subplot(num_rows, num_columns, n + 1)
         for i, name in enumerate(names):
             epochs, values = series[name]
-            style = LINES[i // len(COLORS) % len(LINES)]
             marker = "o" if len(values) <= 30 else ""
-            color = COLORS[i % len(COLORS)]
-            ax.plot(epochs, values, style, marker=marker, ms=3, lw=1.5, color=color, label=name)
+            ax.plot(epochs, values, marker=marker, ms=3, label=name, **line_style(i))
         if k := ln_k.get(WITH_LN_K.get(title)):
             ax.axhline(log(k), color="black", lw=1, ls=":", label=f"ln K = {log(k):.2f}")
         ax.set_title(title, fontsize=10)
@@ -142,9 +156,8 @@ def plot_curves(path, metrics, out_dim: int | None = None, patch_out_dim: int | 
         ax.grid(color="#dddddd", lw=0.6)
         ax.spines[["top", "right"]].set_visible(False)
         if len(names) > MAX_LEGEND:
-            ax.text(
-                0.5, 0.02, f"{len(names)} lines: see metrics.csv", **NOTE, transform=ax.transAxes
-            )
+            note = f"{len(names)} lines: see metrics.csv"
+            ax.text(0.5, 0.02, note, transform=ax.transAxes, ha="center", va="bottom", fontsize=7)
         elif len(ax.lines) > 1 or names[0].replace("_", " ") != title:
             ax.legend(fontsize=7, framealpha=0.7)
     return save(fig, path)
@@ -157,30 +170,26 @@ def plot_feature_pca(
     names: Sequence[str] | None = None,
     num_slices: int = 5,
 ) -> np.ndarray:
-    """First three principal components of feature maps as red, green, blue beside the image.
+    """Draw the first three principal components of feature maps in red, green and blue.
 
-    volume: (X, Y, Z), values in 0..1. features: (C, x, y, z), or several, over the same field of
-    view; each is decomposed by itself and upsampled linearly. names: a label for each map.
-    Returns the picture as (H, W, 3) uint8.
+    volume: (X, Y, Z), values in 0..1, drawn above the maps. features: (C, x, y, z), or several of
+    them, over the same field of view; each has its own components and is upsampled linearly.
+    names: a label for each map.
     """
     volume = np.asarray(volume, np.float32)
     maps = [features] if getattr(features, "ndim", 0) == 4 else list(features)
     names = names or [f"map {i}\n" + "×".join(map(str, m.shape[1:])) for i, m in enumerate(maps)]
     pictures = [pca_rgb(np.asarray(m, np.float32)) for m in maps]
-    fractions = np.linspace(0.15, 0.85, num_slices)
-    side = 1.7
+    side = 1.7  # inches
     width, height = side * num_slices + 0.7, side * (len(maps) + 1) + 0.55
     fig = figure(width, height)
-    grid = fig.add_gridspec(
-        len(maps) + 1, num_slices, left=0.7 / width, right=0.995, bottom=0.01, top=1 - 0.55 / height
-    )
-    grid.update(wspace=0.03, hspace=0.03)
+    edges = {"left": 0.7 / width, "right": 0.995, "bottom": 0.01, "top": 1 - 0.55 / height}
+    grid = fig.add_gridspec(len(maps) + 1, num_slices, **edges, wspace=0.03, hspace=0.03)
     fig.suptitle("Feature maps: principal components 1-3 as RGB, axial slices", fontsize=11)
-    for column, fraction in enumerate(fractions):
+    for column, fraction in enumerate(np.linspace(0.15, 0.85, num_slices)):
         z = round(fraction * (volume.shape[2] - 1))
         ax = fig.add_subplot(grid[0, column])
-        ax.imshow(slice_2d(volume, "axial", z), cmap="gray", vmin=0, vmax=1)
-        bare(ax)
+        _draw_slice(ax, volume, "axial", z)
         ax.set_title(f"slice {z + 1} of {volume.shape[2]}", fontsize=8)
         if column == 0:
             ax.set_ylabel("image", fontsize=8)
@@ -195,10 +204,11 @@ def plot_feature_pca(
 
 
 def pca_rgb(features: np.ndarray) -> np.ndarray:
-    """(C, x, y, z) -> (x, y, z, 3) in 0..1: the first three principal components over positions.
+    """Return the first three principal components of features (C, x, y, z) as (x, y, z, 3) in 0..1.
 
-    Each component is stretched between its 1st and 99th percentile; its sign is chosen so that the
-    largest loading is positive. Missing components (C < 3, constant features) are 0.5.
+    Each component is scaled so that its 1st and 99th percentile become 0 and 1, and its sign is
+    such that the loading of largest size is positive. Components that do not exist (C < 3, constant
+    features) are 0.5.
     """
     x = np.nan_to_num(features.reshape(len(features), -1).T.astype(np.float64))  # (positions, C)
     x -= x.mean(axis=0)
@@ -215,7 +225,7 @@ def pca_rgb(features: np.ndarray) -> np.ndarray:
 
 
 def _upsampled_slice(rgb, shape, z):
-    """Axial picture, at voxel z of `shape`, of a coarser (x, y, z, 3) map of the same field."""
+    """The axial slice at voxel z of `shape` of a coarser map (x, y, z, 3) of the same field."""
     position = np.clip((z + 0.5) * rgb.shape[2] / shape[2] - 0.5, 0, rgb.shape[2] - 1)
     low = int(position)
     high, part = min(low + 1, rgb.shape[2] - 1), position - low
@@ -226,7 +236,7 @@ def _upsampled_slice(rgb, shape, z):
 
 
 def _series(rows):
-    """column -> (epochs, values) with the finite numbers only; columns without any are dropped."""
+    """{column: (epochs, values)} of the finite numbers; columns without any are left out."""
     names = dict.fromkeys(name for row in rows for name in row)
     series = {}
     for name in names:
@@ -240,27 +250,38 @@ def _series(rows):
 
 
 def _panel_of(column):
+    """Title of the panel for a column of metrics.csv; None if it fits none."""
     fitting = (t for t, patterns in PANELS if any(fnmatch(column, p) for p in patterns))
     return next(fitting, None)
 
 
 def figure(width: float, height: float, **options) -> Figure:
-    """An empty figure of so many inches that pyplot knows nothing of."""
+    """Return an empty figure, sizes in inches, that pyplot does not know."""
     fig = Figure(figsize=(width, height), dpi=110, **options)
     FigureCanvasAgg(fig)
     return fig
 
 
 def bare(ax) -> None:
-    """Axes without ticks and frame, for a picture."""
-    ax.set_xticks([])
-    ax.set_yticks([])
-    for spine in ax.spines.values():
-        spine.set_visible(False)
+    """Remove the ticks and the frame of axes that hold a picture."""
+    ax.set(xticks=[], yticks=[])
+    ax.spines[:].set_visible(False)
+
+
+def _draw_slice(ax, volume: np.ndarray, plane: str, index: int) -> None:
+    """Draw a slice of a volume with values in 0..1."""
+    ax.imshow(slice_2d(volume, plane, index), cmap="gray", vmin=0, vmax=1)
+    bare(ax)
+
+
+def line_style(i: int) -> dict:
+    """Return colour, dashes and width of the i-th line of a panel."""
+    dashes = LINES[i // len(COLORS) % len(LINES)]
+    return {"color": COLORS[i % len(COLORS)], "ls": dashes, "lw": 1.5}
 
 
 def letters(ax, names: str) -> None:
-    """Name the sides of a picture: left, right, top, bottom, as in `PLANES`."""
+    """Write letters at the left, right, top and bottom of a picture, as in `PLANES`."""
     places = [(0.03, 0.5), (0.97, 0.5), (0.5, 0.97), (0.5, 0.03)]
     sides = [("left", "center"), ("right", "center"), ("center", "top"), ("center", "bottom")]
     outline = [withStroke(linewidth=2, foreground="black")]

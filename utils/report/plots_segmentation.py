@@ -1,6 +1,7 @@
-"""Pictures of a segmenter's predictions (see `utils.report.plots`): outlines on the image, scores.
+"""Pictures of a segmenter's predictions: outlines on the image, and scores.
 
-Pictures name a case by what the caller says in the title, never by a PatientID.
+Functions save and return their pictures as those of `utils.report.plots` do. A picture names its
+case only by the title that the caller gives, never by a PatientID.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,11 +16,15 @@ from utils.classes import IGNORE
 from utils.report.plots import COLORS, PLANES, bare, figure, letters, save, slice_2d
 
 OUTLINES = ["#F0E442", "#56B4E9", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#0072B2"]
-MARGIN_MM = 20.0  # of the image around what is outlined
-GOLDEN = 0.618  # turns of the colour wheel from one class to the next, beyond OUTLINES
-WIDTH, ROW, LINE = 10.5, 4.2, 0.16  # inches: most of the three planes, of a row, of the legend
-HALO = [withStroke(linewidth=1.6, foreground="black")]  # of dotted white lines
-MAX_LEGEND = 45  # classes
+MARGIN_MM = 20.0  # of image around the outlined voxels
+GOLDEN = 0.618  # of the colour wheel, from one class beyond OUTLINES to the next
+WIDTH, ROW, LINE = (
+    10.5,
+    4.2,
+    0.16,
+)  # inches: largest of three planes and of a row; legend line
+HALO = [withStroke(linewidth=1.6, foreground="black")]  # around dotted white lines
+MAX_LEGEND = 45  # classes in the legend
 
 
 def plot_overlay(
@@ -31,40 +36,37 @@ def plot_overlay(
     names: Sequence[str],
     title: str,
 ) -> np.ndarray:
-    """Truth and prediction outlined on the slices of three planes that hold most of the truth, or,
-    where there is none, of the prediction.
+    """Draw the outlines of truth and prediction on a slice of each plane.
+
+    The slices are those with the most voxels of the truth or, if it is empty or None, of the
+    prediction.
 
     Args:
-        image: (X, Y, Z) in RAS+, any unit; its window is taken from what is shown.
-        prediction, truth: (X, Y, Z) class indices; names[k] is index k + 1. Without a truth only
-            the prediction is drawn.
+        image: (X, Y, Z) in RAS+, any unit; black and white are chosen from the part that is shown.
+        prediction, truth: (X, Y, Z) class indices; names[k] belongs to index k + 1. If truth is
+            None, only the prediction is drawn.
         spacing_mm: (3,).
-    Returns:
-        the picture as (H, W, 3) uint8.
     """
     masks = {"truth": truth, "prediction": prediction}
     masks = {n: np.where(m == IGNORE, 0, m) for n, m in masks.items() if m is not None}
     anything = np.logical_or.reduce([m > 0 for m in masks.values()])
     box = _box(anything, spacing_mm)
     wanted = next((m > 0 for m in masks.values() if m.any()), anything)
-    places = {p: _fullest(wanted, axis) for p, (axis, _) in PLANES.items()}
-    shown = {}
+    volumes = {"image": image, **masks}
+    places, shown, size_mm = {}, {}, {}  # of each plane: index, pictures, width and height
     for plane, (axis, _) in PLANES.items():
+        places[plane] = _fullest(wanted, axis)
         cut = tuple(slice(None) if a == axis else box[a] for a in range(3))
-        shown[plane] = {n: slice_2d(m[cut], plane, places[plane]) for n, m in masks.items()}
-        shown[plane]["image"] = slice_2d(image[cut], plane, places[plane])
-    present = sorted({int(k) for cut in shown.values() for n in masks for k in np.unique(cut[n])})
-    present = [k for k in present if k > 0]
-    low, high = _window(image, anything, box)
-
-    # all planes in one scale
-    size_mm = {}  # of each plane's picture: width, height
-    for plane, (axis, _) in PLANES.items():
+        shown[plane] = {n: slice_2d(v[cut], plane, places[plane]) for n, v in volumes.items()}
         across, down = [a for a in range(3) if a != axis]
         rows, columns = shown[plane]["image"].shape
         size_mm[plane] = (columns * spacing_mm[across], rows * spacing_mm[down])
+    indices = {int(k) for cut in shown.values() for n in masks for k in np.unique(cut[n])}
+    present = sorted(indices - {0})
+    low, high = _window(image, anything, box)
+
     wide, tall = sum(w for w, _ in size_mm.values()), max(h for _, h in size_mm.values())
-    scale = min(WIDTH / wide, ROW / tall)  # inches per mm
+    scale = min(WIDTH / wide, ROW / tall)  # inches per mm, the same for all planes
     gap, left, top, side = 0.15, 0.4, 0.8, 2.1 if present else 0.1
     width = max(left + wide * scale + 2 * gap + side, 7.0)
     height = max(
@@ -99,9 +101,10 @@ def plot_overlay(
 def plot_scores(
     path, rows: Sequence[Mapping], names: Sequence[str], metric: str, label: str
 ) -> np.ndarray | None:
-    """A metric of every case, a line of dots per class with its median; None without any value.
+    """Draw a metric of every case as a row of dots for each class, with a bar at the median.
 
-    rows: of `utils.metrics.segmentation.case_metrics`. Returns the picture, (H, W, 3) uint8.
+    rows: rows of `utils.metrics.segmentation.case_metrics`. Without any value nothing is drawn and
+    None is returned.
     """
     values = {n: [r[metric] for r in rows if r["class"] == n] for n in names}
     values = {n: np.array([v for v in found if v is not None]) for n, found in values.items()}
@@ -127,7 +130,7 @@ def plot_scores(
 
 
 def color_of(k: int) -> str | tuple:
-    """Of class index k, from 1; no two alike."""
+    """Return the colour of class index k, which counts from 1; all classes differ."""
     if k <= len(OUTLINES):
         return OUTLINES[k - 1]
     turn = (k - len(OUTLINES)) * GOLDEN
@@ -135,7 +138,7 @@ def color_of(k: int) -> str | tuple:
 
 
 def _outline(ax, mask: np.ndarray, color, width: float, style: str) -> None:
-    """The border of a mask (rows, columns), closed at the picture's edge."""
+    """Draw the border of a mask (rows, columns), closed at the picture's edge."""
     if not mask.any():
         return
     padded = np.pad(mask, 1).astype(float)
@@ -146,7 +149,7 @@ def _outline(ax, mask: np.ndarray, color, width: float, style: str) -> None:
 
 
 def _box(anything: np.ndarray, spacing_mm) -> tuple[slice, ...]:
-    """Around all that is outlined, with a margin; the whole volume where nothing is."""
+    """The box around all outlined voxels with a margin; the whole volume if there are none."""
     box = []
     for axis, n in enumerate(anything.shape):
         hit = np.flatnonzero(anything.any(axis=tuple({0, 1, 2} - {axis})))
@@ -157,8 +160,8 @@ def _box(anything: np.ndarray, spacing_mm) -> tuple[slice, ...]:
 
 
 def _window(image: np.ndarray, anything: np.ndarray, box) -> tuple[float, float]:
-    """Black and white of the picture: the greys of what is outlined and some more to both sides,
-    as far as the picture has any there."""
+    """The values drawn black and white: the range of the outlined voxels, widened on both sides as
+    far as the picture has values there."""
     inside = image[box][anything[box]] if anything.any() else image[box]
     low, high = np.percentile(inside, (5, 95))
     more = 0.75 * max(high - low, 1e-6)
@@ -168,13 +171,13 @@ def _window(image: np.ndarray, anything: np.ndarray, box) -> tuple[float, float]
 
 
 def _fullest(anything: np.ndarray, axis: int) -> int:
-    """The slice with most voxels; the middle one where there are none."""
+    """Index of the slice with the most voxels; the middle one if there are none."""
     counts = anything.sum(axis=tuple({0, 1, 2} - {axis}))
     return int(counts.argmax()) if counts.any() else len(counts) // 2
 
 
 def _legend(fig, present, names, with_truth: bool, left: float, top: float) -> None:
-    """The classes in their colours, at the picture's right."""
+    """Draw the legend of the classes at the picture's right."""
     lines = [Line2D([], [], color=color_of(k), lw=2) for k in present[:MAX_LEGEND]]
     texts = [_short(names[k - 1]) for k in present[:MAX_LEGEND]]
     if len(present) > MAX_LEGEND:
@@ -184,9 +187,8 @@ def _legend(fig, present, names, with_truth: bool, left: float, top: float) -> N
         lines.append(Line2D([], [], color="white", lw=0.8, ls=":", path_effects=HALO))
         texts.append("truth, in the second row")
     if lines:
-        fig.legend(
-            lines, texts, loc="upper left", bbox_to_anchor=(left, top), fontsize=7, frameon=False
-        )
+        place = {"loc": "upper left", "bbox_to_anchor": (left, top)}
+        fig.legend(lines, texts, **place, fontsize=7, frameon=False)
 
 
 def _short(name: str) -> str:

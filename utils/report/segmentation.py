@@ -1,4 +1,4 @@
-"""test/ of the segmenter: scores of every case, their summary, pictures, a page that shows them."""
+"""The folder test/ of the segmenter: scores of every case, a summary, pictures and a page."""
 
 import csv
 import hashlib
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from utils.files import replacing
 from utils.metrics.segmentation import ONLY_PREDICTED, summarize
 from utils.report.page import Section, write_report
 from utils.report.plots_segmentation import plot_overlay, plot_scores
@@ -52,29 +53,33 @@ def write_test_report(
     num_pictures: int = 30,
     seed: int = 0,
 ) -> dict:
-    """Write cases.csv, summary.json, plots/*.png and report.html. PatientIDs are in cases.csv only.
+    """Write cases.csv, summary.json, plots/*.png and report.html. Only cases.csv has PatientIDs.
 
     Args:
         folder: <experiment>/test; files of these names are replaced.
-        rows: of `case_metrics` or `predicted_volumes`, each with PatientID, csv_line and prediction
-            (name of its file) too.
-        names: of the classes; names[k] is index k + 1.
-        tolerance_mm: of surface Dice.
-        read: csv_line -> {image, prediction, truth, spacing_mm} of `plot_overlay`.
+        rows: rows of `case_metrics` or `predicted_volumes`, to which PatientID, csv_line and
+            prediction (the name of the predicted file) have been added.
+        names: names of the classes; names[k] belongs to index k + 1.
+        tolerance_mm: tolerance of surface Dice.
+        read: function that returns {image, prediction, truth, spacing_mm}, the arguments of
+            `plot_overlay`, for a csv_line.
         notes: warnings at the top of the page. settings: shown at its end.
-        num_pictures: cases that are drawn, the worst ones.
+        num_pictures: how many cases are drawn, the worst first.
     Returns:
-        what summary.json holds.
+        the content of summary.json.
     """
     folder = Path(folder)
     (folder / "plots").mkdir(parents=True, exist_ok=True)
     for old in folder.glob("plots/overlay_*.png"):
         old.unlink()
     rows = sorted(rows, key=lambda row: row["csv_line"])
-    _write_csv(folder / "cases.csv", rows)
+    with replacing(folder / "cases.csv", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows({name: row[name] for name in COLUMNS} for row in rows)
     summary = {"surface_dice_tolerance_mm": tolerance_mm, **summarize(rows, seed=seed)}
-    text = json.dumps(summary, indent=2, allow_nan=False, ensure_ascii=False)
-    _write(folder / "summary.json", text + "\n")
+    with replacing(folder / "summary.json") as file:
+        file.write(json.dumps(summary, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
 
     cases = worst_first(rows)
     scores = [folder / "plots" / "dice.png", folder / "plots" / "hd95.png"]
@@ -88,17 +93,20 @@ def write_test_report(
         plot_overlay(path, **read(line), names=names, title=caption)
         overlays.append((path, caption))
     left = len(cases) - len(overlays)
+    counts = {
+        "cases with a mask": summary["cases"],
+        "patients with a mask": summary["patients"],
+        "cases predicted only": summary["predicted_only"],
+    }
+    drawn = overlays + [f"{left} more cases are not drawn."] * (left > 0)
+    meaning = [text.format(tolerance=tolerance_mm) for text in EXPLANATIONS]
     sections = [
         Section("Warnings", [list(notes)], warning=True),
-        Section("Overall", [_counts_of(summary), [_table_row("all classes", summary["overall"])]]),
+        Section("Overall", [counts, [_table_row("all classes", summary["overall"])]]),
         Section("Classes", [_class_table(summary), *(p for p in scores if p.exists())]),
         Section("Cases, worst first", [_case_table(cases)]),
-        Section(
-            "Pictures, worst first", overlays + [f"{left} more cases are not drawn."] * (left > 0)
-        ),
-        Section(
-            "What the numbers mean", [[t.format(tolerance=tolerance_mm) for t in EXPLANATIONS]]
-        ),
+        Section("Pictures, worst first", drawn),
+        Section("What the numbers mean", [meaning]),
         Section("Settings", [dict(settings or {})]),
     ]
     write_report(folder / "report.html", title, sections)
@@ -106,14 +114,17 @@ def write_test_report(
 
 
 def file_name(patient: str, row: int) -> str:
-    """A name for a file of a case, without suffix: its PatientID as far as it may be in a file's
-    name, a hash that tells apart those which look the same then, the line in the CSV."""
+    """Name the files of a case, without suffix: <PatientID>_<hash>_line<line in the CSV>.
+
+    The PatientID keeps only the letters and digits that every file system takes; its hash tells
+    apart patients who then look the same.
+    """
     slug = re.sub(r"[^A-Za-z0-9]+", "-", patient).strip("-")[:40] or "case"
     return f"{slug}_{hashlib.sha256(patient.encode()).hexdigest()[:8]}_line{row}"
 
 
 def worst_first(rows: Sequence[Mapping]) -> dict[int, list[Mapping]]:
-    """CSV line -> its rows, by the mean Dice of its classes; lines without any Dice come last."""
+    """Return {CSV line: its rows}, the lowest mean Dice first and lines without any Dice last."""
     cases: dict[int, list[Mapping]] = {}
     for row in rows:
         cases.setdefault(row["csv_line"], []).append(row)
@@ -126,34 +137,23 @@ def worst_first(rows: Sequence[Mapping]) -> dict[int, list[Mapping]]:
 
 
 def mean_of(rows: Sequence[Mapping], metric: str) -> float | None:
-    """Over the classes of one case that count."""
+    """Return the mean of a metric over the classes that count in one case; None if none does."""
     values = [row[metric] for row in rows if row[metric] is not None]
     return float(np.mean(values)) if values else None
 
 
 def describe(rows: Sequence[Mapping], num: int = 3) -> str:
-    """One case in a line: its mean Dice and the classes that are worst."""
+    """Describe one case in a line: its mean Dice and its `num` worst classes."""
     scored = sorted((r for r in rows if r["dice"] is not None), key=lambda r: r["dice"])
     if not scored:
-        return (
-            "predicted only"
-            if rows[0].get("note") == ONLY_PREDICTED
-            else "nothing to find or found"
-        )
+        only_predicted = rows[0].get("note") == ONLY_PREDICTED
+        return "predicted only" if only_predicted else "nothing to find or found"
     worst = ", ".join(f"{r['class']} {r['dice']:.3f}" for r in scored[:num])
     return f"mean Dice {mean_of(scored, 'dice'):.3f}; {'worst: ' * (len(scored) > num)}{worst}"
 
 
-def _counts_of(summary: Mapping) -> dict:
-    return {
-        "cases with a mask": summary["cases"],
-        "patients with a mask": summary["patients"],
-        "cases predicted only": summary["predicted_only"],
-    }
-
-
 def _table_row(name: str, entries: Mapping) -> dict:
-    """A row of a table in the report: means with their intervals."""
+    """A row of a table in the report: the mean of each metric with its interval."""
     row = {"class": name}
     for metric, label in LABELS.items():
         entry = entries[metric]
@@ -184,26 +184,10 @@ def _case_table(cases: Mapping[int, Sequence[Mapping]]) -> list[dict]:
             row[f"mean {LABELS[metric]}"] = mean_of(rows, metric)
         worst = describe(rows).partition("; ")[2]
         notes = [f"{r['class']}: {r['note']}" for r in rows if r["note"] and r["dice"] is not None]
-        table.append(
-            row | {"Dice": worst, "notes": "; ".join(notes) or describe(rows) * (not worst)}
-        )
+        row |= {"Dice": worst, "notes": "; ".join(notes) or describe(rows) * (not worst)}
+        table.append(row)
     return table
 
 
 def _number(value: float) -> str:
     return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
-
-
-def _write_csv(path: Path, rows: Sequence[Mapping]) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows({name: row[name] for name in COLUMNS} for row in rows)
-    temporary.replace(path)
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
