@@ -1,19 +1,20 @@
-"""Metrics of classes and numbers with 95 % intervals; what is undefined is None, with the reason.
+"""Metrics of classes and numbers with 95 % intervals; an undefined one is None, with the reason.
 
-Values come from scikit-learn. The values of the resamples, from which the intervals are taken, are
-computed all at once by the same formulas with a weight per row, how often it was drawn; the tests
-hold both together.
+Values come from scikit-learn. The intervals come from resamples, whose values are computed all at
+once by the same formulas, in which the weight of a row is how often it was drawn. The tests check
+that both agree.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 from sklearn import metrics as sk
 
 from utils.metrics.bootstrap import MAX_UNDEFINED, percentiles, resamples
 
-NUM_BINS = 10  # of the calibration error, of equal width over 0..1
-BLOCK = 4_000_000  # weights that are worked on at a time
+NUM_BINS = 10  # of the calibration error; they divide 0..1 evenly
+BLOCK = 4_000_000  # weights in one computation, about
 NAMES = ["auc", "average_precision", "accuracy", "balanced_accuracy", "f1", "calibration_error"]
 BINARY_NAMES = [*NAMES[:-1], "sensitivity", "specificity", NAMES[-1]]
 NUMERIC_NAMES = ["mae", "r2"]
@@ -27,20 +28,24 @@ def classification_metrics(
     num: int = 1000,
     seed: int = 0,
 ) -> dict:
-    """All metrics of a categorical target.
+    """Return all metrics of a categorical target.
 
-    The prediction is the most probable class. Of two classes the last one is positive; of more,
-    AUC, average precision (one-vs-rest) and F1 are means over the classes that the truth has.
-    `calibration_error`: see `calibration`.
+    The prediction is the most probable class. Of two classes the last one is positive. With more
+    classes, AUC, average precision (each one-vs-rest) and F1 are means over the classes that occur
+    in the truth. For the calibration error see `calibration`.
 
     Args:
-        truth: (N,) int, index of the class; rows of -1 have no label and are left out.
-        probabilities: (N, K). patients: (N,), the rows of one are drawn together.
+        truth: (N,) int, index of the class; -1 is a row without a label, which is left out.
+        probabilities: (N, K).
+        patients: (N,); the bootstrap draws all rows of a patient together.
         num: resamples of the bootstrap; 0 leaves the intervals out.
     Returns:
-        JSON: {metric: value, metric_interval: [low, high], ..., n: rows with a label, patients,
-        classes, positive: of two classes, confusion: rows of truth, columns of prediction,
-        reasons: {metric: why it is None, or what it is the mean of}}.
+        a dict for JSON: {metric: value, metric_interval: [low, high], ..., n: number of rows with a
+        label, patients: their number, classes, positive: the positive one of two classes,
+        confusion: rows of truth, columns of prediction, reasons: {metric: why it is None, or which
+        classes its mean is over}}.
+    Raises:
+        ValueError: a probability is not finite.
     """
     known = np.flatnonzero(np.asarray(truth) >= 0)
     truth, p = np.asarray(truth, int)[known], np.asarray(probabilities, np.float64)[known]
@@ -65,9 +70,9 @@ def classification_metrics(
 def regression_metrics(
     truth: np.ndarray, values: np.ndarray, patients: Sequence[str], num: int = 1000, seed: int = 0
 ) -> dict:
-    """Mean absolute error and R² of a numeric target; see `classification_metrics`.
+    """Return mean absolute error and R² of a numeric target, as `classification_metrics` does.
 
-    truth: (N,) nan where there is no label. values: (N,) predicted, in the same unit.
+    truth: (N,), nan where there is no label. values: (N,) predictions in the same unit.
     """
     known = np.flatnonzero(~np.isnan(np.asarray(truth, np.float64)))
     truth, values = (np.asarray(x, np.float64)[known] for x in (truth, values))
@@ -79,21 +84,19 @@ def regression_metrics(
         reasons = dict.fromkeys(NUMERIC_NAMES, "no row has a label")
     elif np.ptp(truth) == 0:
         reasons["r2"] = f"the truth of all {len(known)} rows is the same"
-    found = {
-        "mae": None if "mae" in reasons else float(sk.mean_absolute_error(truth, values)),
-        "r2": None if "r2" in reasons else float(sk.r2_score(truth, values)),
-    }
+    compute = {"mae": sk.mean_absolute_error, "r2": sk.r2_score}
+    found = {n: None if n in reasons else float(f(truth, values)) for n, f in compute.items()}
     draws = resampled_errors(truth, values, patients, num, seed) if num else {}
     return result | _with_intervals(found, draws, result["patients"], reasons, num)
 
 
 def calibration(truth: np.ndarray, probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """What the calibration error and the calibration curve compare: confidence, and whether right.
+    """Return the confidence of each row and whether it is right, for calibration error and curve.
 
-    Two classes: probability of the positive one, and whether the row is positive. More: the highest
-    probability, and whether that class is the right one. The error is the mean over rows of
-    |mean confidence - fraction right| of the row's bin (Guo et al. 2017, equation 5), with bins of
-    equal width, each holding its lower end.
+    With two classes, these are the probability of the positive class and whether the row is
+    positive; with more, the highest probability and whether its class is the true one. The error is
+    the mean over rows of |mean confidence - fraction right| in the row's bin (Guo et al. 2017,
+    equation 5); bins have equal width, and each includes its lower end.
     """
     if probabilities.shape[1] == 2:
         return probabilities[:, 1], truth == 1
@@ -101,7 +104,7 @@ def calibration(truth: np.ndarray, probabilities: np.ndarray) -> tuple[np.ndarra
 
 
 def bin_of(confidence: np.ndarray) -> np.ndarray:
-    """Index of the calibration bin."""
+    """Return the index of the calibration bin of each confidence."""
     return np.clip((confidence * NUM_BINS).astype(int), 0, NUM_BINS - 1)
 
 
@@ -113,9 +116,10 @@ def above_control(
     num: int = 1000,
     seed: int = 0,
 ) -> dict:
-    """By how much AUC (numbers: the mean absolute error) exceeds the control's, paired.
+    """Return the AUC (for numbers, the mean absolute error) minus the control's.
 
-    Both are computed on the same resamples: the interval is narrower than the two apart suggest.
+    Both are computed on the same resamples, so the interval of the difference is narrower than
+    their two intervals suggest.
 
     Args:
         truth, patients: as for the metrics. outputs, control: (N, K) probabilities or (N,) values.
@@ -124,27 +128,25 @@ def above_control(
     """
     if outputs.ndim == 2:
         name, draw, known = "auc", resampled_metrics, np.flatnonzero(np.asarray(truth) >= 0)
-        results = [
-            classification_metrics(truth, x, patients, range(x.shape[1]), num=0)
-            for x in (outputs, control)
-        ]
+        classes = range(outputs.shape[1])
+        compute = partial(classification_metrics, classes=classes)
     else:
         name, draw, known = "mae", resampled_errors, np.flatnonzero(~np.isnan(truth))
-        results = [regression_metrics(truth, x, patients, num=0) for x in (outputs, control)]
-    one, other = (result[name] for result in results)
+        compute = regression_metrics
+    one, other = (compute(truth, x, patients, num=0)[name] for x in (outputs, control))
     if one is None:
         return {name: None, f"{name}_interval": None}
     truth, patients = np.asarray(truth)[known], [patients[i] for i in known]
     draws = [draw(truth, x[known], patients, num, seed)[name] for x in (outputs, control)]
     ends = percentiles(draws[0] - draws[1]) if len(set(patients)) > 1 else None
-    return {name: one - other, f"{name}_interval": None if ends is None else list(ends)}
+    return {name: one - other, f"{name}_interval": ends}
 
 
 # ---- values
 
 
 def _undefined(counts: np.ndarray, classes: Sequence[str]) -> dict[str, str]:
-    """{metric: why it is undefined} for so many labels of each class."""
+    """{metric: why it is undefined}, given the number of labels of each class."""
     names = BINARY_NAMES if len(classes) == 2 else NAMES
     if counts.sum() == 0:
         return dict.fromkeys(names, "no row has a label")
@@ -159,23 +161,21 @@ def _undefined(counts: np.ndarray, classes: Sequence[str]) -> dict[str, str]:
 
 
 def _sklearn_values(truth, p, predicted, undefined: set[str]) -> dict[str, float | None]:
-    """All metrics by scikit-learn; None for those named in `undefined`."""
+    """All metrics by scikit-learn; those named in `undefined` are None."""
     k = p.shape[1]
     present = np.unique(truth)
-    scored = [1] if k == 2 else present  # classes that are one side of "one against the rest"
+    scored = [1] if k == 2 else present  # classes that are compared with the rest
 
     def mean(score: Callable) -> Callable:
         return lambda: np.mean([score(truth == c, p[:, c]) for c in scored])
 
-    labels = {"labels": present, "average": "macro"} if k > 2 else {}
+    macro = {"labels": present, "average": "macro"}
     compute = {
         "auc": mean(sk.roc_auc_score),
         "average_precision": mean(sk.average_precision_score),
         "accuracy": lambda: sk.accuracy_score(truth, predicted),
-        "balanced_accuracy": lambda: sk.recall_score(
-            truth, predicted, labels=present, average="macro"
-        ),
-        "f1": lambda: sk.f1_score(truth, predicted, **labels),
+        "balanced_accuracy": lambda: sk.recall_score(truth, predicted, **macro),
+        "f1": lambda: sk.f1_score(truth, predicted, **(macro if k > 2 else {})),
         "sensitivity": lambda: sk.recall_score(truth, predicted),
         "specificity": lambda: sk.recall_score(truth, predicted, pos_label=0),
         "calibration_error": lambda: _calibration_error(truth, p, np.ones((1, len(truth))))[0],
@@ -187,20 +187,19 @@ def _sklearn_values(truth, p, predicted, undefined: set[str]) -> dict[str, float
 def _with_intervals(
     values: dict[str, float | None], draws: dict, patients: int, reasons: dict, num: int
 ) -> dict:
-    """The values, each followed by its interval if these were asked for (num > 0); the reasons."""
+    """The values, each followed by its interval if num > 0, and the reasons."""
     result = {}
     for name, value in values.items():
         result[name] = value
         if num == 0:
             continue
         found = None if value is None or patients < 2 else percentiles(draws[name])
-        result[f"{name}_interval"] = None if found is None else list(found)
+        result[f"{name}_interval"] = found
         if value is not None and patients < 2:
             reasons[f"{name}_interval"] = "all rows are of one patient"
         elif value is not None and found is None:
-            share = np.isnan(draws[name]).mean()
-            what = f"undefined in {share:.0%} of the resamples, more than {MAX_UNDEFINED:.0%}"
-            reasons[f"{name}_interval"] = what
+            share = f"{np.isnan(draws[name]).mean():.0%} of the resamples"
+            reasons[f"{name}_interval"] = f"undefined in {share}, more than {MAX_UNDEFINED:.0%}"
     return result | {"reasons": reasons}
 
 
@@ -208,20 +207,20 @@ def _with_intervals(
 
 
 def resampled_metrics(truth, probabilities, patients, num: int, seed: int) -> dict[str, np.ndarray]:
-    """{metric: (num,)} of the resamples, nan where undefined; rows without a label left out before.
+    """Return {metric: (num,) values of the resamples}, nan where undefined. All rows have a label.
 
-    A class of the truth that a resample lacks makes undefined what is a mean over classes.
+    If a resample lacks a class of the truth, its means over classes are undefined.
     """
     return _in_blocks(lambda w: _weighted_metrics(truth, probabilities, w), patients, num, seed)
 
 
 def resampled_errors(truth, values, patients, num: int, seed: int) -> dict[str, np.ndarray]:
-    """As `resampled_metrics`, for numbers."""
+    """Return the same as `resampled_metrics` for a numeric target."""
     return _in_blocks(lambda w: _weighted_errors(truth, values, w), patients, num, seed)
 
 
 def _in_blocks(compute: Callable, patients, num: int, seed: int) -> dict[str, np.ndarray]:
-    """compute(weights) of all resamples, so many at a time that memory stays small."""
+    """compute(weights) of all resamples, about BLOCK weights at a time to save memory."""
     if len(patients) == 0:
         return {}
     draws = resamples(patients, num, seed)
@@ -256,7 +255,7 @@ def _weighted_metrics(truth, p, weights) -> dict[str, np.ndarray]:
 def _weighted_ranking(positive, score, weights) -> tuple[np.ndarray, np.ndarray]:
     """AUC and average precision, (num,) each; nan where positives or negatives are missing.
 
-    AUC is the chance that a positive has a higher score than a negative, ties counting half.
+    AUC is the chance that a positive has a higher score than a negative; ties count half.
     """
     order = np.argsort(-score, kind="stable")
     starts = np.flatnonzero(np.diff(score[order], prepend=np.inf))  # of each group of equal scores
@@ -281,7 +280,7 @@ def _calibration_error(truth, p, weights) -> np.ndarray:
 def _weighted_errors(truth, values, weights) -> dict[str, np.ndarray]:
     total, centred = weights.sum(axis=1), truth - truth.mean()
     squares = weights @ centred**2 - (weights @ centred) ** 2 / total
-    squares[squares <= 1e-9 * (weights @ centred**2)] = np.nan  # one value only
+    squares[squares <= 1e-9 * (weights @ centred**2)] = np.nan  # all true values are equal
     return {
         "mae": weights @ np.abs(values - truth) / total,
         "r2": 1 - weights @ (values - truth) ** 2 / squares,

@@ -1,4 +1,4 @@
-"""All that the test of a classifier says in numbers: per target, beside the control, per group."""
+"""All numbers of a classifier's test: for each target, for the control and for groups of rows."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -14,7 +14,7 @@ from utils.metrics.classification import (
 )
 from utils.metrics.predictions import Predictions
 
-MAX_GROUPS = 20  # values of a column by which results are split
+MAX_GROUPS = 20  # different values in a column by which results are split
 
 
 def evaluate(
@@ -27,15 +27,17 @@ def evaluate(
     num: int = 1000,
     seed: int = 0,
 ) -> dict[str, dict]:
-    """{target: its metrics (see `utils.metrics.classification`)}, JSON. Besides, where asked for:
+    """Return {target: its metrics, see `utils.metrics.classification`}, for JSON.
 
-    control: metrics of the control; above_control: what the network has more than that;
-    by: {column: {value: metrics}}; folds: {fold: metrics}; over_folds: {metric: mean, sd, folds}.
+    If asked for, the metrics of a target also hold control: metrics of the control;
+    above_control: see `above_control`; by: {column: {value: metrics}}; folds: {fold: metrics};
+    over_folds: {metric: {mean, sd, folds: number of folds}}.
 
     Args:
         targets: data.prepare.targets.Targets. cases: N, with patient, fold and labels.
         predictions, control: {target: (N, K) probabilities, or (N,) numbers in their units}.
-        report_by: columns, in the cases' labels.
+        report_by: columns of the cases' labels by whose values the rows are split.
+        by_fold: whether to add the metrics of each fold.
         num: resamples of the bootstrap; 0 leaves the intervals out.
     """
     patients, truths = [case.patient for case in cases], targets.truth(cases)
@@ -63,11 +65,14 @@ def evaluate(
 
 
 def most_wrong(truth: np.ndarray, outputs: np.ndarray, number: int) -> list[int]:
-    """Rows that were most wrong, worst first: of classes those predicted wrongly, by how improbable
-    the right class was thought; of numbers those with the largest errors."""
+    """Return the rows with the worst errors, the worst first.
+
+    For classes, these are the wrong predictions, by the probability of the true class, lowest
+    first; for numbers, those with the largest errors. Rows without a label are left out.
+    """
     if outputs.ndim == 1:
         error = np.abs(outputs - truth)
-        wrong = np.flatnonzero(error > 0)  # neither nan
+        wrong = np.flatnonzero(error > 0)  # nan is not
         return wrong[np.argsort(-error[wrong], kind="stable")][:number].tolist()
     wrong = np.flatnonzero((truth >= 0) & (outputs.argmax(axis=1) != truth))
     right_class = outputs[wrong, truth[wrong]]

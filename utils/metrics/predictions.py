@@ -1,4 +1,4 @@
-"""Predictions of a test: as a CSV, one row per case and target, and of several folds as one."""
+"""Predictions of a test: written as a CSV, and those of several folds joined."""
 
 import csv
 from collections.abc import Sequence
@@ -10,14 +10,15 @@ Predictions = dict[str, np.ndarray]  # {target: (N, K) probabilities, or (N,) nu
 
 
 def write_predictions(path: str | Path, targets, cases: Sequence, predictions: Predictions) -> None:
-    """PatientID, csv_line, fold, target, truth, prediction and p_<class> for each class.
+    """Write a CSV with one row for each case and target.
 
-    Cells hold the text of the CSV of cases as it is: one that begins with = + - or @ is a formula
-    to a spreadsheet, where it is not imported as text.
+    Its columns are PatientID, csv_line, fold, target, truth, prediction and p_<class> for each
+    class. Text is as in the CSV of cases: unless a spreadsheet imports it as text, it takes cells
+    that begin with = + - or @ for formulas.
 
     Args:
         targets: data.prepare.targets.Targets. cases: N, with patient, row, fold and labels.
-        predictions: numbers in the column's own units.
+        predictions: numbers are in the units of their column.
     """
     truths, rows = targets.truth(cases), []
     for i, case in enumerate(cases):
@@ -42,10 +43,10 @@ def write_predictions(path: str | Path, targets, cases: Sequence, predictions: P
 
 
 def pool(parts: Sequence[tuple[Sequence, Predictions]]) -> tuple[list, Predictions]:
-    """The cases and predictions of several folds, each case tested once, as one test.
+    """Join the cases and predictions of several folds to one test.
 
     Raises:
-        ValueError: a case is in two parts.
+        ValueError: a case was tested in two folds.
     """
     cases = [case for found, _ in parts for case in found]
     rows = [case.row for case in cases]

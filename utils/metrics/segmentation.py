@@ -1,12 +1,12 @@
 """How well a segmentation agrees with the truth: overlap, surfaces in mm, volumes in mL.
 
-Surfaces are the voxels of a class with one of their six neighbours outside it, at their centres;
-beyond the edge of the image is outside. Distances run from each surface voxel of one mask to the
-nearest of the other's. As in MONAI (compute_hausdorff_distance with percentile=95 and
-compute_surface_dice), and unlike DeepMind's surface-distance, surface voxels all count the same,
-whatever area they stand for. HD95 is the larger of the two directions' 95th percentiles. Surface
-Dice (Nikolov et al., https://arxiv.org/abs/1809.04430) is the fraction of both surfaces' voxels
-that lie within the tolerance.
+The surface of a class is the centres of its voxels that have one of their six neighbours outside
+the class; all beyond the edge of the image is outside. Distances go from each surface voxel of one
+mask to the nearest surface voxel of the other. All surface voxels count the same, whatever area
+they stand for, as in MONAI (compute_hausdorff_distance with percentile=95, compute_surface_dice)
+and unlike in DeepMind's surface-distance. HD95 is the larger of the two directions' 95th
+percentiles. Surface Dice (Nikolov et al., https://arxiv.org/abs/1809.04430) is the fraction of the
+voxels of both surfaces that lie within the tolerance.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ from scipy.spatial import cKDTree
 from utils.classes import IGNORE
 from utils.metrics.bootstrap import percentiles, resamples
 
-ROUNDING = 1e-6  # mm, of distances
+ROUNDING = 1e-6  # mm, tolerated in distances
 METRICS = ["dice", "surface_dice", "hd95_mm", "volume_error_ml", "abs_volume_error_ml"]
 MISSED, FALSE = "nothing predicted, present in the truth", "predicted, absent in the truth"
 ABSENT = "absent in both: not counted"
@@ -31,17 +31,17 @@ def case_metrics(
     names: Sequence[str],
     tolerance_mm: float,
 ) -> list[dict]:
-    """One row per class.
+    """Return the metrics of a case, one row for each class.
 
     Args:
-        prediction, truth: (X, Y, Z) uint8 class indices; names[k] is index k + 1. Where the truth
-            is IGNORE, both count as background.
+        prediction, truth: (X, Y, Z) uint8 class indices; names[k] belongs to index k + 1. Where the
+            truth is IGNORE, both count as background.
         spacing_mm: (3,) along the arrays' axes.
-        tolerance_mm: of surface Dice.
+        tolerance_mm: tolerance of surface Dice.
     Returns:
         [{class, dice, hd95_mm, surface_dice, volume_ml, true_volume_ml, volume_error_ml
-        (predicted - true), note}]. A class that is in neither has None for all but the volumes; one
-        that is in one of them has Dice and surface Dice 0, HD95 None and a note that says so.
+        (predicted - true), note}]. A class that is in neither has None for all but the volumes. A
+        class that is in only one has Dice and surface Dice 0, HD95 None and a note that says so.
     """
     prediction, truth = _without_ignored(prediction, truth)
     both, num = _counts(prediction, truth), len(names) + 1
@@ -68,7 +68,7 @@ def case_metrics(
 
 
 def case_dice(prediction: np.ndarray, truth: np.ndarray, names: Sequence[str]) -> list[dict]:
-    """As `case_metrics`, only {class, dice}: a hundred times as fast, for validation."""
+    """Return {class, dice} as `case_metrics` does, a hundred times as fast, for validation."""
     both = _counts(*_without_ignored(prediction, truth))
     sizes = both.sum(0) + both.sum(1)
     return [
@@ -80,7 +80,7 @@ def case_dice(prediction: np.ndarray, truth: np.ndarray, names: Sequence[str]) -
 def predicted_volumes(
     prediction: np.ndarray, spacing_mm: Sequence[float], names: Sequence[str]
 ) -> list[dict]:
-    """Rows as of `case_metrics` for a case without a mask: the volumes alone."""
+    """Return rows as `case_metrics` does for a case without a mask, with the volumes alone."""
     counts, voxel_ml = np.bincount(prediction.ravel(), minlength=256), _voxel_ml(spacing_mm)
     empty = dict.fromkeys(["dice", "hd95_mm", "surface_dice"])
     after = {"true_volume_ml": None, "volume_error_ml": None, "note": ONLY_PREDICTED}
@@ -91,7 +91,7 @@ def predicted_volumes(
 
 
 def mean_dice(rows: Sequence[Mapping]) -> float | None:
-    """Mean over classes of the mean over cases; None where nothing is counted."""
+    """Return the mean over classes of their means over cases; None if nothing is counted."""
     dice = {}
     for row in rows:
         if row["dice"] is not None:
@@ -100,17 +100,17 @@ def mean_dice(rows: Sequence[Mapping]) -> float | None:
 
 
 def summarize(rows: Sequence[Mapping], num: int = 1000, seed: int = 0) -> dict:
-    """Means over cases with 95 % bootstrap intervals over patients.
+    """Return means over cases with 95 % bootstrap intervals over patients.
 
     Args:
-        rows: of `case_metrics` and `predicted_volumes`, each with its PatientID and csv_line.
-        num: resamples; 0: no intervals.
+        rows: rows of `case_metrics` and `predicted_volumes`, each with its PatientID and csv_line.
+        num: resamples of the bootstrap; 0: no intervals.
     Returns:
-        {"cases", "patients", "predicted_only": numbers; "overall": {metric: {"mean", "interval":
-        [low, high] or None, "counted"}}, "classes": {name: {metric: the same; "missed", "false",
-        "absent": cases}}}. Per class, the mean is over the cases that are counted; overall, it is
-        the mean over classes of their means, so that a class weighs the same in how few cases it
-        may be, and "counted" are classes. Metrics: those of the rows and the volume error's size.
+        {"cases", "patients", "predicted_only": their numbers; "overall": {metric: {"mean",
+        "interval": [low, high] or None, "counted": number of classes}}; "classes": {name: {metric:
+        the same, with the number of cases; "missed", "false", "absent": numbers of cases}}} for the
+        METRICS. The mean of a class is over the cases that count for it. The overall mean is over
+        the means of the classes, so that a class in few cases weighs as much as any other.
     """
     scored = [row for row in rows if row["note"] != ONLY_PREDICTED]
     patients = {row["csv_line"]: row["PatientID"] for row in scored}
@@ -144,7 +144,7 @@ def _voxel_ml(spacing_mm: Sequence[float]) -> float:
 
 
 def _without_ignored(prediction, truth) -> tuple[np.ndarray, np.ndarray]:
-    """Both with background where the truth is IGNORE."""
+    """Both masks, with background where the truth is IGNORE."""
     if prediction.shape != truth.shape:
         raise ValueError(f"prediction {prediction.shape} and truth {truth.shape} differ in shape")
     ignored = truth == IGNORE
@@ -154,13 +154,13 @@ def _without_ignored(prediction, truth) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _counts(prediction: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """(256, 256) voxels by predicted and true class."""
+    """(256, 256) numbers of voxels by predicted and true class."""
     joint = prediction.astype(np.uint16) * 256 + truth
     return np.bincount(joint.ravel(), minlength=2**16).reshape(256, 256)
 
 
 def _table(rows: Sequence[Mapping], metric: str, lines: list, names: list) -> np.ndarray:
-    """(cases, classes) float, nan where not counted."""
+    """(cases, classes) float values of a metric, nan where it does not count."""
     values = np.full((len(lines), len(names)), np.nan)
     lines, names = ({name: i for i, name in enumerate(x)} for x in (lines, names))
     for row in rows:
@@ -172,27 +172,26 @@ def _table(rows: Sequence[Mapping], metric: str, lines: list, names: list) -> np
 
 
 def _means(drawn: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(resamples, classes) means of the cases drawn (resamples, cases), and how many count."""
+    """(resamples, classes) means for drawn (resamples, cases), and the numbers of cases in them."""
     counted = drawn @ np.isfinite(values)
     with np.errstate(invalid="ignore"):
         return drawn @ np.nan_to_num(values) / counted, counted
 
 
 def _nanmean(values: np.ndarray) -> np.ndarray:
-    """Mean over the last axis of what is not nan; nan where nothing is."""
+    """Mean over the last axis without nan; nan where all are nan."""
     with np.errstate(invalid="ignore"):
         return np.nansum(values, -1) / np.isfinite(values).sum(-1)
 
 
 def _entry(mean: float, resampled: np.ndarray, counted: int) -> dict:
-    mean, interval = float(mean) if np.isfinite(mean) else None, percentiles(resampled)
-    interval = None if interval is None else list(interval)
-    return {"mean": mean, "interval": interval, "counted": int(counted)}
+    mean = float(mean) if np.isfinite(mean) else None
+    return {"mean": mean, "interval": percentiles(resampled), "counted": int(counted)}
 
 
 def _surfaces(masks: Sequence[np.ndarray], num: int) -> tuple[list[list[np.ndarray]], tuple]:
-    """For each mask and class the flat indices of its surface voxels, ascending, within the box
-    around all classes; the shape of that box."""
+    """For each mask and class the ascending flat indices of its surface voxels in the box
+    around all classes, and the shape of that box."""
     masks = [mask[_foreground_box(masks)] for mask in masks]
     surfaces = []
     for mask in masks:
@@ -202,7 +201,7 @@ def _surfaces(masks: Sequence[np.ndarray], num: int) -> tuple[list[list[np.ndarr
             differ = m[1:] != m[:-1]
             e[1:] |= differ
             e[:-1] |= differ
-            e[[0, -1]] = True  # beyond lies background, or nothing
+            e[[0, -1]] = True  # beyond the box is no class
         at = np.flatnonzero(edge & (mask > 0))
         label = mask.ravel()[at]
         order = np.argsort(label, kind="stable")
@@ -221,12 +220,10 @@ def _foreground_box(masks: Sequence[np.ndarray]) -> tuple[slice, ...]:
 
 
 def _distances(one: np.ndarray, other: np.ndarray, shape, spacing) -> list[np.ndarray]:
-    """mm from each voxel of one surface to the nearest of the other, and the other way round."""
+    """Distances in mm from each voxel of one surface to the nearest of the other, both ways."""
     points = [np.stack(np.unravel_index(at, shape), 1) * np.asarray(spacing) for at in (one, other)]
-    out = []
-    for (at, here), (others, there) in zip(
-        [(one, points[0]), (other, points[1])], [(other, points[1]), (one, points[0])], strict=True
-    ):
+    first, second, out = (one, points[0]), (other, points[1]), []
+    for (at, here), (others, there) in ((first, second), (second, first)):
         distance = np.zeros(len(at))
         apart = ~np.isin(at, others, assume_unique=True)
         if apart.any():

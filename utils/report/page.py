@@ -77,7 +77,6 @@ def write_report(path: str | Path, title: str, sections: Sequence[Section]) -> N
 
 
 def _item(item) -> str:
-    """The HTML of one item of a section."""
     if isinstance(item, str):
         return f"<p>{escape(item)}</p>\n"
     if isinstance(item, Path):

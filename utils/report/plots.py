@@ -3,11 +3,11 @@
 Each function that draws a picture saves it as a PNG and returns its pixels, (H, W, 3) uint8.
 Volumes are (X, Y, Z) in RAS+ and are drawn as a radiologist expects them: the patient's right is on
 the left of axial and coronal slices, the front is at the top of axial slices and on the left of
-sagittal ones, and the head is at the top of the other two. Figures are made without pyplot, which
-would keep them in memory.
+sagittal ones, and the head is at the top of coronal and sagittal slices. Figures are made without
+pyplot, which would keep them in memory.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatch
 from itertools import product
 from math import log
@@ -89,37 +89,30 @@ def plot_crops(path, views: dict[str, np.ndarray], max_cases: int = 3) -> np.nda
         "R L A P S I: patient's right, left, front, back, head, feet (if the crop is not flipped)"
     )
     fig.text(0.5, 1 - 0.36 / height, note, ha="center", va="top", fontsize=7)
-    titles = [f"{n}\n" + "×".join(map(str, crops.shape[1:])) for n, crops in views.items()]
+    titles = [f"{name}\n{'×'.join(map(str, x.shape[1:]))}" for name, x in views.items()]
     cases = [f"case {i + 1}\n" for i in range(num_cases)]
     edges = {"left": 0.7 / width, "bottom": 0.1 / height, "top": 1 - top / height}
-    draw_middles(fig, list(views.values()), titles, cases, edges)
+    draw_middles(fig, zip(titles, views.values(), strict=True), cases, edges)
     return save(fig, path)
 
 
 def draw_middles(
-    fig: Figure,
-    columns: Sequence[Sequence[np.ndarray]],
-    titles: Sequence[str],
-    cases: Sequence[str],
-    edges: dict[str, float],
-    title_size: float = 8,
+    fig: Figure, columns: Iterable[tuple], cases: Sequence[str], edges: dict, title_size=8.0
 ) -> None:
     """Draw the middle slices of volumes in three planes, three rows for each case.
 
-    Args:
-        columns: for each column the volumes of its cases, (X, Y, Z) in 0..1.
-        titles: text above each column. cases: text before the name of the plane, for each case.
-        edges: left, bottom and top of the grid, as fractions of the figure.
+    columns: (title, volumes of the cases, (X, Y, Z) in 0..1) of each column. cases: text before the
+    name of the plane. edges: left, bottom and top of the grid, as fractions of the figure.
     """
-    space = {"right": 0.995, "wspace": 0.04, "hspace": 0.04}
+    columns, space = list(columns), {"right": 0.995, "wspace": 0.04, "hspace": 0.04}
     grid = fig.add_gridspec(3 * len(cases), len(columns), **edges, **space)
-    for column, volumes in enumerate(columns):
+    for column, (title, volumes) in enumerate(columns):
         for row, (case, plane) in enumerate(product(range(len(cases)), PLANES)):
             volume, (axis, sides) = volumes[case], PLANES[plane]
             ax = fig.add_subplot(grid[row, column])
             _draw_slice(ax, volume, plane, volume.shape[axis] // 2)
             if row == 0:
-                ax.set_title(titles[column], fontsize=title_size, parse_math=False)
+                ax.set_title(title, fontsize=title_size, parse_math=False)
             if column == 0:
                 ax.set_ylabel(f"{cases[case]}{plane}", fontsize=8)
                 letters(ax, sides)

@@ -17,23 +17,20 @@ from sklearn import metrics as sk
 from utils.metrics.classification import NUM_BINS, bin_of, calibration
 from utils.report.plots import COLORS, draw_middles, figure, line_style, save
 
+UNIT_SQUARE = {"xlim": (-0.02, 1.02), "ylim": (-0.02, 1.02), "aspect": "equal"}
 MAX_TEXT = 24  # characters of a name
 MAX_CURVES = 14  # classes whose curves are drawn
 MAX_CELLS = 12  # up to so many classes, the cells of a confusion matrix hold numbers
 
 
 class Panel(NamedTuple):
-    """What is drawn of a target; it holds only rows with a label, and at least one.
-
-    truth: (N,) class indices, or numbers. outputs: (N, K) probabilities, or (N,) numbers.
-    metrics: result of `classification_metrics` or `regression_metrics`.
-    """
+    """A target, on its rows with a label, of which there is at least one."""
 
     title: str
     classes: Sequence[str]  # empty for numbers
-    truth: np.ndarray
-    outputs: np.ndarray
-    metrics: dict
+    truth: np.ndarray  # (N,) class indices, or numbers
+    outputs: np.ndarray  # (N, K) probabilities, or (N,) numbers
+    metrics: dict  # result of `classification_metrics` or `regression_metrics`
 
 
 def _per_target(draw: Callable) -> Callable:
@@ -120,9 +117,9 @@ def plot_calibration(ax, panel: Panel) -> str:
     ax.grid(axis="x", which="minor", color="#eeeeee", lw=0.6)
     if len(panel.classes) == 2:
         name = drawable(panel.classes, "class")[-1]
-        _unit_square(ax, f"probability of {name}", f"fraction of {name}")
+        ax.set(xlabel=f"probability of {name}", ylabel=f"fraction of {name}", **UNIT_SQUARE)
     else:
-        _unit_square(ax, "probability of the predicted class", "fraction right")
+        ax.set(xlabel="probability of the predicted class", ylabel="fraction right", **UNIT_SQUARE)
     error = panel.metrics["calibration_error"]
     return f"calibration error {error:.2f}{_ends(panel, 'calibration_error')}"
 
@@ -150,7 +147,8 @@ def plot_cases(path, volumes: Sequence[np.ndarray], captions: Sequence[str]) -> 
     width, height = side * len(volumes) + 0.4, 3 * side + top
     fig = figure(width, height)
     edges = {"left": 0.3 / width, "bottom": 0.01, "top": 1 - top / height}
-    draw_middles(fig, [[volume] for volume in volumes], captions, [""], edges, title_size=7.5)
+    columns = [(text, [volume]) for text, volume in zip(captions, volumes, strict=True)]
+    draw_middles(fig, columns, [""], edges, title_size=7.5)
     return save(fig, path)
 
 
@@ -184,7 +182,12 @@ def _curves(panel: Panel) -> Iterator[tuple[np.ndarray, np.ndarray, str, dict]]:
 
 def _finish_curves(ax, panel: Panel, x_label: str, y_label: str, legend: str) -> str:
     """Draw axes and legend; return the second line of the title, which says what is left out."""
-    _unit_square(ax, x_label, y_label, legend)
+    if any(not line.get_label().startswith("_") for line in ax.lines):
+        ax.legend(fontsize=7, loc=legend, framealpha=0.8)
+    else:
+        what = "undefined: all rows are of one class"
+        ax.text(0.5, 0.5, what, ha="center", va="center", fontsize=8, backgroundcolor="white")
+    ax.set(**UNIT_SQUARE, xlabel=x_label, ylabel=y_label)
     k = len(panel.classes)
     return f"the first {MAX_CURVES} of {k} classes" if k > MAX_CURVES else ""
 
@@ -196,13 +199,3 @@ def _ends(panel: Panel, metric: str) -> str:
         return ""
     form = ".2f" if panel.classes else ".3g"
     return f" ({ends[0]:{form}} to {ends[1]:{form}})"
-
-
-def _unit_square(ax, x_label: str, y_label: str, legend: str | None = None) -> None:
-    """Axes from 0 to 1, with a legend at the given place if there are curves."""
-    if any(not line.get_label().startswith("_") for line in ax.lines):
-        ax.legend(fontsize=7, loc=legend, framealpha=0.8)
-    elif legend:
-        what = "undefined: all rows are of one class"
-        ax.text(0.5, 0.5, what, ha="center", va="center", fontsize=8, backgroundcolor="white")
-    ax.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal", xlabel=x_label, ylabel=y_label)

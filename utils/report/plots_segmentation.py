@@ -106,14 +106,14 @@ def plot_scores(
     rows: rows of `utils.metrics.segmentation.case_metrics`. Without any value nothing is drawn and
     None is returned.
     """
-    values = {n: [r[metric] for r in rows if r["class"] == n] for n in names}
-    values = {n: np.array([v for v in found if v is not None]) for n, found in values.items()}
-    if not any(map(len, values.values())):
+    scored = [row for row in rows if row[metric] is not None]
+    values = [np.array([r[metric] for r in scored if r["class"] == name]) for name in names]
+    if not any(map(len, values)):
         return None
     fig = figure(7.0, 0.75 + 0.24 * max(len(names), 3), layout="constrained")
     ax = fig.add_subplot()
     jitter = np.random.default_rng(0)
-    for y, found in enumerate(values.values()):
+    for y, found in enumerate(values):
         at = y + jitter.uniform(-0.22, 0.22, len(found))
         ax.plot(found, at, "o", ms=3, color=COLORS[0], alpha=0.6, mew=0, zorder=3)
         if len(found):

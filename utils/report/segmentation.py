@@ -166,13 +166,9 @@ def _table_row(name: str, entries: Mapping) -> dict:
 def _class_table(summary: Mapping) -> list[dict]:
     table = []
     for name, entries in summary["classes"].items():
-        counts = {
-            "cases": entries["dice"]["counted"],
-            "missed": entries["missed"],
-            "falsely found": entries["false"],
-            "absent in both": entries["absent"],
-        }
-        table.append(_table_row(name, entries) | counts)
+        row = _table_row(name, entries) | {"cases": entries["dice"]["counted"]}
+        row |= {"missed": entries["missed"], "falsely found": entries["false"]}
+        table.append(row | {"absent in both": entries["absent"]})
     return table
 
 
