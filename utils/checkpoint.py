@@ -1,7 +1,7 @@
 """Our own checkpoint format: nested dicts and lists of tensors and JSON values, saved atomically.
 
 A file is complete or absent: it is written under a temporary name in the same folder, synced and
-renamed. torch.save stores a CRC-32 of every record, which torch.load ignores and `load` checks.
+renamed. torch.save stores a CRC-32 of every record, which torch.load ignores but `load` checks.
 """
 
 import contextlib
@@ -21,25 +21,25 @@ from utils.errors import InputError, RunError
 from utils.tensor_files import WeightsError
 
 FORMAT = 1
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room, no quota, beyond a limit
-LAST = ("last.pt", "next.pt", "previous.pt")  # where to look for the newest, in this order
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk full, quota used up, file too large
+LAST = ("last.pt", "next.pt", "previous.pt")  # names of the newest, in the order in which to look
 
 
 class CheckpointError(InputError):
-    """The file is not a readable checkpoint of ours; the message names it and says why."""
+    """A file is not a readable checkpoint of ours; the message names it and says why."""
 
 
 def save(path: str | Path, state: dict) -> None:
     """Write `state` (tensors, numbers, text, None, nested dicts and lists) to `path`.
 
     Raises:
-        RunError: it cannot be written. The file of that name is as before, no other is left.
+        RunError: it cannot be written; a file of that name is as before, and no other is left.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        for left in path.parent.glob(f".{path.name}.*.tmp"):  # by processes that were killed
+        for left in path.parent.glob(f".{path.name}.*.tmp"):  # of processes that were killed
             left.unlink()
         with open(temporary, "wb") as file:
             torch.save({"format": FORMAT, **state}, file)
@@ -51,7 +51,7 @@ def save(path: str | Path, state: dict) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         found = e
-        while found and not isinstance(found, OSError):  # torch raises its own on top
+        while found and not isinstance(found, OSError):  # torch raises an error of its own on top
             found = found.__cause__ or found.__context__
         if found is None:
             raise
@@ -67,7 +67,7 @@ def _not_saved(path: Path, state: dict, error: OSError) -> str:
 
 
 def size_of(state) -> int:
-    """Bytes of the tensors in nested dicts and lists; a file of them is little larger."""
+    """Return the bytes of the tensors in nested dicts and lists; their file is slightly larger."""
     if isinstance(state, torch.Tensor):
         return state.nbytes
     parts = state.values() if isinstance(state, dict) else state
@@ -75,10 +75,10 @@ def size_of(state) -> int:
 
 
 def load(path: str | Path, map_location="cpu", mmap: bool = False) -> dict:
-    """Read what `save` wrote. mmap: see `utils.tensor_files.read`.
+    """Read a file that `save` wrote. mmap: see `utils.tensor_files.read`.
 
     Raises:
-        CheckpointError: missing, truncated or damaged file, or one that `save` did not write.
+        CheckpointError: the file is missing, cut short or damaged, or `save` did not write it.
     """
     if not Path(path).exists():
         raise CheckpointError(f"{path}: no such checkpoint")
@@ -95,11 +95,10 @@ def load(path: str | Path, map_location="cpu", mmap: bool = False) -> dict:
 
 
 def save_last(folder: str | Path, state: dict) -> None:
-    """Write <folder>/last.pt and keep the one before, if it is whole, as previous.pt.
+    """Write <folder>/last.pt and keep the one before, if it is not damaged, as previous.pt.
 
-    The new file is complete on disk, as next.pt, before the old one is renamed, and a damaged one
-    does not take the place of a good one: at every moment the newest is under one of the names at
-    which `load_last` looks.
+    The new file is complete on disk, as next.pt, before the old one is renamed, and no damaged file
+    replaces a good one, so that `load_last` finds the newest at every moment.
 
     Raises RunError: see `save`.
     """
@@ -114,7 +113,7 @@ def save_last(folder: str | Path, state: dict) -> None:
 
 
 def load_last(path: str | Path, warn=print, map_location="cpu") -> dict:
-    """Read a checkpoint; where last.pt is damaged or missing, the newest beside it, saying so."""
+    """Read a checkpoint; if last.pt is damaged or missing, warn and read the newest beside it."""
     path, errors = Path(path), []
     names = LAST if path.name == "last.pt" else (path.name,)
     for candidate in map(path.with_name, names):
@@ -132,7 +131,7 @@ def load_last(path: str | Path, warn=print, map_location="cpu") -> dict:
 
 
 def find(folder: str | Path, resume_training_from: str | None) -> Path | None:
-    """The checkpoint to resume from; for "auto" the last in `folder`, None where there is none."""
+    """Return the checkpoint to resume from, or None; "auto" means the last in `folder`, if any."""
     if resume_training_from != "auto":
         return Path(resume_training_from) if resume_training_from else None
     last = Path(folder) / "last.pt"
@@ -140,7 +139,7 @@ def find(folder: str | Path, resume_training_from: str | None) -> Path | None:
 
 
 def refuse_existing(experiment: str | Path) -> None:
-    """Raise CheckpointError where a new run would overwrite an old one."""
+    """Raise CheckpointError if a new run would overwrite an old one."""
     if any((Path(experiment) / "checkpoints").glob("*.pt")):
         raise CheckpointError(
             f"{experiment} already holds a run: set resume_training_from=auto to continue it, or "
@@ -149,11 +148,7 @@ def refuse_existing(experiment: str | Path) -> None:
 
 
 def check_settings(path: str | Path, state: dict, expected: dict) -> None:
-    """Compare the settings saved in a checkpoint with those of the config.
-
-    Raises:
-        CheckpointError: listing each setting that differs.
-    """
+    """Raise CheckpointError, listing the differences, if a checkpoint does not fit the config."""
     found, wanted = _flat(_settings(state)), _flat(expected)
     key = "suprem_weights" if wanted.get("stage") == "dino" else "dino_weights"
     if "modules" not in state:
@@ -173,7 +168,7 @@ def check_settings(path: str | Path, state: dict, expected: dict) -> None:
 
 
 def stage_of(state: dict) -> str | None:
-    """The stage that a checkpoint is of, as it says."""
+    """Return the stage that a checkpoint says it is of."""
     return _settings(state).get("stage")
 
 
@@ -183,7 +178,7 @@ def _settings(state: dict) -> dict:
 
 
 def put_into(module: nn.Module, tensors: dict, path: str | Path) -> None:
-    """Load a module's tensors. Raises CheckpointError where they do not fit, naming the file."""
+    """Load tensors into a module. Raises CheckpointError, naming the file, if they do not fit."""
     try:
         module.load_state_dict(tensors)
     except (AttributeError, RuntimeError, TypeError) as e:
@@ -201,7 +196,7 @@ def _flat(settings: dict, prefix: str = "") -> dict:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a rename survive a power cut. Windows cannot open folders; its renames are synced."""
+    """Make a rename survive a power cut. Windows cannot open folders, but syncs its renames."""
     if os.name == "nt":
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -212,21 +207,21 @@ def _sync_folder(folder: Path) -> None:
 
 
 def settings_of(cfg, stage: str, data: Iterable[str], **more) -> dict:
-    """What a checkpoint and a config must agree on (see `check_settings`): stage and backbone,
-    those keys of data:, and what else the stage names."""
+    """Return the settings in which a checkpoint and a config must agree (see `check_settings`): the
+    stage, the backbone, the given keys of data: and `more`, which the stage names."""
     config = cfg.model_dump(mode="json")
     network = {"stage": stage, "backbone": cfg.backbone, cfg.backbone: config[cfg.backbone]}
     return network | more | {"data": {name: config["data"][name] for name in data}}
 
 
 def describe(cfg, settings: dict, train: Iterable, **more) -> dict:
-    """What every checkpoint of a run says of itself. train: the cases it is trained on."""
+    """Return the entries by which a checkpoint describes its run. train: the training cases."""
     seen = hash_patients(case.patient for case in train)
     config = cfg.model_dump(mode="json")
     return {"settings": settings, "config": config, "seen_patients": seen, **more}
 
 
 def hash_patients(patients: Iterable[str]) -> list[str]:
-    """Sorted hashes by which a checkpoint remembers whom it saw without holding PatientIDs."""
+    """Return sorted hashes, by which a checkpoint knows its patients without holding PatientIDs."""
     names = {unicodedata.normalize("NFKC", patient) for patient in patients}
     return sorted(hashlib.sha256(name.encode()).hexdigest()[:16] for name in names)

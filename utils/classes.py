@@ -1,7 +1,7 @@
-"""Classes of a segmentation: which label values of the masks mean which class.
+"""Classes of a segmentation: which label values of the masks stand for which class.
 
-A network and its losses know indices: 0 background, 1..K the classes in the order of the config,
-IGNORE voxels that count nowhere. Masks hold label values: any whole numbers, gaps allowed.
+Networks and losses use indices: 0 is background, 1..K are the classes in the order of the config,
+and IGNORE marks voxels that count nowhere. Masks hold label values, which are any whole numbers.
 """
 
 import re
@@ -12,16 +12,16 @@ import numpy as np
 
 from utils.errors import nearest
 
-IGNORE = 255  # index of voxels that count neither in a loss nor in a metric
+IGNORE = 255  # index of voxels that count in no loss and no metric
 MAX_VALUE = 32767  # masks are kept as int16
 SIDE = re.compile(r"(?<![a-z0-9])(left|right|l|r|lt|rt)(?![a-z0-9])", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Classes:
-    """names[k] is index k + 1 and any of the label values values[k]; all else is background.
+    """Class names[k] has index k + 1 and the label values values[k]; other values are background.
 
-    ignore: label values whose voxels are IGNORE.
+    ignore: label values whose index is IGNORE.
     """
 
     names: tuple[str, ...]
@@ -32,37 +32,37 @@ class Classes:
     def from_config(
         cls, classes: Mapping[str, int | Sequence[int]], ignore_labels: Sequence[int] = ()
     ) -> "Classes":
-        """From the keys classes and ignore_labels, which `class_problems` has checked."""
+        """Make them from the keys classes and ignore_labels, which `class_problems` has checked."""
         values = tuple(_as_tuple(found) for found in classes.values())
         return cls(tuple(classes), values, tuple(ignore_labels))
 
     @classmethod
     def from_dict(cls, stored: Mapping) -> "Classes":
-        """Inverse of `to_dict`."""
+        """Make them from the result of `to_dict`."""
         values = tuple(tuple(found) for found in stored["values"])
         return cls(tuple(stored["names"]), values, tuple(stored["ignore"]))
 
     def to_dict(self) -> dict:
-        """For JSON."""
+        """Return the fields as a dict for JSON."""
         return asdict(self)
 
     @property
     def num_outputs(self) -> int:
-        """Channels of a network that tells the classes and the background apart."""
+        """Number of a network's output channels: the classes and the background."""
         return len(self.names) + 1
 
     def index_of(self, value: int) -> int:
-        """Index of one label value."""
+        """Return the index of one label value."""
         if value in self.ignore:
             return IGNORE
         return next((k for k, found in enumerate(self.values, 1) if value in found), 0)
 
     def to_index(self, labels: np.ndarray) -> np.ndarray:
-        """Label values (any shape, int16) -> indices, uint8: 0, 1..K or IGNORE."""
-        return np.take(self.table(), labels, mode="wrap")  # -1 is the last of 2^16 values
+        """Turn label values (any shape, int16) into indices, uint8: 0, 1..K or IGNORE."""
+        return np.take(self.table(), labels, mode="wrap")  # -1 is the last of the 2^16 entries
 
     def table(self) -> np.ndarray:
-        """(65536,) uint8: the index of each int16 value, negative ones counted from the end."""
+        """Return the index of each int16 value, (65536,) uint8; negatives count from the end."""
         table = np.zeros(2**16, np.uint8)
         for index, found in enumerate(self.values, 1):
             table[list(found)] = index
@@ -70,13 +70,13 @@ class Classes:
         return table
 
     def to_labels(self, index: np.ndarray) -> np.ndarray:
-        """Indices (any shape) -> label values, int16: the first value of each class."""
+        """Turn indices (any shape) into label values, int16: the first value of each class."""
         table = np.zeros(256, np.int16)
         table[1 : self.num_outputs] = [found[0] for found in self.values]
         return table[index]
 
     def mirror_table(self, pairs: Sequence[Sequence[str]]) -> np.ndarray:
-        """(256,) uint8: the index that each index becomes when left and right are swapped."""
+        """Return the index that each index becomes if left and right are swapped, (256,) uint8."""
         table = np.arange(256, dtype=np.uint8)
         for pair in pairs:
             one, two = (self.names.index(name) + 1 for name in pair)
@@ -89,7 +89,7 @@ def class_problems(
     ignore_labels: Sequence[int] = (),
     mirror_pairs: Sequence[Sequence[str]] = (),
 ) -> Iterator[tuple[str, str]]:
-    """What is wrong with the keys of a config, as (key, what)."""
+    """Yield (key, what is wrong with it) for the keys of a config."""
     if not classes:
         yield "classes", "empty; expected class names with their label values, such as liver: 5"
     if len(classes) >= IGNORE:
@@ -122,7 +122,7 @@ def class_problems(
 
 
 def unpaired_sides(names: Sequence[str], mirror_pairs: Sequence[Sequence[str]]) -> list[str]:
-    """Classes whose name says a side but which no pair swaps: flipping x would mix them up."""
+    """Return classes that name a side but that no pair swaps: flipping x would mix them up."""
     paired = {name for pair in mirror_pairs for name in pair}
     return [name for name in names if SIDE.search(name) and name not in paired]
 

@@ -1,4 +1,4 @@
-"""Several processes, one per GPU (torchrun). Every function is the identity on one process."""
+"""Several processes, one for each GPU (torchrun). Every function is the identity on one process."""
 
 import os
 import sys
@@ -11,7 +11,7 @@ PATIENCE = timedelta(hours=24)  # the main rank may build a large cache while th
 
 
 def setup() -> torch.device:
-    """Join the process group that torchrun describes, if any; return this rank's device."""
+    """Join the process group that torchrun describes, if any, and return this rank's device."""
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
@@ -22,7 +22,7 @@ def setup() -> torch.device:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         store, rank, world_size = next(dist.rendezvous("env://", timeout=PATIENCE))
-        # torchrun may start the processes again with the store that those before them wrote to
+        # torchrun may restart the processes with the store that the earlier ones wrote to
         restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = dist.PrefixStore(f"start {restart}", store)
         options = {"store": store, "rank": rank, "world_size": world_size}
@@ -36,8 +36,8 @@ def teardown() -> None:
 
 
 def leave(code: int) -> None:
-    """End this process at once. Python's own end now and then aborts in a thread of gloo that still
-    wants the interpreter, and torchrun then takes a finished run for a failed one."""
+    """End this process at once. If Python ends it, a thread of gloo sometimes still needs the
+    interpreter and aborts, and torchrun then takes a finished run for a failed one."""
     teardown()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -62,7 +62,7 @@ def barrier() -> None:
 
 
 def all_reduce(tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
-    """Sum, mean or max over ranks, without gradient. Returns a new tensor."""
+    """Return sum, mean or max over ranks, without gradient; on one process the tensor itself."""
     if world_size() == 1:
         return tensor
     tensor = tensor.detach().clone()
@@ -71,7 +71,7 @@ def all_reduce(tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
 
 
 def gather_objects(value) -> list:
-    """The value of every rank, in rank order, on every rank. Values must be picklable and small."""
+    """Return the values of all ranks, in rank order; they must be small and picklable."""
     if world_size() == 1:
         return [value]
     values = [None] * world_size()
@@ -90,15 +90,15 @@ class _SumOverRanks(torch.autograd.Function):
 
 
 def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
-    """Sum over ranks through which gradients flow back to every rank."""
+    """Return the sum over ranks; gradients flow back to every rank."""
     return tensor if world_size() == 1 else _SumOverRanks.apply(tensor)
 
 
 def concat_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
-    """(B, ...) of each rank -> (world_size * B, ...) with gradients; B is equal on all ranks."""
+    """Concatenate (B, ...) of all ranks to (world_size * B, ...), with gradients, for equal B."""
     if world_size() == 1:
         return tensor
-    # Each rank fills its own slot and leaves zeros elsewhere: the sum is the concatenation.
+    # each rank fills its own slot and leaves zeros elsewhere, so the sum is the concatenation
     slots = [torch.zeros_like(tensor)] * world_size()
     slots[rank()] = tensor
     return sum_over_ranks(torch.stack(slots)).flatten(0, 1)

@@ -1,14 +1,14 @@
-"""Errors whose messages are meant for the user, and what helps to write them."""
+"""Errors whose messages are meant for the user, and a helper to write them."""
 
 from difflib import SequenceMatcher
 
 
 class InputError(ValueError):
-    """What the user gave cannot be used; the message is meant for them: which file, and why."""
+    """Something that the user gave cannot be used; the message says which file, and why."""
 
 
 class RunError(RuntimeError):
-    """What ends a run that had begun; the message is meant for the user: why, and what to do."""
+    """A run that has begun cannot go on; the message says why, and what to do."""
 
 
 class NotFinite(RunError):
@@ -16,7 +16,7 @@ class NotFinite(RunError):
 
 
 def nearest(word: str, choices: list[str]) -> str | None:
-    """The choice most like `word`, or like its last dotted part; None where none is close."""
+    """Return the choice most like `word` or its last dotted part; None if none is close."""
 
     def likeness(choice: str) -> tuple[float, float]:
         pairs = [(word, choice), (word.rpartition(".")[2], choice.rpartition(".")[2])]

@@ -1,4 +1,4 @@
-"""When a device's memory runs out: the same in smaller parts, or an error that says what helps."""
+"""If a device's memory runs out: smaller parts, or an error that says what would help."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ from utils.errors import RunError
 
 
 def attempt(function: Callable, *args):
-    """The function's result, which is never None, or None where the device's memory ran out."""
+    """Return function(*args), which must not be None, or None if the device's memory ran out."""
     try:
         return function(*args)
     except torch.OutOfMemoryError:
@@ -23,17 +23,17 @@ def attempt(function: Callable, *args):
 def in_parts(
     function: Callable[[Any], Any], batches: Iterable, say: Callable[[str], None] = print
 ) -> Iterator[tuple[Any, Any]]:
-    """function(batch) of each batch; where memory runs out, of halves from there on, down to one.
+    """Yield (batch, function(batch)) for each batch, or for its parts once memory has run out.
+
+    The parts have half the size that did not fit, and become smaller if need be, down to one item.
 
     Args:
-        function: never returns None.
-        batches: tensors (B, ...), or dicts of tensors and lists of B, and dicts of such, with an
-            "index" (B,).
-        say: told when memory runs out.
-    Yields:
-        the batch, or a part of it; the function's result.
+        function: must not return None.
+        batches: tensors (B, ...), or dicts with an "index" (B,) and otherwise tensors or lists of
+            length B, or dicts of such.
+        say: function that is called with a message when memory runs out.
     Raises:
-        torch.OutOfMemoryError: not even one fits.
+        torch.OutOfMemoryError: not even a single item fits.
     """
     most = None
     for batch in batches:
@@ -68,19 +68,14 @@ def _cut(batch, part: slice):
 
 @contextmanager
 def explained(phase: str, cfg):
-    """What runs out of memory in this context says in which phase, with which shapes, what helps.
+    """Turn an out-of-memory error into a RunError that names the phase, the shapes and what helps.
 
-    Args:
-        phase: "a training step", "the validation", ...
-        cfg: any of the config files' models.
-    Raises:
-        RunError: instead of torch.OutOfMemoryError.
+    phase: "a training step", "the validation", ... cfg: the config of any stage.
     """
     try:
         yield
     except torch.OutOfMemoryError as e:
-        training = phase == "a training step"
-        shapes, changes = (_training if training else _inference)(cfg)
+        shapes, changes = _shapes_and_changes(cfg, training=phase == "a training step")
         if cfg.precision == "fp32":
             changes.append("precision=bf16")
         changes.append(f"a smaller network ({cfg.backbone})")
@@ -97,39 +92,28 @@ def _size(size) -> str:
     return " x ".join(map(str, size))
 
 
-def _training(cfg) -> tuple[str, list[str]]:
-    """What was computed, and what to change."""
-    changes = []
-    if cfg.batch_size > 1:
-        half = cfg.batch_size // 2
-        changes.append(
-            f"batch_size={half} with accumulate={cfg.accumulate * cfg.batch_size // half}"
-        )
-    if not cfg.grad_checkpointing:
-        changes.append("grad_checkpointing=true")
-    return _shapes(cfg, changes), changes
-
-
-def _inference(cfg) -> tuple[str, list[str]]:
-    """As `_training`; fewer at a time have been tried."""
-    if hasattr(cfg, "inference"):
+def _shapes_and_changes(cfg, training: bool) -> tuple[str, list[str]]:
+    """The shapes of a batch, and the settings that would need less memory, easiest first."""
+    count, changes = cfg.batch_size, []
+    if training:
+        if count > 1:
+            accumulate = cfg.accumulate * count // (count // 2)
+            changes.append(f"batch_size={count // 2} with accumulate={accumulate}")
+        if not cfg.grad_checkpointing:
+            changes.append("grad_checkpointing=true")
+    elif hasattr(cfg, "inference"):
         return f"1 window of {_size(cfg.patches.size)} voxels", ["a smaller patches.size"]
-    changes: list[str] = []
-    return _shapes(cfg.model_copy(update={"batch_size": 1}), changes), changes
-
-
-def _shapes(cfg, changes: list[str]) -> str:
-    """Of a batch; adds what makes them smaller to the changes."""
-    count = cfg.batch_size
+    else:
+        count = 1  # fewer at a time have been tried
     if hasattr(cfg, "crops"):
         crops = cfg.crops
-        changes += ["a smaller crops.global_size"]
+        changes.append("a smaller crops.global_size")
         text = f"{2 * count} global crops of {_size(crops.global_size)} voxels"
         if crops.num_local:
-            changes += ["a smaller crops.num_local"]
+            changes.append("a smaller crops.num_local")
             text += f" and {crops.num_local * count} local ones of {_size(crops.local_size)}"
-        return f"{text} (batch_size={count})"
-    name, size = ("image", cfg.image.size) if hasattr(cfg, "image") else ("patch", cfg.patches.size)
-    key = "image.size" if name == "image" else "patches.size"
-    changes += [f"a smaller {key}"]
-    return f"a batch of {count} x {_size(size)} voxels (batch_size={count})"
+        return f"{text} (batch_size={count})", changes
+    part = "image" if hasattr(cfg, "image") else "patches"
+    changes.append(f"a smaller {part}.size")
+    size = _size(getattr(cfg, part).size)
+    return f"a batch of {count} x {size} voxels (batch_size={count})", changes

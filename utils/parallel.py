@@ -1,4 +1,4 @@
-"""One function over many items in several processes."""
+"""One function applied to many items in several processes."""
 
 import multiprocessing
 import os
@@ -10,19 +10,22 @@ from typing import TypeVar
 
 import torch
 
-PATIENCE_S = 10.0  # about what a new process needs to import torch and MONAI
+PATIENCE_S = 10.0  # about the time in which a new process imports torch and MONAI
 Item, Result = TypeVar("Item"), TypeVar("Result")
 
 
 def in_processes(
     function: Callable[[Item], Result], items: Sequence[Item], n_workers: int
 ) -> Iterator[tuple[Item, Result]]:
-    """Yield (item, function(item)) as they are done: the first ones here, so that a small job does
-    not wait for processes to start; what is left after PATIENCE_S in processes.
+    """Yield (item, function(item)) as each is done.
+
+    This process does the first items alone, so that a small job does not wait for others to start;
+    after PATIENCE_S, worker processes do the rest.
 
     Args:
-        function: must pickle; what it raises is raised here.
-        n_workers: at most this many processes, and no more than CPUs; up to 1: all in this process.
+        function: must be picklable; its exceptions are raised here.
+        n_workers: at most this many processes, and at most as many as there are CPUs; with 1 or
+            less, this process does all items.
     Raises:
         RuntimeError: a process was killed.
     """
@@ -34,7 +37,7 @@ def in_processes(
         yield item, function(item)
     if not items:
         return
-    # spawned: forks of a process that uses CUDA or threads may hang
+    # spawned, because forks of a process that uses CUDA or threads may hang
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(n_workers, context, torch.set_num_threads, (1,))
     try:

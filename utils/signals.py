@@ -1,26 +1,28 @@
-"""The signals by which schedulers stop a run."""
+"""Signals by which schedulers stop a run."""
 
 import multiprocessing
 import signal
 
 from utils import distributed
 
+# sent by schedulers some time before they kill a run; Windows has no SIGUSR1
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+
 
 class Stopped(Exception):
-    """A signal asked to stop; the message names it."""
+    """A signal, named by the message, asked the run to stop."""
 
 
 class StopSignal:
-    """Remembers SIGTERM and SIGUSR1, which schedulers send some time before they kill.
+    """Remembers whether one of SIGNALS was received.
 
-    immediate: raise Stopped at once, for as long as there is nothing to save.
+    immediate: whether to raise Stopped at once, which is right while there is nothing to save.
     """
 
     def __init__(self):
         self.received, self.immediate = "", True
-        for name in ("SIGTERM", "SIGUSR1"):
-            if hasattr(signal, name):  # Windows has no SIGUSR1
-                signal.signal(getattr(signal, name), self._remember)
+        for number in SIGNALS:
+            signal.signal(number, self._remember)
 
     def _remember(self, number, frame):
         self.received = signal.Signals(number).name
@@ -31,24 +33,23 @@ class StopSignal:
         return bool(self.received)
 
     def raise_if_received(self) -> None:
-        """Raise Stopped on all ranks if any rank was signalled; all ranks must call it together."""
+        """Raise Stopped on all ranks if any received a signal; all ranks must call it together."""
         received = [name for name in distributed.gather_objects(self.received) if name]
         if received:
             raise Stopped(received[0])
 
 
 def end_workers() -> None:
-    """Kill what loaders have started: at its end Python waits for such processes, and they ignore
-    the signal by which it asks them to end (see `data.loading.make_loader`)."""
-    if hasattr(signal, "SIGCHLD"):  # torch raises an error when a worker is killed
+    """Kill the workers of loaders. Python waits for them at its end, but they ignore the signal by
+    which it asks them to end (see `data.loading.make_loader`)."""
+    if hasattr(signal, "SIGCHLD"):  # torch's handler raises an error if a worker is killed
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for process in multiprocessing.active_children():
         process.kill()
 
 
 def ignore_signals(worker: int) -> None:
-    """A scheduler signals all processes; the training process finishes its step with its workers,
-    and they end when it does."""
-    for name in ("SIGTERM", "SIGUSR1"):
-        if hasattr(signal, name):  # Windows has no SIGUSR1
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    """Make a loader's worker ignore SIGNALS. Schedulers send them to all processes, but the
+    training process needs its workers to finish its step; they end when it does."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

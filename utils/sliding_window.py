@@ -1,15 +1,16 @@
 """A network over a whole volume: overlapping windows, their outputs averaged with Gaussian weights.
 
-Windows, weights and so the answer are those of monai.inferers.sliding_window_inference with
-mode="gaussian" and sigma_scale=0.125. Two things differ. Windows of one value throughout, such as
-air, are evaluated once for all. And the volume is finished slab by slab: 41 classes of
-512 x 512 x 600 voxels would take 26 GB, and as much again where they are resampled. What is held
-here at a time is one window's thickness of sums and, when a slab is finished, a copy: up to
-2 x 4 bytes x classes x window x the volume's two other edges (8.3 GB for that volume and windows of
-96; 2.3 GB for the same patient at 1.5 mm), in main memory where the device has not enough.
+Windows, weights and therefore results are those of monai.inferers.sliding_window_inference with
+mode="gaussian" and sigma_scale=0.125. Two things differ. Windows that hold a single value, such as
+air, are evaluated only once for each value. And the volume is finished slab by slab, because 41
+classes of 512 x 512 x 600 voxels would take 26 GB, and as much again when they are resampled. Here
+only the sums of one window's thickness are in memory and, when a slab is finished, a copy of them:
+up to 2 x 4 bytes x classes x window x the volume's two other edges (8.3 GB for that volume and
+windows of 96; 2.3 GB for the same patient at 1.5 mm). It is main memory if the device lacks room.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import combinations
 
 import torch
@@ -26,7 +27,7 @@ Box = tuple[slice, slice, slice]
 
 
 def sliding_window(predict: Predict, image: Tensor, roi, overlap=0.5, batch=4, **options) -> Tensor:
-    """The average output for a whole volume, (K, X, Y, Z) float32; see `window_slabs`."""
+    """Return the average output for a whole volume, (K, X, Y, Z) float32; see `window_slabs`."""
     ((_, whole),) = window_slabs(predict, image, roi, overlap, batch, axis=None, **options)
     return whole
 
@@ -44,23 +45,25 @@ def window_slabs(
     out_device: torch.device | None = None,
     log: Callable[[str], None] | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
-    """The average output for a volume in slabs, from the lower end of an axis to the upper.
+    """Yield the average output for a volume in slabs, from the lower end of an axis to the upper.
 
     Args:
-        predict: the network. Its outputs are what is averaged: probabilities, or logits.
+        predict: the network; its outputs, probabilities or logits, are averaged.
         image: (1, X, Y, Z).
-        roi: (x, y, z) voxels of a window. A volume that is smaller is padded on both sides.
-        overlap: of windows side by side, 0 <= overlap < 1.
-        batch: windows in one call of predict. On a CPU always one: more are slower there.
-        axis: 0, 1 or 2, along which the volume is cut into slabs; the longest takes least memory.
-            None: one slab, the whole volume.
+        roi: (x, y, z) voxels of a window. A smaller volume is padded on both sides.
+        overlap: of neighbouring windows, 0 <= overlap < 1.
+        batch: windows in one call of predict; always one on a CPU, where more are slower.
+        axis: 0, 1 or 2, the axis along which the volume is cut into slabs; the longest needs the
+            least memory. None: the whole volume is one slab.
         background: value of the padding.
-        device: where predict is called; default: the image's.
+        device: where predict is called; default: the device of the image.
         out_device: where outputs are summed up; default: `device`.
-        log: told when memory runs out. Then the batch is halved, down to one window; then sums
-            move to the CPU; if that does not help, torch.OutOfMemoryError is raised.
+        log: function that is called with a message when memory runs out. The batch is then halved,
+            down to one window; after that the sums move to the CPU.
     Yields:
-        first voxel of the slab along the axis; the slab, (K, x, y, z) float32.
+        the first voxel of the slab along the axis, and the slab, (K, x, y, z) float32.
+    Raises:
+        torch.OutOfMemoryError: one window with sums on the CPU still does not fit.
     """
     if not 0 <= overlap < 1:
         raise ValueError(f"overlap is {overlap}; expected 0 <= overlap < 1")
@@ -72,14 +75,13 @@ def window_slabs(
         boxes.sort(key=lambda box: box[axis].start)
     values = _constants(padded, boxes)
     sums = _Sums(padded.shape[1:], axis, roi, torch.device(out_device or device), say)
-    known: dict[float, Tensor] = {}  # outputs of windows of one value
+    known: dict[float, Tensor] = {}  # {value: output of the windows that hold only it}
     first = 0
     while first < len(boxes):
         todo, end = _next_windows(values, known, first, batch)
-        if batch == 1 and sums.device == CPU:
-            outputs = _evaluate(predict, padded, [boxes[i] for i in todo], device)
-        else:
-            outputs = attempt(_evaluate, predict, padded, [boxes[i] for i in todo], device)
+        evaluate = partial(_evaluate, predict, padded, [boxes[i] for i in todo], device)
+        smallest = batch == 1 and sums.device == CPU
+        outputs = evaluate() if smallest else attempt(evaluate)
         if outputs is None:
             if batch > 1:
                 batch //= 2
@@ -97,12 +99,12 @@ def window_slabs(
         else:
             finished = 0 if axis is None else boxes[first][axis].start
         if finished > sums.start:
-            # not kept here while the caller has it; an axis that is padded is one window, one slab
+            # no name here keeps the slab while the caller has it; a padded axis is a single slab
             yield sums.take(finished, inside)
 
 
 def averaged(predicts: Sequence[Predict]) -> Predict:
-    """The mean of several networks' outputs."""
+    """Return a function whose output is the mean of several networks' outputs."""
 
     def predict(x: Tensor) -> Tensor:
         total = predicts[0](x)
@@ -116,11 +118,11 @@ def averaged(predicts: Sequence[Predict]) -> Predict:
 def mirrored(
     predict: Predict, axes: Sequence[int], pairs: Sequence[tuple[int, int]] = ()
 ) -> Predict:
-    """The mean of a network's outputs for a window and its mirror images, turned back.
+    """Return a function whose output is the mean over a window and its mirror images, turned back.
 
     Args:
-        axes: of 0, 1, 2 for x, y, z, alone and in all combinations: 2^n calls instead of one.
-        pairs: channels of left and right structures, which trade places where x is mirrored.
+        axes: some of 0, 1, 2 for x, y, z; n axes in all combinations take 2^n calls of predict.
+        pairs: channels of left and right structures, which are swapped if x is mirrored.
     """
 
     def predict_mirrored(x: Tensor) -> Tensor:
@@ -138,7 +140,7 @@ def mirrored(
 
 
 class _Sums:
-    """Weighted sums of the windows' outputs and of the weights, in what is not yet finished."""
+    """Sums of the weighted outputs and of the weights, in the unfinished part of the volume."""
 
     def __init__(self, shape: Sequence[int], axis: int | None, roi, device, say: Callable):
         self.shape, self.axis, self.device, self.say = tuple(shape), axis or 0, device, say
@@ -146,11 +148,11 @@ class _Sums:
         self.weight = compute_importance_map(
             tuple(roi), mode="gaussian", sigma_scale=SIGMA, device=device
         )
-        self.start = 0  # along the axis, of what the tensors hold
+        self.start = 0  # where the tensors begin along the axis
         self.total = self.norm = None
 
     def add(self, box: Box, output: Tensor) -> None:
-        """output: (K, *roi) on any device."""
+        """Add the output of a window, (K, *roi) on any device."""
         self._either(self._reserve, len(output), max(box[self.axis].stop, self.at_least))
         box = list(box)
         along = box[self.axis]
@@ -160,7 +162,7 @@ class _Sums:
         self.norm[tuple(box)].add_(self.weight)
 
     def take(self, stop: int, inside: Box) -> tuple[int, Tensor]:
-        """The mean from where the sums start to `stop`, which no window touches any more."""
+        """Remove and return the finished means, from the start of the sums to `stop`."""
         start, count, dim = self.start, stop - self.start, 1 + self.axis
         self.start = stop
         if count == self.total.shape[dim]:
@@ -176,7 +178,7 @@ class _Sums:
         return start, mean[(slice(None), *inside)]
 
     def _reserve(self, channels: int, stop: int) -> bool:
-        """Make the tensors reach to `stop`; if that fails they are as before."""
+        """Extend the tensors to `stop`; if that fails, they stay as they were."""
         if self.total is None:
             size = list(self.shape)
             size[self.axis] = stop - self.start
@@ -191,7 +193,7 @@ class _Sums:
         return True
 
     def _either(self, function: Callable, *args):
-        """The function's result on the device, or else on the CPU."""
+        """The function's result; if the device has no memory for it, after a move to the CPU."""
         if self.device != CPU:
             result = attempt(function, *args)
             if result is not None:
@@ -208,14 +210,14 @@ class _Sums:
 
 
 def _evaluate(predict: Predict, image: Tensor, boxes: list[Box], device) -> Tensor | list:
-    """Outputs (B, K, x, y, z) of the windows at some places."""
+    """Outputs (B, K, x, y, z) of the windows in the boxes."""
     if not boxes:
         return []
     return predict(torch.stack([image[(slice(None), *box)] for box in boxes]).to(device))
 
 
 def _pad(image: Tensor, roi, background: float) -> tuple[Tensor, Box]:
-    """The image made at least as large as a window, and the box of it that is the image."""
+    """The image padded to at least the size of a window, and the box of the image in it."""
     gaps = [max(0, r - n) for r, n in zip(roi, image.shape[1:], strict=True)]
     widths = [w for gap in reversed(gaps) for w in (gap // 2, gap - gap // 2)]
     inside = tuple(
@@ -225,7 +227,7 @@ def _pad(image: Tensor, roi, background: float) -> tuple[Tensor, Box]:
 
 
 def _boxes(shape: Sequence[int], roi: Sequence[int], overlap: float) -> list[Box]:
-    """Windows that cover a volume."""
+    """Boxes of the windows that cover a volume."""
     step = [
         r if r == n else max(1, int(r * (1 - overlap))) for r, n in zip(roi, shape, strict=True)
     ]
@@ -233,13 +235,13 @@ def _boxes(shape: Sequence[int], roi: Sequence[int], overlap: float) -> list[Box
 
 
 def _constants(image: Tensor, boxes: list[Box]) -> list[float | None]:
-    """For each window its value if it has only one, else None."""
+    """The value of each window that holds only one, else None."""
     values: list[float | None] = [0.0] * len(boxes)
-    for every in (8, 1):  # some voxels first: most windows need no second look
+    for every in (8, 1):  # every eighth voxel rules out most windows
         chosen = [i for i, value in enumerate(values) if value is not None]
         parts = [image[0][boxes[i]][::every, ::every, ::every] for i in chosen]
         ends = [torch.stack([part.amin(), part.amax()]) for part in parts]
-        ends = torch.stack(ends).tolist() if ends else []  # one wait for the device
+        ends = torch.stack(ends).tolist() if ends else []  # waits only once for the device
         for i, (low, high) in zip(chosen, ends, strict=True):
             values[i] = low if low == high else None
     return values

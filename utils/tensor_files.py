@@ -1,4 +1,4 @@
-"""Reading files of weights from anywhere: nothing in them is run, every fault has a message."""
+"""Read files of weights from any source; no code in them is run, and every fault has a message."""
 
 import argparse
 import re
@@ -14,7 +14,7 @@ import torch
 from utils.errors import InputError
 
 NUMBERS = "bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64".split()
-NOT_WEIGHTS = {  # first bytes -> what the file is and what to do
+NOT_WEIGHTS = {  # {first bytes: what the file is, and what to do}
     b"\x89HDF": "an HDF5 (Keras) file; only PyTorch and safetensors files can be read",
     b"\x1f\x8b": "compressed (gzip): unpack it first",
     b"7z\xbc\xaf": "compressed (7z): unpack it first",
@@ -24,29 +24,28 @@ NOT_WEIGHTS = {  # first bytes -> what the file is and what to do
 
 
 class WeightsError(InputError):
-    """The file's weights cannot be used; the message names the file and says why."""
+    """The weights of a file cannot be used; the message names the file and says why."""
 
 
 @dataclass(frozen=True)
 class WeightsFile:
-    """content: what was saved, of tensors, numbers, text, dicts and lists.
-    kind: "torch", "torch legacy" (before 1.6) or "safetensors".
-    recent: written by PyTorch 2.7 or later; None where that is not known.
-    """
+    """The result of `read`."""
 
-    content: Any
-    kind: str
-    recent: bool | None
+    content: Any  # the saved object: tensors, numbers, text, dicts and lists
+    kind: str  # "torch", "torch legacy" (before 1.6) or "safetensors"
+    recent: bool | None  # whether PyTorch 2.7 or later wrote it; None: not known
 
 
 def read(path: str | Path, map_location="cpu", mmap: bool = False) -> WeightsFile:
-    """Read a file of torch.save or safetensors.
+    """Read a file that torch.save or safetensors wrote.
 
-    mmap: checksums are compared, but of a zip archive's tensors only what is used is read.
+    mmap: read the tensors of a zip archive only when they are used; its checksums are compared all
+    the same.
 
     Raises:
-        WeightsError: missing, empty, cut short or damaged; not weights at all; or one that needs
-            more than tensors, plain values, numpy scalars and argparse.Namespace, which are named.
+        WeightsError: the file is missing, empty, cut short, damaged or not weights at all, or it
+            holds more than tensors, plain values, numpy scalars and argparse.Namespace; the message
+            names what.
     """
     path = Path(path)
     if path.is_dir():
@@ -60,7 +59,7 @@ def read(path: str | Path, map_location="cpu", mmap: bool = False) -> WeightsFil
         raise WeightsError(f"{path}: cannot be opened ({e.strerror})") from e
     if not start:
         raise WeightsError(f"{path}: empty (0 bytes); copy or download it again")
-    if start[8:9] == b"{":  # after the length of the header
+    if start[8:9] == b"{":  # the 8 bytes before hold the length of the header
         return WeightsFile(_read_safetensors(path), "safetensors", None)
     _refuse_other_files(path, start)
     names = _check_zip(path) if start.startswith(b"PK") else None
@@ -71,7 +70,7 @@ def read(path: str | Path, map_location="cpu", mmap: bool = False) -> WeightsFil
 
 
 def _refuse_other_files(path: Path, start: bytes) -> None:
-    """Raise for files that are not weights, by their first bytes."""
+    """Raise WeightsError if the first bytes show that a file is not weights."""
     if start.startswith(b"version https://git-lfs"):
         size = re.search(rb"size (\d+)", start)
         stands_for = f" of {int(size[1]):,} bytes" if size else ""
@@ -101,13 +100,13 @@ def _refuse_other_files(path: Path, start: bytes) -> None:
 
 
 def _check_zip(path: Path) -> list[str]:
-    """Names in the archive of torch.save, after comparing every checksum (torch compares none)."""
+    """Names in an archive of torch.save; compares every checksum, of which torch compares none."""
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
             packed = any(member.compress_type for member in archive.infolist())  # torch packs none
             damaged = None if packed else archive.testzip()
-    except Exception as e:  # zipfile raises many kinds; each means that it is not a whole archive
+    except Exception as e:  # zipfile raises many kinds; each means that the archive is not whole
         raise WeightsError(f"{path}: cut short or damaged, copy or download it again ({e})") from e
     if packed:
         raise WeightsError(f"{path}: a compressed zip archive; unpack it first")
@@ -129,7 +128,7 @@ def _check_zip(path: Path) -> list[str]:
 
 def _torch_load(path: Path, map_location, legacy: bool, mmap: bool):
     with torch.serialization.safe_globals(_allowed_globals()), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of pickles that are refused below
+        warnings.simplefilter("ignore")  # about pickles that are refused below
         try:
             options = {"map_location": map_location, "mmap": mmap and not legacy}
             return torch.load(path, weights_only=True, **options)
@@ -153,7 +152,7 @@ def _torch_load(path: Path, map_location, legacy: bool, mmap: bool):
 
 
 def _allowed_globals() -> list:
-    """What training loops save beside tensors; older files know numpy's parts by older names."""
+    """Objects that training loops save beside tensors; older files use older names of numpy's."""
     scalar = np.float64(0).__reduce__()[0]
     parts = [(scalar, f"{module}.multiarray.scalar") for module in ("numpy.core", "numpy._core")]
     dtypes = [type(np.dtype(name)) for name in NUMBERS]
@@ -161,7 +160,7 @@ def _allowed_globals() -> list:
 
 
 def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
-    """The library checks the header against the file. The format has no checksum of the values."""
+    """{name: tensor}; the library checks the header, but the format has no checksum of values."""
     from safetensors import SafetensorError, safe_open  # needed for this kind of file only
 
     try:
