@@ -1,4 +1,4 @@
-"""The classifier: a backbone's deepest map, pooled, and a linear head per target; its losses."""
+"""The classifier, a linear head per target on the pooled deepest map of a backbone; its losses."""
 
 from collections.abc import Mapping
 
@@ -6,19 +6,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.common import parameter_groups
+from models.common import scaled_groups
 from models.dino import POOLINGS
 from models.unet import BatchStatisticsNorm
 from utils.distributed import all_reduce
 
 
 class RunningNorm(nn.Module):
-    """Features (N, D) by the running mean and variance of the samples seen in training.
+    """Normalization of features (N, D) by running mean and variance, in training and evaluation.
 
-    Pooled features differ little between samples beside what all have in common, which drowns the
-    gradient of a linear head. BatchNorm takes that away but needs large batches; here training
-    uses the running statistics too, as in Batch Renormalization (Ioffe 2017), so that any N will
-    do and training and evaluation are the same function. Statistics are taken over all ranks.
+    Pooled features differ little between samples compared with what all samples have in common,
+    which drowns the gradient of a linear head. BatchNorm removes the common part but needs large
+    batches. Here training uses the running statistics too, as in Batch Renormalization (Ioffe
+    2017): any N will do, and training and evaluation are the same function. Statistics are taken
+    over all ranks.
     """
 
     def __init__(self, num_features: int, momentum: float = 0.05, eps: float = 1e-5):
@@ -26,7 +27,7 @@ class RunningNorm(nn.Module):
         self.momentum, self.eps = momentum, eps
         self.register_buffer("mean", torch.zeros(num_features))
         self.register_buffer("var", torch.zeros(num_features))
-        self.register_buffer("weight", torch.zeros(()))  # of all batches so far: rises to 1
+        self.register_buffer("weight", torch.zeros(()))  # of all batches so far; rises to 1
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.training:
@@ -34,7 +35,7 @@ class RunningNorm(nn.Module):
         return (x - self.mean) * torch.rsqrt(self.var + self.eps)
 
     def _note(self, x: torch.Tensor) -> None:
-        """Mix the batch with those before, which count less with each step."""
+        """Add the batch to the statistics; earlier batches count less with each step."""
         count = all_reduce(x.new_tensor([float(len(x))]))
         mean = all_reduce(x.sum(dim=0)) / count
         var = all_reduce((x - mean).square().sum(dim=0)) / count
@@ -46,13 +47,13 @@ class RunningNorm(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Backbone (encoder only), pooling of its deepest map, dropout, one linear head per target.
+    """A backbone's encoder, pooling of its deepest map, dropout, and one linear head per target.
 
     Args:
-        backbone: from `build_backbone(..., decoder=False)`.
-        outputs: {target: number of outputs}; one for a number, one per class for classes.
+        backbone: made by `build_backbone(..., decoder=False)`.
+        outputs: {target: number of outputs}, which is 1 for a number and else that of the classes.
         pooling: a key of POOLINGS.
-        dropout: probability of each pooled feature to be left out in training.
+        dropout: probability with which training leaves out a pooled feature.
     """
 
     def __init__(
@@ -66,18 +67,18 @@ class Classifier(nn.Module):
         self.backbone, self.pool, self.names = backbone, POOLINGS[pooling], list(outputs)
         width = backbone.feature_channels[-1] * (2 if pooling == "meanmax" else 1)
         self.norm, self.dropout = RunningNorm(width), nn.Dropout(dropout)
-        # a list: ModuleDict refuses names such as a.b or type
+        # Not a ModuleDict, which refuses names such as a.b or type.
         self.heads = nn.ModuleList(nn.Linear(width, number) for number in outputs.values())
-        for head in self.heads:  # to begin with, all classes are as likely
+        for head in self.heads:  # at the start all classes are equally likely
             nn.init.zeros_(head.weight)
             nn.init.zeros_(head.bias)
-        # An image's prediction must not depend on what shares its batch, and not on its size: such
-        # a backbone sees one image at a time.
+        # The prediction for an image must not depend on its batch or the batch's size, so a
+        # backbone with this norm sees one image at a time.
         self.one_by_one = any(isinstance(m, BatchStatisticsNorm) for m in backbone.modules())
         self.frozen = False
 
     def freeze(self, frozen: bool) -> None:
-        """Whether the backbone gets no gradient and keeps its running statistics."""
+        """Set whether the backbone gets no gradient and keeps its running statistics."""
         self.frozen = frozen
         self.train(self.training)
 
@@ -87,7 +88,7 @@ class Classifier(nn.Module):
         return self
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Images (B, 1, X, Y, Z) in 0..1, of any size -> {target: (B, outputs) float32}."""
+        """Return {target: (B, outputs) float32} for images (B, 1, X, Y, Z) in 0..1, of any size."""
         x = pad(x, self.backbone.stride)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             parts = x.split(1) if self.one_by_one else [x]
@@ -98,7 +99,7 @@ class Classifier(nn.Module):
 
 
 def pad(x: torch.Tensor, stride: int) -> torch.Tensor:
-    """Zeros on both sides of (B, C, X, Y, Z), as many as make its sizes divisible by `stride`."""
+    """Pad (B, C, X, Y, Z) with zeros on both sides until `stride` divides its sizes."""
     widths = []
     for size in reversed(x.shape[2:]):
         missing = -size % stride
@@ -109,11 +110,11 @@ def pad(x: torch.Tensor, stride: int) -> torch.Tensor:
 def label_weights(
     truth: Mapping[str, torch.Tensor], class_weights: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """What each case counts in each target's loss: 0 where its label is missing.
+    """Return the weight of each case in the loss of each target: 0 where its label is missing.
 
     Args:
         truth: {target: (B,) class indices, -1 where missing; or float numbers, nan where missing}.
-        class_weights: {target: (K,)}, for the targets whose classes do not count alike.
+        class_weights: {target: (K,)} for the targets whose classes have unequal weights.
     Returns:
         {target: (B,) float32}.
     """
@@ -128,12 +129,14 @@ def label_weights(
 def label_losses(
     outputs: Mapping[str, torch.Tensor], truth: Mapping[str, torch.Tensor], smoothing: float
 ) -> dict[str, torch.Tensor]:
-    """Cross-entropy of classes, smooth L1 of numbers, {target: (B,)}; 0 where there is no label.
+    """Return {target: (B,) losses}, which are 0 where the label is missing.
+
+    The loss is cross-entropy for classes and smooth L1 for numbers.
 
     Args:
-        outputs: of the classifier, float32.
+        outputs: outputs of the classifier, float32.
         truth: as for `label_weights`, on the same device.
-        smoothing: part of each label that is shared by all classes (Szegedy et al. 2016).
+        smoothing: part of each label that is spread over all classes (Szegedy et al. 2016).
     """
     losses = {}
     for name, y in truth.items():
@@ -148,8 +151,10 @@ def label_losses(
 
 
 def depth_of_parameters(backbone: nn.Module) -> dict[str, int]:
-    """{parameter: index of the finest map of `encode` that depends on it}; 0 is nearest to the
-    input. Found by asking for gradients, so that it holds for any backbone."""
+    """Return {parameter: index of the finest map of `encode` that depends on it}.
+
+    Index 0 is nearest to the input. Gradients tell, so this holds for any backbone.
+    """
     parameters = dict(backbone.named_parameters())
     was_training, device = backbone.training, next(iter(parameters.values())).device
     backbone.eval()
@@ -165,18 +170,15 @@ def depth_of_parameters(backbone: nn.Module) -> dict[str, int]:
 
 
 def optimizer_groups(classifier: Classifier, backbone_lr: float, layer_decay: float) -> list[dict]:
-    """All parameters in groups with `lr_scale`, a factor on the learning rate.
+    """Return all parameters in groups with `lr_scale`, a factor on the learning rate.
 
-    1 for the heads; backbone_lr for the backbone's deepest stage, and `layer_decay` times as much
-    for each stage nearer to the input (Clark et al. 2020, ELECTRA; Bao et al. 2022, BEiT).
+    It is 1 for the heads and `backbone_lr` for the deepest stage of the backbone; each stage nearer
+    to the input has `layer_decay` times as much as the one before (Clark et al. 2020, ELECTRA; Bao
+    et al. 2022, BEiT).
     """
     stages: dict[int, list] = {}
     depth = depth_of_parameters(classifier.backbone)
     for name, parameter in classifier.backbone.named_parameters():
         stages.setdefault(depth[name], []).append(parameter)
     scales = [(backbone_lr * layer_decay ** (max(stages) - i), p) for i, p in stages.items()]
-    groups = []
-    for scale, parameters in [(1.0, list(classifier.heads.parameters())), *scales]:
-        for group in parameter_groups(nn.ParameterList(parameters)):
-            groups += [group | {"lr_scale": scale}] if group["params"] else []
-    return groups
+    return scaled_groups([(1.0, classifier.heads.parameters()), *scales])

@@ -1,8 +1,9 @@
-"""What all backbones do: check the size of their input, save memory by recomputing, and go round an
-error of PyTorch on CPUs.
+"""What the networks share: checking the size of their input, saving memory by recomputing, avoiding
+an error of PyTorch on CPUs, and the groups of their parameters.
 """
 
 import contextlib
+from collections.abc import Iterable
 from functools import partial
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 class Facts(NamedTuple):
     """What a config must know of a backbone before it is built.
 
-    strides: of the maps of `encode`, finest first; the last must divide input sizes.
+    strides: strides of the maps of `encode`, finest first; the last must divide input sizes.
     min_size: the smallest cube, in voxels, that it takes.
     """
 
@@ -23,27 +24,27 @@ class Facts(NamedTuple):
 
 
 def halving(num_stages: int, norms_deepest: bool) -> Facts:
-    """Of a network whose every stage but the first halves the resolution.
+    """Return the facts of a network whose every stage but the first halves the resolution.
 
-    norms_deepest: whether a norm takes its statistics over the voxels of the deepest map, of which
-        it then needs more than one.
+    norms_deepest: whether a normalization takes its statistics over the voxels of the deepest map,
+        of which it then needs more than one.
     """
     strides = [2**i for i in range(num_stages)]
     return Facts(strides, strides[-1] * (2 if norms_deepest else 1))
 
 
 def check_size(name: str, x: torch.Tensor, stride: int) -> None:
-    """Raise a ValueError where `stride` does not divide the size of x, (B, C, X, Y, Z)."""
+    """Raise a ValueError if `stride` does not divide the sizes of x (B, C, X, Y, Z)."""
     if any(size % stride for size in x.shape[2:]):
         raise ValueError(f"{name}: size {tuple(x.shape[2:])} not divisible by {stride}")
 
 
 class Conv3d(nn.Conv3d):
-    """A convolution that leaves bfloat16 where a CPU gets it wrong.
+    """A convolution that uses float32 in place of bfloat16 where a CPU gets it wrong.
 
-    With oneDNN as in PyTorch 2.13 the weights' gradient of a 3x3x3 convolution in bfloat16 is what
-    the memory held before, whenever the map is 2 voxels long along its first axis: as the deepest
-    map is where a crop is twice the stride.
+    In the oneDNN of PyTorch 2.13 the gradient of the weights of a 3x3x3 convolution in bfloat16 is
+    whatever the memory held before, if the map is 2 voxels long along its first axis. The deepest
+    map is that long if a crop is twice the stride.
     """
 
     def forward(self, x):
@@ -54,7 +55,7 @@ class Conv3d(nn.Conv3d):
 
 
 def right_on_cpus(network: nn.Module) -> nn.Module:
-    """The network, its plain convolutions made those above; names and values stay."""
+    """Turn the plain convolutions of a network into those above; names and values stay."""
     for part in network.modules():
         if type(part) is nn.Conv3d:
             part.__class__ = Conv3d
@@ -62,11 +63,10 @@ def right_on_cpus(network: nn.Module) -> nn.Module:
 
 
 def run(module, *args, recompute: bool):
-    """module(*args), a part of a network.
+    """Return module(*args), where `module` is a part of a network.
 
-    Args:
-        recompute: keep no activations for the backward pass but compute them again there. The
-            module must have no dropout: the state of the random generators is not kept.
+    recompute: keep no activations but compute them again in the backward pass. The module must have
+        no dropout, because the state of the random generators is not kept.
     """
     if not (recompute and torch.is_grad_enabled()):
         return module(*args)
@@ -78,13 +78,13 @@ def run(module, *args, recompute: bool):
 
 
 def _move_statistics_once(norms):
-    """Contexts of the forward pass and of computing it again."""
+    """Return the contexts of the forward pass and of its recomputation."""
     return contextlib.nullcontext(), _statistics_kept(norms)
 
 
 @contextlib.contextmanager
 def _statistics_kept(norms):
-    """Running statistics do not move."""
+    """Keep the running statistics as they are."""
     before = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
         norm.momentum, norm.num_batches_tracked = 0.0, None
@@ -96,9 +96,19 @@ def _statistics_kept(norms):
 
 
 def parameter_groups(model: nn.Module) -> list[dict]:
-    """All trainable parameters; biases and other vectors (norms, scalars) without weight decay."""
+    """Group the trainable parameters: those with weight decay, and vectors and scalars without."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     return [
         {"params": [p for p in parameters if p.ndim > 1], "decay": True},
         {"params": [p for p in parameters if p.ndim <= 1], "decay": False, "weight_decay": 0.0},
     ]
+
+
+def scaled_groups(parts: Iterable[tuple[float, Iterable[nn.Parameter]]]) -> list[dict]:
+    """Group (scale, parameters) by weight decay, with the scale as `lr_scale` of each group."""
+    groups = [
+        group | {"lr_scale": scale}
+        for scale, parameters in parts
+        for group in parameter_groups(nn.ParameterList(parameters))
+    ]
+    return [group for group in groups if group["params"]]

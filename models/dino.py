@@ -1,4 +1,4 @@
-"""Student and teacher of DINO: backbone, pooling and projection heads."""
+"""The student and teacher of DINO: a backbone, pooling and projection heads."""
 
 import numpy as np
 import torch
@@ -10,9 +10,9 @@ from utils.distributed import sum_over_ranks
 
 
 class BatchNorm(nn.Module):
-    """BatchNorm over (N, C) without affine parameters, its statistics taken over all ranks.
+    """BatchNorm over (N, C) without affine parameters and with statistics over all ranks.
 
-    torch.nn.SyncBatchNorm works on CUDA only. N may differ between ranks and may be 0 on some.
+    torch.nn.SyncBatchNorm works on CUDA only. N may differ between ranks and may be 0.
     """
 
     def __init__(self, num_features: int, momentum: float = 0.1, eps: float = 1e-5):
@@ -35,7 +35,7 @@ class BatchNorm(nn.Module):
 
 
 class Prototypes(nn.Module):
-    """Weight-normalised linear layer: the length of each prototype is 1, or learned."""
+    """Weight-normalised linear layer, whose prototypes have the length 1 or a learned one."""
 
     def __init__(self, in_dim: int, out_dim: int, fixed_length: bool = True):
         super().__init__()
@@ -48,11 +48,11 @@ class Prototypes(nn.Module):
 
 
 class DINOHead(nn.Module):
-    """Three-layer MLP, L2 bottleneck, weight-normalised prototypes (DINO, appendix C).
+    """Three-layer MLP, L2 normalization and weight-normalised prototypes (DINO, appendix C).
 
     Args:
-        batchnorm: a non-affine BatchNorm before the first and after the two hidden layers. It
-            spreads the samples of a batch before they meet the prototypes; without it small
+        batchnorm: use a non-affine BatchNorm before the first layer and after the two hidden ones.
+            It spreads the samples of a batch before they meet the prototypes. Without it small
             batches of instance-normalised features collapse to the uniform output.
     """
 
@@ -70,8 +70,8 @@ class DINOHead(nn.Module):
         def norm(dim):
             return BatchNorm(dim) if batchnorm else nn.Identity()
 
-        # BatchNorm takes any bias away again; what gradient is left of it is rounding, which Adam
-        # turns into steps as large as any other
+        # BatchNorm removes any bias; the gradient of the bias is then rounding error alone, which
+        # Adam turns into steps as large as any other.
         bias = not batchnorm
         self.mlp = nn.Sequential(
             norm(in_dim),
@@ -91,31 +91,27 @@ class DINOHead(nn.Module):
                     nn.init.zeros_(layer.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(N, in_dim) -> (N, out_dim) logits: cosines to the prototypes times their lengths."""
+        """Map (N, in_dim) to (N, out_dim) logits: cosines to the prototypes times their lengths."""
         x = F.normalize(self.mlp(x).float(), dim=-1)
         return self.prototypes(x)
-
-
-def _gem(x: torch.Tensor) -> torch.Tensor:
-    return x.float().clamp(min=1e-6).pow(3).mean(dim=(2, 3, 4)).pow(1 / 3)
 
 
 POOLINGS = {  # (B, C, x, y, z) -> (B, C), or (B, 2 C) for meanmax
     "max": lambda x: x.amax(dim=(2, 3, 4)),
     "mean": lambda x: x.mean(dim=(2, 3, 4)),
     "meanmax": lambda x: torch.cat([x.mean(dim=(2, 3, 4)), x.amax(dim=(2, 3, 4))], dim=1),
-    "gem": _gem,
+    "gem": lambda x: x.float().clamp(min=1e-6).pow(3).mean(dim=(2, 3, 4)).pow(1 / 3),
 }
 
 
 class DINONetwork(nn.Module):
-    """Backbone (encoder only), pooling of its deepest map, DINO head and, optionally, a patch head.
+    """A backbone's encoder, pooling of its deepest map, a DINO head and an optional patch head.
 
     Args:
-        backbone: from `build_backbone(..., decoder=False)`.
+        backbone: made by `build_backbone(..., decoder=False)`.
         pooling: a key of POOLINGS.
-        head: DINOHead on the pooled features.
-        patch_head: DINOHead on the positions of feature map `patch_level`, or None.
+        head: the DINOHead on the pooled features.
+        patch_head: the DINOHead on the positions of feature map `patch_level`, or None.
     """
 
     def __init__(
@@ -142,14 +138,15 @@ class DINONetwork(nn.Module):
         mask: torch.Tensor | None = None,
         hide: bool = False,
     ) -> dict[str, torch.Tensor]:
-        """One call per crop size goes through the backbone, one through the head.
+        """Run the backbone once for each crop size, and the head once for all crops.
 
         Args:
             global_crops: (N, C, X, Y, Z); local_crops: (L, C, x, y, z) or None.
             mask: (N, px, py, pz) bool on the grid of feature map `patch_level`, or None.
-            hide: fill the masked parts of the input (student), or only pick positions (teacher).
+            hide: fill the masked parts of the input, as for the student; the teacher sees them.
         Returns:
-            pooled (N + L, D), logits (N + L, K) and, with a mask, patch_logits (mask.sum(), K').
+            pooled (N + L, D), logits (N + L, K) and, with a mask, patch_logits (mask.sum(), K')
+            at the masked positions.
         """
         if hide and mask is not None:
             hidden = F.interpolate(mask[:, None].float(), size=global_crops.shape[2:]) > 0.5
@@ -166,7 +163,7 @@ class DINONetwork(nn.Module):
 
 
 def build_network(cfg) -> DINONetwork:
-    """Network of a dino_config: backbone (encoder only), DINO head and, if used, patch head."""
+    """Build the network that a dino_config describes."""
     backbone = from_config(cfg, decoder=False)
     d = cfg.dino
     head = {
@@ -185,11 +182,11 @@ def build_network(cfg) -> DINONetwork:
 def random_masks(
     rng, num_crops: int, grid: tuple[int, ...], prob: float, ratio: tuple[float, float]
 ):
-    """Block-wise masks: boxes are added until the drawn fraction is hidden (iBOT, BEiT).
+    """Draw block-wise masks by adding boxes until a drawn fraction is hidden (iBOT, BEiT).
 
     Args:
-        rng: numpy Generator.
-        grid: positions of the feature map along x, y, z.
+        rng: a numpy Generator.
+        grid: number of positions of the feature map along x, y, z.
         prob: probability that a crop is masked at all.
         ratio: smallest and largest hidden fraction of a masked crop.
     Returns:
@@ -211,11 +208,11 @@ def random_masks(
 def sample_masks(
     keys, seed: int, num_crops: int, grid: tuple[int, ...], prob: float, ratio: tuple[float, float]
 ) -> torch.Tensor:
-    """Masks of a batch, (num_crops * B, *grid) bool, a function of the seed and each case's key.
+    """Draw the masks of a batch, (num_crops * B, *grid) bool, from the seed and each case's key.
 
-    keys: (epoch, case, draw) of each case. The others: see `random_masks`.
+    keys: (epoch, case, draw) of each case. The other arguments are those of `random_masks`.
     """
-    # 1: not the views' stream of random numbers
+    # The 1 makes this another stream of random numbers than that of the views.
     rngs = [np.random.Generator(np.random.PCG64([seed, *key, 1])) for key in keys]
     masks = [random_masks(rng, num_crops, grid, prob, ratio) for rng in rngs]
     return torch.stack(masks, dim=1).flatten(0, 1)
@@ -223,6 +220,6 @@ def sample_masks(
 
 @torch.no_grad()
 def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
-    """teacher <- momentum * teacher + (1 - momentum) * student, for all parameters."""
+    """Set all parameters to momentum * teacher + (1 - momentum) * student."""
     for t, s in zip(teacher.parameters(), student.parameters(), strict=True):
         t.lerp_(s.detach(), 1 - momentum)

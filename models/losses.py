@@ -1,4 +1,4 @@
-"""The losses of DINO pre-training, each in fp32 and reduced over all ranks where it needs to be.
+"""The losses of DINO pre-training, computed in fp32 and over all ranks where that matters.
 
 DINO: Caron et al. 2021, arXiv:2104.14294. iBOT: Zhou et al. 2021, arXiv:2111.07832.
 Sinkhorn-Knopp: SwAV, Caron et al. 2020, arXiv:2006.09882, as in DINOv2, arXiv:2304.07193.
@@ -13,17 +13,17 @@ from utils.distributed import all_reduce, concat_over_ranks, rank
 
 
 def sinkhorn_knopp(logits: torch.Tensor, temp: float, num_iterations: int = 3) -> torch.Tensor:
-    """Assign samples to prototypes so that all prototypes are used equally, over all ranks.
+    """Assign the samples of all ranks to prototypes so that all prototypes are used equally.
 
     Args:
         logits: (N, K) teacher outputs; N may differ between ranks and may be 0.
-        temp: teacher temperature.
+        temp: temperature of the teacher.
     Returns:
         (N, K) probabilities, each row summing to 1.
     """
     logits = logits.float() / temp
     largest = logits.max() if logits.numel() else logits.new_tensor(-torch.inf)
-    q = torch.exp(logits - all_reduce(largest, "max"))  # (N, K); a common factor cancels below
+    q = torch.exp(logits - all_reduce(largest, "max"))  # (N, K); the common factor cancels
     num_samples = all_reduce(q.new_tensor(float(len(q))))
     for _ in range(num_iterations):
         q = q / (all_reduce(q.sum(dim=0)) * q.shape[1]).clamp(min=1e-30)  # each prototype: 1 / K
@@ -32,24 +32,22 @@ def sinkhorn_knopp(logits: torch.Tensor, temp: float, num_iterations: int = 3) -
 
 
 class TeacherTargets(nn.Module):
-    """Turns teacher logits into target probabilities, by centering (DINO, eq. 4) or Sinkhorn-Knopp.
+    """Target probabilities from teacher logits, by centering (DINO, eq. 4) or Sinkhorn-Knopp.
 
     The center is a moving average of the teacher's logits. `forward` uses the center as it stands
     and remembers the batch; `update_center` moves it, so that a skipped step leaves it untouched.
-    In eval mode targets are always centered and nothing is remembered or exchanged by ranks.
+    In eval mode targets are always centered and nothing is remembered or exchanged between ranks.
     """
 
     def __init__(self, out_dim: int, centering: str, center_momentum: float = 0.9):
         super().__init__()
         self.centering, self.center_momentum = centering, center_momentum
         self.register_buffer("center", torch.zeros(out_dim))
-        self._pending: list[
-            tuple[torch.Tensor, int]
-        ] = []  # one per batch since the last optimizer step
+        self._pending: list[tuple[torch.Tensor, int]] = []  # sum and size of each batch
 
     @torch.no_grad()
     def forward(self, logits: torch.Tensor, temp: float) -> torch.Tensor:
-        """(N, K) teacher logits -> (N, K) probabilities."""
+        """Turn (N, K) teacher logits into (N, K) probabilities."""
         logits = logits.float()
         if self.training:
             self._pending.append((logits.sum(dim=0), len(logits)))
@@ -59,7 +57,7 @@ class TeacherTargets(nn.Module):
 
     @torch.no_grad()
     def update_center(self) -> None:
-        """Move the center by the batches seen since the last call, over all ranks."""
+        """Move the center by the batches of all ranks since the last call."""
         total = torch.stack([s for s, _ in self._pending]).sum(dim=0)
         count = total.new_tensor([float(sum(n for _, n in self._pending))])
         total, count = all_reduce(torch.cat([total, count])).split([len(total), 1])
@@ -68,21 +66,21 @@ class TeacherTargets(nn.Module):
         self._pending.clear()
 
     def forget(self) -> None:
-        """Drop the batches seen since the last update (the step was skipped)."""
+        """Drop the batches since the last update, because the step was skipped."""
         self._pending.clear()
 
 
 def dino_loss(targets: torch.Tensor, logits: torch.Tensor, student_temp: float) -> torch.Tensor:
-    """Cross-entropy of every student crop against every teacher crop but itself (DINO, eq. 3).
+    """Return the cross-entropy of each student crop against all other teacher crops (DINO, eq. 3).
 
     Args:
         targets: (T, B, K) teacher probabilities of the T global crops.
         logits: (S, B, K) student outputs; the first T crops are the teacher's, in the same order.
     Returns:
-        scalar, averaged over the T * S - T pairs and the batch.
+        a scalar, the mean over the T * S - T pairs and the batch.
     """
     log_q = F.log_softmax(logits.float() / student_temp, dim=-1)
-    # Element by element, not as a matrix product: autocast would run that in half precision.
+    # Not a matrix product, because autocast would run that in half precision.
     pairs = torch.stack([-(p * log_q).sum(dim=-1).mean(dim=-1) for p in targets])  # (T, S)
     own_view = torch.eye(*pairs.shape, dtype=torch.bool, device=pairs.device)
     return pairs.masked_fill(own_view, 0).sum() / (pairs.numel() - len(targets))
@@ -95,15 +93,15 @@ def patch_loss(
     student_temp: float,
     over_ranks: bool = True,
 ) -> torch.Tensor:
-    """Cross-entropy at the masked positions, each masked crop weighing the same (iBOT, eq. 2).
+    """Return the cross-entropy at masked positions, with equal weight for crops (iBOT, eq. 2).
 
     Args:
         targets: (M, K) teacher probabilities at the M masked positions of all crops.
         logits: (M, K) student outputs at the same positions.
         mask: (N, P) bool, True where hidden; M = mask.sum(), in row-major order.
-        over_ranks: all ranks call this together; False: this one alone, as in validation.
+        over_ranks: whether all ranks call this together; in validation each is alone.
     Returns:
-        scalar, averaged over the masked crops of all ranks (0 if there are none), so that uniform
+        a scalar, the mean over the masked crops of all ranks (0 if there are none), so that uniform
         outputs give ln K whatever the share of masked crops.
     """
     loss = -(targets * F.log_softmax(logits.float() / student_temp, dim=-1)).sum(dim=-1)  # (M,)
@@ -115,12 +113,11 @@ def patch_loss(
 
 
 def koleo_loss(features: torch.Tensor, eps: float = 1e-8) -> torch.Tensor:
-    """-log of the distance to the nearest other sample of the batch, over all ranks.
+    """Return -log of the distance to the nearest other sample of all ranks, as a mean over samples.
 
-    Args:
-        features: (B, D) of one view. Two samples of the same case are pushed apart like others.
-    Returns:
-        scalar; 0 for one sample, which has no neighbour.
+    It is 0 for one sample alone, which has no neighbour.
+
+    features: (B, D) of one view. Two samples of the same case are pushed apart like any others.
     """
     features = F.normalize(features.float(), dim=-1, eps=eps)
     everyone = concat_over_ranks(features)  # (world_size * B, D)
@@ -129,6 +126,6 @@ def koleo_loss(features: torch.Tensor, eps: float = 1e-8) -> torch.Tensor:
     own = rank() * len(features) + torch.arange(len(features))
     with torch.no_grad():
         similarity = features @ everyone.T
-        similarity[torch.arange(len(features)), own] = -2  # below any cosine: not its own neighbour
+        similarity[torch.arange(len(features)), own] = -2  # below any cosine, so not the nearest
         nearest = similarity.argmax(dim=1)
     return -torch.log(F.pairwise_distance(features, everyone[nearest], eps=eps) + eps).mean()

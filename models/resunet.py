@@ -28,7 +28,7 @@ class ConvNorm(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions and a skip that pools where the block is strided (ResNet-D)."""
+    """Two convolutions and a skip, which pools if the block is strided (ResNet-D)."""
 
     def __init__(self, in_channels, out_channels, stride):
         super().__init__()
@@ -44,27 +44,17 @@ class ResidualBlock(nn.Module):
 
 
 class ResUNet(nn.Module):
-    """Residual encoder and a plain U-Net decoder without its output layers.
+    """A residual encoder and a plain U-Net decoder without its output layers.
 
     Each stage after the first halves the resolution. Published files also hold the output layers
-    `decoder.seg_layers.*` (1x1x1 convolutions of the decoder's maps); those are a segmenter's head.
+    `decoder.seg_layers.*` (1x1x1 convolutions of the decoder's maps); here the segmenter has them.
 
-    Args:
-        in_channels: channels of the input.
-        decoder: build the decoder; without it only `encode` works.
-        features: channels per stage.
-        blocks: residual blocks per stage. The defaults are nnU-Net's ResEnc-L.
-        grad_checkpointing: recompute activations in the backward pass.
-
-    Attributes:
-        feature_channels, strides: of the maps of `encode`, finest first.
-        decoder_channels, decoder_strides: of the maps of `decode_all`, finest first.
-        stride: the largest; input sizes must be divisible by it.
-        min_size: the smallest cube, in voxels, that `encode` and `decode` take. Instance
-            normalization needs more than one voxel in the deepest map.
+    Args (the others are explained in `models.backbones.build_backbone`):
+        features: channels of each stage.
+        blocks: residual blocks of each stage. The defaults are nnU-Net's ResEnc-L.
     """
 
-    # names in its state_dict, for `utils.weights`
+    # Names in the state_dict, for `utils.weights`.
     encoder_names = ("encoder.",)
     roots = ("", "encoder.")
     layer_names = ("encoder.stages.",)
@@ -72,7 +62,7 @@ class ResUNet(nn.Module):
 
     @staticmethod
     def facts(features: Sequence[int], decoder: bool = True, **others) -> Facts:
-        """See `models.common.Facts`."""
+        """Return what a config must know; the instance normalization includes the deepest map."""
         return halving(len(features), norms_deepest=True)
 
     def __init__(
@@ -92,8 +82,7 @@ class ResUNet(nn.Module):
         self.grad_checkpointing = grad_checkpointing
         self.feature_channels = list(features)
         self.strides, self.min_size = self.facts(features)
-        self.decoder_channels, self.decoder_strides = self.feature_channels[:-1], self.strides[:-1]
-        self.stride = self.strides[-1]
+        self.stride, self.decoder_channels = self.strides[-1], self.feature_channels[:-1]
 
         stages = nn.ModuleList()
         channels = features[0]
@@ -116,15 +105,7 @@ class ResUNet(nn.Module):
         self.apply(_initialize)
 
     def encode(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """Feature maps of an image.
-
-        Args:
-            x: (B, in_channels, X, Y, Z), each size divisible by `stride`, at least `min_size`.
-        Returns:
-            Maps (B, feature_channels[i], X / strides[i], ...), finest first.
-        Raises:
-            ValueError: for a size that `stride` does not divide.
-        """
+        """Return the feature maps of an image (see `build_backbone`)."""
         check_size("resunet", x, self.stride)
         x = run(self.encoder["stem"]["convs"], x, recompute=self.grad_checkpointing)
         maps = []
@@ -135,35 +116,29 @@ class ResUNet(nn.Module):
         return maps
 
     def decode_all(self, x: torch.Tensor, features: list[torch.Tensor]) -> list[torch.Tensor]:
-        """The decoder's maps.
-
-        Args:
-            x: the image (not used here; other backbones have a skip from it).
-            features: what `encode(x)` returned.
-        Returns:
-            Maps (B, decoder_channels[i], X / decoder_strides[i], ...), finest first.
-        """
+        """Return the maps of the decoder (see `build_backbone`); x is not needed here."""
         deep, maps = features[-1], []
-        steps = zip(self.decoder["transpconvs"], self.decoder["stages"], strict=True)
-        for (up, stage), skip in zip(steps, features[-2::-1], strict=True):
-            parts = (up, stage["convs"])
-            deep = run(_merge, deep, skip, *parts, recompute=self.grad_checkpointing)
+        ups, stages = self.decoder["transpconvs"], self.decoder["stages"]
+        for up, stage, skip in zip(ups, stages, features[-2::-1], strict=True):
+            deep = run(_merge, deep, skip, up, stage["convs"], recompute=self.grad_checkpointing)
             maps.append(deep)
         return maps[::-1]
 
     def decode(self, x: torch.Tensor, features: list[torch.Tensor]) -> torch.Tensor:
-        """Finest decoder features, before the output layer: the first map of `decode_all`."""
+        """Return the first of the maps of `decode_all`."""
         return self.decode_all(x, features)[0]
 
 
 def _merge(x, skip, up, convs):
-    """One decoder stage: upsample, append the encoder's map, convolve."""
+    """Run one decoder stage: upsample, append the encoder's map, convolve."""
     return convs(torch.cat([up(x), skip], dim=1))
 
 
 def _initialize(module: nn.Module) -> None:
-    """He initialization. nnU-Net also starts the last norm of each residual block at 0, so that a
-    new network is its skip path alone: a teacher that has little to teach.
+    """Initialize the weights as He et al. do.
+
+    nnU-Net also starts the last norm of each residual block at 0. A new network would then be its
+    skip path alone, which makes a poor teacher.
     """
     if isinstance(module, nn.Conv3d | nn.ConvTranspose3d):
         nn.init.kaiming_normal_(module.weight, a=NEGATIVE_SLOPE)

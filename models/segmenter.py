@@ -1,4 +1,4 @@
-"""The segmenter: a backbone with its decoder and an output layer; its loss."""
+"""The segmenter, a backbone with its decoder and output layers; its loss."""
 
 from collections.abc import Sequence
 
@@ -7,24 +7,24 @@ import torch.nn.functional as F
 from monai.losses import DiceLoss
 from torch import nn
 
-from models.common import parameter_groups
+from models.common import scaled_groups
 from models.unet import BatchStatisticsNorm
 from utils.classes import IGNORE
 
-# Background is one class of the softmax, of the cross-entropy and of the argmax. Dice, in the loss
-# as in the metrics, is of the other classes.
+# The background is a class of the softmax, the cross-entropy and the argmax. Dice is over the other
+# classes, in the loss as in the metrics.
 dice_loss = DiceLoss(
     include_background=False, to_onehot_y=True, softmax=True, batch=False, ignore_index=IGNORE
 )
 
 
 class Segmenter(nn.Module):
-    """Backbone and 1x1x1 convolutions that turn the maps of its decoder into logits.
+    """A backbone and 1x1x1 convolutions that turn the maps of its decoder into logits.
 
     Args:
-        backbone: from `build_backbone(..., decoder=True)`.
-        num_classes: the background is one of them.
-        deep_supervision: in training the coarser maps get an output layer too (Lee et al. 2015).
+        backbone: made by `build_backbone(..., decoder=True)`.
+        num_classes: number of classes, with the background.
+        deep_supervision: give the coarser maps an output layer in training (Lee et al. 2015).
     """
 
     def __init__(self, backbone: nn.Module, num_classes: int, deep_supervision: bool = False):
@@ -32,18 +32,18 @@ class Segmenter(nn.Module):
         self.backbone, channels = backbone, backbone.decoder_channels
         channels = channels if deep_supervision else channels[:1]
         self.outputs = nn.ModuleList(nn.Conv3d(c, num_classes, 1) for c in channels)
-        # The logits of a patch must not depend on what shares its batch: such a backbone sees one
-        # patch at a time, in training as later in the sliding window.
+        # The logits of a patch must not depend on its batch, so a backbone with this norm sees one
+        # patch at a time, in training as in the sliding window.
         self.one_by_one = any(isinstance(m, BatchStatisticsNorm) for m in backbone.modules())
         self.frozen = False
 
     def encoder(self) -> list[nn.Module]:
-        """The parts of the backbone that `encode` needs."""
+        """Return the parts of the backbone that `encode` needs."""
         parts = self.backbone.named_children()
         return [part for name, part in parts if f"{name}.".startswith(self.backbone.encoder_names)]
 
     def freeze(self, frozen: bool) -> None:
-        """Whether the encoder keeps its weights and running statistics and gets no gradient."""
+        """Set whether the encoder keeps its weights and running statistics and gets no gradient."""
         self.frozen = frozen
         for part in self.encoder():
             part.requires_grad_(not frozen)
@@ -56,11 +56,10 @@ class Segmenter(nn.Module):
         return self
 
     def forward(self, x: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
-        """Images (B, 1, X, Y, Z) in 0..1, sizes divisible by the backbone's stride.
+        """Return logits (B, num_classes, X, Y, Z) for images (B, 1, X, Y, Z) in 0..1.
 
-        Returns:
-            logits (B, num_classes, X, Y, Z); in training with deep supervision a list of them and
-            of coarser ones, finest first.
+        The stride of the backbone must divide the sizes. In training with deep supervision the
+        result is a list of these and of coarser logits, finest first.
         """
         parts = x.split(1) if self.one_by_one else [x]
         levels = zip(*map(self._logits, parts), strict=True)
@@ -77,16 +76,14 @@ class Segmenter(nn.Module):
 
 
 def dice_ce(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Dice loss and cross-entropy, each the mean over the patches of a batch.
+    """Return the Dice loss and the cross-entropy, (2,) float32, each a mean over the patches.
 
-    Every patch counts alike, so that a batch may be divided over ranks and steps: Dice is of each
-    patch and class by itself, a class that is absent counts as 1; cross-entropy is the mean over
-    the voxels of a patch that are not IGNORE, 0 where there are none.
+    Every patch has the same weight, so that a batch may be divided over ranks and steps. Dice is
+    computed for each patch and class by itself; a class that is absent counts as 1. Cross-entropy
+    is the mean over the voxels of a patch that are not IGNORE, or 0 if there are none.
 
     Args:
         logits: (B, K, X, Y, Z). target: (B, X, Y, Z) uint8, 0..K - 1 or IGNORE.
-    Returns:
-        (2,) float32.
     """
     logits, target = logits.float(), target.long()
     with torch.autocast(logits.device.type, enabled=False):
@@ -99,9 +96,10 @@ def dice_ce(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 def supervised(
     outputs: torch.Tensor | Sequence[torch.Tensor], target: torch.Tensor
 ) -> torch.Tensor:
-    """`dice_ce` of one output; of several, finest first, their mean with weights 1, 1/2, 1/4, ...
+    """Return `dice_ce` of one output, or its mean over several with weights 1, 1/2, 1/4, ...
 
-    The target of a coarser output is the finest one's, every second voxel, fourth, ...
+    Several outputs are ordered finest first. The target of a coarser one is every second, fourth,
+    ... voxel of the target.
     """
     outputs = [outputs] if isinstance(outputs, torch.Tensor) else outputs
     total = 0.0
@@ -113,13 +111,11 @@ def supervised(
 
 
 def optimizer_groups(segmenter: Segmenter, encoder_lr: float) -> list[dict]:
-    """All parameters in groups with `lr_scale`, a factor on the learning rate: `encoder_lr` for the
-    encoder, 1 for the decoder and the output layers."""
+    """Return all parameters in groups with `lr_scale`, a factor on the learning rate.
+
+    It is `encoder_lr` for the encoder, 1 for the decoder and the output layers.
+    """
     encoder = [p for part in segmenter.encoder() for p in part.parameters()]
     known = {id(p) for p in encoder}
     rest = [p for p in segmenter.parameters() if id(p) not in known]
-    groups = []
-    for scale, parameters in [(1.0, rest), (encoder_lr, encoder)]:
-        for group in parameter_groups(nn.ParameterList(parameters)):
-            groups += [group | {"lr_scale": scale}] if group["params"] else []
-    return groups
+    return scaled_groups([(1.0, rest), (encoder_lr, encoder)])

@@ -1,4 +1,4 @@
-"""SegResNet and SegResNetDS from MONAI's blocks, with the parameter names and numbers of MONAI's.
+"""MONAI's SegResNet and SegResNetDS: its blocks, parameter names and outputs.
 
 Myronenko, 3D MRI brain tumor segmentation using autoencoder regularization,
 https://arxiv.org/abs/1810.11654. SuPreM publishes weights of the former, CT-FM of the latter.
@@ -12,33 +12,23 @@ from torch import nn
 
 from models.common import Facts, check_size, halving, run
 
-# variant: feature_size and blocks as published (SuPreM, CT-FM)
+# {variant: (feature_size, blocks)} as published by SuPreM and CT-FM
 PUBLISHED = {"standard": (16, (1, 2, 2, 4)), "ds": (32, (1, 2, 2, 4, 4))}
 
 
 class SegResNet(nn.Module):
-    """Residual encoder and an additive decoder without its output layer.
+    """A residual encoder and an additive decoder without its output layer.
 
-    Args:
-        in_channels: channels of the input.
-        decoder: build the decoder; without it only `encode` works.
+    Args (the others are explained in `models.backbones.build_backbone`):
         variant: standard (MONAI's SegResNet: GroupNorm, trilinear upsampling; SuPreM) or ds
             (SegResNetDS: BatchNorm, transposed convolutions; CT-FM).
-        feature_size: channels of the finest map, doubled with each stage; a multiple of 8. None: as
-            published (standard 16, ds 32).
-        blocks: residual blocks per stage of the encoder; the decoder has one per stage. None: as
+        feature_size: channels of the finest map, a multiple of 8; they double with each stage.
+            None: as published (standard 16, ds 32).
+        blocks: residual blocks in each stage of the encoder; the decoder has one in each. None: as
             published (standard 1, 2, 2, 4; ds 1, 2, 2, 4, 4).
-        grad_checkpointing: recompute activations in the backward pass.
-
-    Attributes:
-        feature_channels, strides: of the maps of `encode`, finest first.
-        decoder_channels, decoder_strides: of the maps of `decode_all`, finest first.
-        stride: the largest; input sizes must be divisible by it.
-        min_size: the smallest cube, in voxels, that can be a batch of its own: BatchNorm in
-            training needs more than one voxel in the deepest map.
     """
 
-    # names in its state_dict, for `utils.weights`; those of ds are in `encoder`
+    # Names in the state_dict, for `utils.weights`; ds has its own in `encoder`.
     encoder_names = ("encoder.", "convInit.", "down_layers.")
     roots = ("", "encoder.")
     layer_names = ("encoder.layers.", "down_layers.")
@@ -46,7 +36,7 @@ class SegResNet(nn.Module):
 
     @staticmethod
     def facts(blocks: Sequence[int] | None, variant: str, decoder: bool = True, **others) -> Facts:
-        """See `models.common.Facts`. In training BatchNorm, of ds, needs more than one voxel."""
+        """Return what a config must know; the BatchNorm of ds includes the deepest map."""
         num_stages = len(PUBLISHED[variant][1] if blocks is None else blocks)
         return halving(num_stages, norms_deepest=variant == "ds")
 
@@ -71,8 +61,7 @@ class SegResNet(nn.Module):
         self.variant, self.grad_checkpointing = variant, grad_checkpointing
         self.feature_channels = [feature_size * 2**i for i in range(len(blocks))]
         self.strides, self.min_size = self.facts(blocks, variant)
-        self.decoder_channels, self.decoder_strides = self.feature_channels[:-1], self.strides[:-1]
-        self.stride = self.strides[-1]
+        self.stride, self.decoder_channels = self.strides[-1], self.feature_channels[:-1]
 
         sizes = {"in_channels": in_channels, "init_filters": feature_size, "blocks_down": blocks}
         sizes["blocks_up"] = (1,) * (len(blocks) - 1)
@@ -92,15 +81,7 @@ class SegResNet(nn.Module):
                 self.conv_final = whole.conv_final[:2]  # normalization and ReLU
 
     def encode(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """Feature maps of an image.
-
-        Args:
-            x: (B, in_channels, X, Y, Z), each size divisible by `stride`, at least `min_size`.
-        Returns:
-            Maps (B, feature_channels[i], X / strides[i], ...), finest first.
-        Raises:
-            ValueError: for a size that `stride` does not divide.
-        """
+        """Return the feature maps of an image (see `build_backbone`)."""
         check_size("segresnet", x, self.stride)
         if self.variant == "ds":
             first = self.encoder.conv_init
@@ -117,14 +98,9 @@ class SegResNet(nn.Module):
         return maps
 
     def decode_all(self, x: torch.Tensor, features: list[torch.Tensor]) -> list[torch.Tensor]:
-        """The decoder's maps.
+        """Return the maps of the decoder (see `build_backbone`); x is not needed here.
 
-        Args:
-            x: the image (not used here; other backbones have a skip from it).
-            features: what `encode(x)` returned.
-        Returns:
-            Maps (B, decoder_channels[i], X / decoder_strides[i], ...), finest first. The finest of
-            the standard variant is normalised and rectified, as its output layer wants it.
+        The finest map of the standard variant is normalised and rectified for its output layer.
         """
         if self.variant == "ds":
             ups = [stage["upsample"] for stage in self.up_layers]
@@ -140,7 +116,7 @@ class SegResNet(nn.Module):
         return maps[::-1]
 
     def decode(self, x: torch.Tensor, features: list[torch.Tensor]) -> torch.Tensor:
-        """Finest decoder features, before the output layer: the first map of `decode_all`."""
+        """Return the first of the maps of `decode_all`."""
         return self.decode_all(x, features)[0]
 
     def _run_blocks(self, blocks, x):

@@ -1,8 +1,8 @@
-"""Swin UNETR from MONAI's blocks, with the parameter names and numbers of MONAI's SwinUNETR.
+"""MONAI's Swin UNETR: its blocks, parameter names and outputs.
 
 Hatamizadeh et al., https://arxiv.org/abs/2201.01266. The forward pass is written out here because
 MONAI's keeps several copies of every attention matrix, rebuilds the window mask in each call and
-merges patches in an order that no published weights were trained with.
+merges patches in an order with which no published weights were trained.
 """
 
 from functools import lru_cache
@@ -22,22 +22,23 @@ from models.common import Facts, check_size, run
 
 DEPTHS = (2, 2, 2, 2)
 NUM_HEADS = (3, 6, 12, 24)
-# The 2x2x2 neighbours in the order in which patch merging concatenates their channels. Up to 1.4
-# MONAI took two of them twice and two never; all weights published until then are used to that.
+# Offsets of the 2x2x2 neighbours in x, y, z, in the order in which patch merging concatenates their
+# channels. Up to 1.4 MONAI took two of them twice and two never; all weights published until then
+# were trained with that.
 MERGE_ORDERS = {
     name: [[int(offset) for offset in neighbour] for neighbour in neighbours.split()]
-    for name, neighbours in {
-        "monai1.5": "000 100 010 001 110 101 011 111",
-        "published": "000 100 010 001 101 010 001 111",
-    }.items()
+    for name, neighbours in (
+        ("monai1.5", "000 100 010 001 110 101 011 111"),
+        ("published", "000 100 010 001 101 010 001 111"),
+    )
 }
 
 
 class FusedWindowAttention(WindowAttention):
-    """MONAI's window attention with the same parameters, through torch's fused kernels."""
+    """MONAI's window attention with the same parameters, computed by torch's fused kernels."""
 
     def forward(self, x, mask):
-        """x: (B * windows, n, C). mask: None or (windows, n, n), added to the logits."""
+        """Attend within windows: x (B * windows, n, C), mask (windows, n, n) of logits or None."""
         n, channels = x.shape[1:]
         heads = self.num_heads
         bias = self.relative_position_bias_table[self.relative_position_index[:n, :n].flatten()]
@@ -63,33 +64,25 @@ class FusedWindowAttention(WindowAttention):
 @lru_cache(maxsize=16)
 @torch.inference_mode(False)
 def _shift_mask(size, window, shift, device):
-    """(windows, n, n): -100 where shifted windows join voxels that are not neighbours, else 0."""
+    """Return (windows, n, n): -100 where a shifted window joins voxels from afar, else 0."""
     padded = [-(-s // w) * w for s, w in zip(size, window, strict=True)]
     return compute_mask(padded, window, shift, device)
 
 
 class SwinUNETR(nn.Module):
-    """Swin transformer encoder and a convolutional decoder without its output layer.
+    """A Swin transformer encoder and a convolutional decoder without its output layer.
 
-    Args:
-        in_channels: channels of the input.
-        decoder: build the decoder; without it only `swinViT` exists and only `encode` works.
+    Args (the others are explained in `models.backbones.build_backbone`):
         feature_size: channels of the finest map, a multiple of 12.
         use_v2: a residual convolution before each stage (He et al., SwinUNETR-V2, MICCAI 2023).
-        grad_checkpointing: recompute activations in the backward pass.
 
     Attributes:
-        feature_channels, strides: of the maps of `encode`, finest first.
-        decoder_channels, decoder_strides: of the maps of `decode_all`, finest first.
-        merge_order: a key of MERGE_ORDERS. Parameters have the same names and shapes in either, so
-            whoever loads weights from elsewhere sets it. It is part of the state_dict, as
-            `merge_order`, where it is not monai1.5; loading a state_dict without it means that.
-        stride: the largest; input sizes must be divisible by it.
-        min_size: the smallest cube, in voxels, that the parts which were built take. The decoder
-            has an instance normalization of the deepest map, which needs more than one voxel.
+        merge_order: a key of MERGE_ORDERS. The names and shapes of the parameters do not show it,
+            so whoever loads weights from elsewhere sets it. The state_dict holds it as
+            `merge_order` unless it is monai1.5, which a state_dict without it stands for.
     """
 
-    # names in its state_dict, for `utils.weights`
+    # Names in the state_dict, for `utils.weights`.
     encoder_names = ("swinViT.",)
     roots = ("", "swinViT.")
     layer_names = ("swinViT.layers",)
@@ -102,7 +95,7 @@ class SwinUNETR(nn.Module):
 
     @staticmethod
     def facts(decoder: bool = True, **others) -> Facts:
-        """See `models.common.Facts`. The decoder normalises the deepest map."""
+        """Return what a config must know; the decoder's normalization includes the deepest map."""
         return Facts([2, 4, 8, 16, 32], 64 if decoder else 32)
 
     def __init__(
@@ -122,9 +115,7 @@ class SwinUNETR(nn.Module):
         self.feature_channels = [feature_size * 2**i for i in range(5)]
         self.strides, self.min_size = self.facts(decoder)
         self.decoder_channels = [feature_size, *self.feature_channels[:-1]]
-        self.decoder_strides = [1, 2, 4, 8, 16]
-        self.merge_order = "monai1.5"
-        self.stride = self.strides[-1]
+        self.stride, self.merge_order = self.strides[-1], "monai1.5"
 
         self.swinViT = SwinTransformer(
             in_chans=in_channels,
@@ -158,15 +149,7 @@ class SwinUNETR(nn.Module):
             self.decoder1 = UnetrUpBlock(in_channels=c[0], out_channels=c[0], **up)
 
     def encode(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """Feature maps of an image: the outputs of MONAI's `swinViT(x, normalize=True)`.
-
-        Args:
-            x: (B, in_channels, X, Y, Z), each size divisible by `stride`, at least `min_size`.
-        Returns:
-            Maps (B, feature_channels[i], X / strides[i], ...), finest first.
-        Raises:
-            ValueError: for a size that `stride` does not divide.
-        """
+        """Return the feature maps of an image, those of MONAI's `swinViT(x, normalize=True)`."""
         check_size("swinunetr", x, self.stride)
         vit = self.swinViT
         x = vit.patch_embed(x)
@@ -180,14 +163,7 @@ class SwinUNETR(nn.Module):
         return [_channel_norm(x) for x in maps]
 
     def decode_all(self, x: torch.Tensor, features: list[torch.Tensor]) -> list[torch.Tensor]:
-        """The decoder's maps.
-
-        Args:
-            x: the image that was encoded.
-            features: what `encode(x)` returned.
-        Returns:
-            Maps (B, decoder_channels[i], X / decoder_strides[i], ...), finest first.
-        """
+        """Return the maps of the decoder (see `build_backbone`)."""
         deep = self._run(self.encoder10, features[4])
         map16 = self._run(self.decoder5, deep, features[3])
         map8 = self._run(self.decoder4, map16, self._run(self.encoder4, features[2]))
@@ -197,7 +173,7 @@ class SwinUNETR(nn.Module):
         return [map1, map2, map4, map8, map16]
 
     def decode(self, x: torch.Tensor, features: list[torch.Tensor]) -> torch.Tensor:
-        """Finest decoder features, before the output layer: the first map of `decode_all`."""
+        """Return the first of the maps of `decode_all`."""
         return self.decode_all(x, features)[0]
 
     @property
@@ -213,11 +189,11 @@ class SwinUNETR(nn.Module):
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.merge_order != "monai1.5":  # MONAI's own names and no other, where they say it all
+        if self.merge_order != "monai1.5":  # MONAI's own names alone, where they tell everything
             destination[prefix + "merge_order"] = torch.tensor(MERGE_ORDERS[self.merge_order])
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        """Take the merge order out: torch knows of no parameter or buffer of that name."""
+        """Take the merge order out, as torch knows no parameter or buffer of that name."""
         found = state_dict.pop(prefix + "merge_order", None)
         order = MERGE_ORDERS["monai1.5"] if found is None else found.tolist()
         names = [name for name in MERGE_ORDERS if MERGE_ORDERS[name] == order]
@@ -232,7 +208,7 @@ class SwinUNETR(nn.Module):
         return [vit.layers1[0], vit.layers2[0], vit.layers3[0], vit.layers4[0]]
 
     def _run_stage(self, stage, x):
-        """One resolution: transformer blocks, then merging of 2x2x2 neighbours."""
+        """Run the transformer blocks of one resolution and merge 2x2x2 neighbours."""
         x = x.permute(0, 2, 3, 4, 1)  # (B, X, Y, Z, C)
         size = tuple(x.shape[1:4])
         window, shift = get_window_size(size, stage.window_size, stage.shift_size)
@@ -249,5 +225,5 @@ class SwinUNETR(nn.Module):
 
 
 def _channel_norm(x):
-    """Layer normalization over the channels of (B, C, X, Y, Z), without parameters."""
+    """Normalize (B, C, X, Y, Z) over its channels by a layer norm without parameters."""
     return F.layer_norm(x.movedim(1, -1), [x.shape[1]]).movedim(-1, 1)

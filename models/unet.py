@@ -1,4 +1,4 @@
-"""The U-Net of Models Genesis and SuPreM, with the names and shapes of their files.
+"""The U-Net of Models Genesis and SuPreM, with the names and shapes of their published weights.
 
 Zhou et al., Models Genesis, https://arxiv.org/abs/1908.06912 (a 3D U-Net, Cicek et al.,
 https://arxiv.org/abs/1606.06650); Li et al., SuPreM, ICLR 2024.
@@ -10,15 +10,15 @@ from torch import nn
 
 from models.common import Facts, check_size, halving, run
 
-# Named after the channels of the published size, finest first, whatever the size is here.
+# The names hold the channels of the published size, finest first, whatever the size is here.
 DOWN = ("down_tr64", "down_tr128", "down_tr256", "down_tr512")
 UP = ("up_tr64", "up_tr128", "up_tr256")
 
 
 class BatchStatisticsNorm(nn.BatchNorm3d):
-    """BatchNorm by the statistics of the batch at hand, in training and in evaluation alike.
+    """BatchNorm that uses the statistics of the batch at hand, in training and in evaluation.
 
-    The running statistics are in the published files, and so here, but nothing reads or moves them.
+    It has running statistics because the published files do, but nothing reads or updates them.
     """
 
     def forward(self, x):
@@ -26,7 +26,7 @@ class BatchStatisticsNorm(nn.BatchNorm3d):
 
 
 class ConvNorm(nn.Module):
-    """Convolution, normalization, ReLU."""
+    """Convolution, normalization and ReLU."""
 
     def __init__(self, in_channels, out_channels):
         super().__init__()
@@ -38,35 +38,26 @@ class ConvNorm(nn.Module):
 
 
 class UNet(nn.Module):
-    """3D U-Net of four resolutions without its output layer.
+    """A 3D U-Net of four resolutions without its output layer.
 
-    As published, every normalization uses the statistics of the batch, in `eval()` too. So an
-    output depends on what else is in the batch: a single image is normalised by itself (as by
+    As published, every normalization uses the statistics of the batch, in `eval()` too. An output
+    therefore depends on what else is in the batch: a single image is normalised by itself (as by
     InstanceNorm), images that share a batch by all of them, and evaluation gives the numbers of
     training only in batches like those of training. Ranks do not share statistics.
 
-    Args:
-        in_channels: channels of the input.
-        decoder: build the decoder; without it only `encode` works.
-        feature_size: channels of the finest map, doubled with each stage; even. Published: 64.
-        grad_checkpointing: recompute activations in the backward pass.
-
-    Attributes:
-        feature_channels, strides: of the maps of `encode`, finest first.
-        decoder_channels, decoder_strides: of the maps of `decode_all`, finest first.
-        stride: the largest; input sizes must be divisible by it.
-        min_size: the smallest cube, in voxels, that can be a batch of its own: the normalization
-            needs more than one voxel in the deepest map.
+    Args (the others are explained in `models.backbones.build_backbone`):
+        feature_size: channels of the finest map, an even number; they double with each stage. The
+            published size is 64.
     """
 
-    # names in its state_dict, for `utils.weights`
+    # Names in the state_dict, for `utils.weights`.
     encoder_names = layer_names = ("down_tr",)
     roots = ("",)
     input_layers = ("down_tr64.ops.0.conv1.weight",)
 
     @staticmethod
     def facts(decoder: bool = True, **others) -> Facts:
-        """See `models.common.Facts`."""
+        """Return what a config must know; the normalization includes the deepest map."""
         return halving(len(DOWN), norms_deepest=True)
 
     def __init__(
@@ -82,8 +73,7 @@ class UNet(nn.Module):
         self.grad_checkpointing = grad_checkpointing
         self.feature_channels = [feature_size * 2**i for i in range(len(DOWN))]
         self.strides, self.min_size = self.facts()
-        self.decoder_channels, self.decoder_strides = self.feature_channels[:-1], self.strides[:-1]
-        self.stride = self.strides[-1]
+        self.stride, self.decoder_channels = self.strides[-1], self.feature_channels[:-1]
 
         c = self.feature_channels
         for i, name in enumerate(DOWN):
@@ -97,15 +87,7 @@ class UNet(nn.Module):
                 self.add_module(name, nn.ModuleDict({"up_conv": up, "ops": convs}))
 
     def encode(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """Feature maps of an image.
-
-        Args:
-            x: (B, in_channels, X, Y, Z), each size divisible by `stride`.
-        Returns:
-            Maps (B, feature_channels[i], X / strides[i], ...), finest first.
-        Raises:
-            ValueError: for a size that `stride` does not divide.
-        """
+        """Return the feature maps of an image (see `build_backbone`)."""
         check_size("unet", x, self.stride)
         maps = []
         for name in DOWN:
@@ -116,14 +98,7 @@ class UNet(nn.Module):
         return maps
 
     def decode_all(self, x: torch.Tensor, features: list[torch.Tensor]) -> list[torch.Tensor]:
-        """The decoder's maps.
-
-        Args:
-            x: the image (not used here; other backbones have a skip from it).
-            features: what `encode(x)` returned.
-        Returns:
-            Maps (B, decoder_channels[i], X / decoder_strides[i], ...), finest first.
-        """
+        """Return the maps of the decoder (see `build_backbone`); x is not needed here."""
         deep, maps = features[-1], []
         for name, skip in zip(UP[::-1], features[-2::-1], strict=True):
             stage = self.get_submodule(name)
@@ -134,5 +109,5 @@ class UNet(nn.Module):
         return maps[::-1]
 
     def decode(self, x: torch.Tensor, features: list[torch.Tensor]) -> torch.Tensor:
-        """Finest decoder features, before the output layer: the first map of `decode_all`."""
+        """Return the first of the maps of `decode_all`."""
         return self.decode_all(x, features)[0]
