@@ -1,84 +1,59 @@
 """The rules of classification_config.yaml (see `utils.config.schema`)."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, Field, PlainSerializer, WrapValidator
+from pydantic import Field
 
-from utils.config.fields import STRICT, AboveZero, Angles, Axes, Count, Factors, Size, Text, Texts
-from utils.config.schema import (
-    FOLDS,
-    FactsOf,
-    FineTuned,
-    IntensityAugment,
-    Values,
-    Wrong,
-    impossible_run,
-    impossible_size,
-    longer_than_run,
-)
+from utils.config import fields as f
+from utils.config import schema
 
-
-def all_or_count(value: Any, check: Any) -> Any:
-    if isinstance(value, str) and value != "all":
-        raise ValueError("expected a number of epochs, or all")
-    return value if value == "all" else check(value)
-
-
-Epochs = Annotated[
-    Count,
-    WrapValidator(all_or_count, json_schema_input_type=Literal["all"] | Count),
-    PlainSerializer(lambda value: value),
-]
+Epochs = f.or_word(f.Count, "all", "a number of epochs")
 Shift = Annotated[float, Field(ge=0, le=0.5)]  # of the image's size
 
 
-class Image(BaseModel):
-    model_config = STRICT
+class Image(f.Section):
     fit: Literal["crop", "resize"]
-    size: Size
+    size: f.Size
 
 
-class Augment(IntensityAugment):
-    flip: Axes
-    rotate: Angles
-    zoom: Factors
+class Augment(schema.IntensityAugment):
+    flip: f.Axes
+    rotate: f.Angles
+    zoom: f.Factors
     translate: Shift
 
 
-class Head(BaseModel):
-    model_config = STRICT
+class Head(f.Section):
     pooling: Literal["max", "mean", "meanmax", "gem"]
     dropout: Annotated[float, Field(ge=0, lt=1)]
 
 
-class Finetune(BaseModel):
-    model_config = STRICT
+class Finetune(f.Section):
     freeze_epochs: Epochs
-    backbone_lr: AboveZero
+    backbone_lr: f.AboveZero
     layer_decay: Annotated[float, Field(gt=0, le=1)]
     label_smoothing: Annotated[float, Field(ge=0, lt=1)]
     class_weights: bool
-    balance: Text | None
-    early_stopping: Count
+    balance: f.Text | None
+    early_stopping: f.Count
 
 
-class Test(BaseModel):
-    model_config = STRICT
-    flip: Axes
+class Test(f.Section):
+    flip: f.Axes
     shift: Shift
 
 
-# keys of the config at hand that a test goes by; all others are those of the checkpoint
+# The keys that a test takes from the config at hand; all others come from the checkpoint.
 OF_THE_TEST = (
     "experiment results_dir cache_dir csv_path test_folds test_ckpt report_by allow_seen_patients "
     "batch_size precision n_workers test"
 ).split()
 
 
-class ClassificationConfig(FineTuned):
-    cls_targets: Texts
-    reg_targets: Texts
-    report_by: Texts
+class ClassificationConfig(schema.FineTuned):
+    cls_targets: f.Texts
+    reg_targets: f.Texts
+    report_by: f.Texts
     image: Image
     augment: Augment
     head: Head
@@ -86,10 +61,11 @@ class ClassificationConfig(FineTuned):
     test: Test
 
 
-def impossible_classification(values: Values, facts_of: FactsOf, cv: bool = False) -> Wrong:
-    """Values of classification_config.yaml that contradict each other, or `--cv`, or that the
-    backbone cannot take."""
-    yield from impossible_run(values)
+def impossible_classification(
+    values: schema.Values, facts_of: schema.FactsOf, cv: bool = False
+) -> schema.Wrong:
+    """Find values that contradict each other or `--cv`, or that the backbone cannot take."""
+    yield from schema.impossible_run(values)
     yield from _impossible_cv(values) if cv else ()
     classes, numbers = (values.get(key) for key in ("cls_targets", "reg_targets"))
     if classes == [] and numbers == []:
@@ -103,7 +79,7 @@ def impossible_classification(values: Values, facts_of: FactsOf, cv: bool = Fals
         what = "true, but finetune.balance is set: rare classes would be favoured twice"
         yield "finetune.class_weights", what
     if values.get("finetune.freeze_epochs") != "all":
-        yield from longer_than_run("finetune.freeze_epochs", values)
+        yield from schema.longer_than_run("finetune.freeze_epochs", values)
     elif values.get("finetune.layer_decay", 1) != 1 or values.get("finetune.backbone_lr", 1) != 1:
         key = "finetune.layer_decay"
         key = key if values.get(key, 1) != 1 else "finetune.backbone_lr"
@@ -114,13 +90,13 @@ def impossible_classification(values: Values, facts_of: FactsOf, cv: bool = Fals
     if size is not None and facts is not None:
         stride = facts.strides[-1]
         padded = [-(-n // stride) * stride for n in size]  # as the classifier does
-        yield from impossible_size("image.size", {**values, "image.size": padded}, facts)
+        yield from schema.impossible_size("image.size", {**values, "image.size": padded}, facts)
 
 
-def _impossible_cv(values: Values) -> Wrong:
-    """What a cross-validation has no use for."""
-    number = sum(len(values.get(key, [])) for key in FOLDS)
-    if number < 3 and all(key in values for key in FOLDS):
+def _impossible_cv(values: schema.Values) -> schema.Wrong:
+    """Find values that a cross-validation cannot use."""
+    number = sum(len(values.get(key, [])) for key in schema.FOLDS)
+    if number < 3 and all(key in values for key in schema.FOLDS):
         yield "train_folds", f"{number} folds with val_folds and test_folds; --cv needs at least 3"
     if values.get("test_ckpt") is not None:
         yield "test_ckpt", "not together with --cv"

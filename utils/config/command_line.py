@@ -1,6 +1,6 @@
-"""Config files: strict YAML, overrides of the command line, --help, and all problems at once.
+"""Config files: strict YAML, overrides from the command line, --help, and all problems at once.
 
-The YAML files hold the defaults, a pydantic model (utils/config/schema.py) the rules.
+The YAML files hold the defaults, and a pydantic model (utils/config/schema.py) holds the rules.
 """
 
 import platform
@@ -22,7 +22,7 @@ from utils.errors import InputError, nearest
 from utils.files import read_text
 
 Schema = TypeVar("Schema", bound=BaseModel)
-# {dotted key: value} of values that are valid by themselves -> [(key, what is wrong)]
+# From {dotted key: value} of the values that are valid by themselves to [(key, what is wrong)].
 Impossible = Callable[[Mapping[str, Any]], list[tuple[str, str]]]
 COMMAND_LINE = "command line"
 OPTIONS = ("--config", "--check", "--help")
@@ -40,13 +40,13 @@ The keys, with their defaults in {default}, and <what they may be>:"""
 
 
 class ConfigProblem(NamedTuple):
-    where: str  # "line 12" or COMMAND_LINE; "" where the key is in neither
+    where: str  # "line 12" or COMMAND_LINE; "" if the key is in neither
     key: str  # dotted
     what: str
 
 
 class ConfigError(InputError):
-    """Everything that is wrong with a config file and the command line, in `.problems`."""
+    """All that is wrong with a config file and the command line, listed in `.problems`."""
 
     def __init__(self, path: str | Path, problems: list[ConfigProblem]):
         self.path, self.problems = path, problems
@@ -66,16 +66,16 @@ def parse_command_line(
     impossible: Impossible,
     more_options: Mapping[str, str] = NO_OPTIONS,
 ) -> tuple[Schema, bool]:
-    """Read the config file, apply the overrides, check everything.
+    """Read the config file, apply the overrides and check everything.
 
     Args:
-        argv: the arguments, without the script's name.
+        argv: the arguments without the name of the script.
         default_config: the YAML file that is read unless --config names another.
         schema: the pydantic model.
         impossible: finds values that are valid by themselves but not together.
-        more_options: {"--option": its line of --help} of options that this script has besides.
+        more_options: {"--option": its line of --help} of further options of this script.
     Returns:
-        the config; whether --check was given.
+        the config, and whether --check was given.
     Raises:
         ConfigError: with every problem of the file and the command line.
         SystemExit: 0, after printing --help.
@@ -106,34 +106,28 @@ def parse_command_line(
 
 
 def read_yaml(path: str | Path) -> tuple[dict[str, Any], dict[str, int], list[ConfigProblem]]:
-    """Values of a YAML file of keys, {dotted key: its line}, and a problem per repeated key.
+    """Return the values of a YAML file, {dotted key: its line}, and a problem per repeated key.
 
     Raises:
         ConfigError: the file is missing, empty, not UTF-8, not YAML, or not keys with values.
     """
     try:
         values, lines, repeated = strict_yaml.parse(read_text(path))
+        if not isinstance(values, dict):
+            found = "is empty" if values is None else f"holds a {type(values).__name__}"
+            raise ValueError(f"{found}; expected lines `key: value`")
     except (yaml.YAMLError, RecursionError) as e:
         what = f"not YAML: {strict_yaml.reason(e)}"
         raise ConfigError(path, [ConfigProblem("", "", what)]) from e
     except ValueError as e:
         raise ConfigError(path, [ConfigProblem("", "", str(e))]) from e
-    if not isinstance(values, dict):
-        found = "is empty" if values is None else f"holds a {type(values).__name__}"
-        what = f"{found}; expected lines `key: value`"
-        raise ConfigError(path, [ConfigProblem("", "", what)])
-    return (
-        values,
-        lines,
-        [
-            ConfigProblem(f"line {line}", key, f"written twice, first in line {lines[key]}")
-            for key, line in repeated
-        ],
-    )
+    twice = "written twice, first in line {}"
+    problems = [ConfigProblem(f"line {n}", key, twice.format(lines[key])) for key, n in repeated]
+    return values, lines, problems
 
 
 def _split_arguments(argv: list[str], default_config: str | Path, options: list[str]):
-    """(config file, options given, [(key, text of the value)], problems)."""
+    """Return the config file, the options given, [(key, text of the value)] and the problems."""
     path, flags, overrides, problems = Path(default_config), set(), [], []
 
     def wrong(argument: str, what: str) -> None:
@@ -165,7 +159,7 @@ def _split_arguments(argv: list[str], default_config: str | Path, options: list[
 
 
 def _override(values: dict, key: str, text: str, known: list[str]) -> str:
-    """Set one key in the nested `values`; returns what is wrong, or ''."""
+    """Set one key in the nested `values` and return what is wrong, or ''."""
     if key not in known:
         inside = [k for k in known if k.startswith(f"{key}.")]
         if inside:
@@ -178,20 +172,20 @@ def _override(values: dict, key: str, text: str, known: list[str]) -> str:
         return f"{text!r}: {what}; text like this needs double quotes within single ones"
     section, _, leaf = key.rpartition(".")
     target = values.setdefault(section, {}) if section else values
-    if isinstance(target, dict):  # where it is not, the section itself is reported
+    if isinstance(target, dict):  # if it is not, the section itself is reported
         target[leaf] = value
     return ""
 
 
 def _file_order(problem: ConfigProblem) -> tuple[bool, int]:
-    """By line; then what is in no line: missing keys and the command line."""
+    """Return a sort key: lines first, then missing keys and the command line."""
     line = problem.where.removeprefix("line ")
     return (False, int(line)) if line.isdigit() else (True, 0)
 
 
 # ---- rules
 def schema_keys(schema: type[BaseModel]) -> list[str]:
-    """Dotted keys of a config, in order; sections themselves are not among them."""
+    """Return the dotted keys of a config in order, without the sections themselves."""
     keys = []
     for name, field in schema.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
@@ -204,9 +198,9 @@ def schema_keys(schema: type[BaseModel]) -> list[str]:
 def validate(
     values: dict[str, Any], schema: type[Schema], impossible: Impossible
 ) -> tuple[Schema | None, list[tuple[str, str]]]:
-    """The config, or None and [(dotted key, what is wrong)].
+    """Return the config, or None and [(dotted key, what is wrong)].
 
-    `impossible` gets every value that is valid by itself: a mistake in one key hides no other.
+    `impossible` gets every value that is valid by itself, so that no mistake hides another.
     """
     config, problems = None, []
     known = schema_keys(schema)
@@ -231,12 +225,12 @@ def _dotted(location: tuple[str | int, ...]) -> str:
 
 
 def _field(key: str) -> str:
-    """data.spacing[1] -> data.spacing"""
+    """Turn data.spacing[1] into data.spacing."""
     return re.sub(r"(\[[0-9]+\])+\Z", "", key)
 
 
 def _explain(error: Mapping[str, Any], known: list[str]) -> str:
-    """pydantic's message in the words of a config file."""
+    """Put pydantic's message into the words of a config file."""
     kind, found = error["type"], error["input"]
     if kind == "extra_forbidden":
         return _unknown(_dotted(error["loc"]), known)
@@ -264,9 +258,7 @@ def _unknown(key: str, known: list[str]) -> str:
 def help_text(
     path: str | Path, schema: type[BaseModel], more_options: Mapping[str, str] = NO_OPTIONS
 ) -> str:
-    """Usage, and every key of a YAML file with its value, its comment and what the schema allows,
-    under the file's headings.
-    """
+    """Return the usage, and each key of a YAML file with its value, comment and what is allowed."""
     text, rules = read_text(path), _json_rules(schema)
     lines = text.splitlines()
     flags = " ".join(f"[{name}]" for name in ("--check", *more_options, "--help"))
@@ -291,7 +283,7 @@ def help_text(
         value = text[value_node.start_mark.index : value_node.end_mark.index]
         entry = key if is_section else f"{key}={value}"
         allowed = in_words(rules.get(key, {}), comment)
-        if allowed not in ("", "text", "true or false"):  # which the value shows
+        if allowed not in ("", "text", "true or false"):  # the value shows these
             comment += f" <{allowed}>"
         if comment or not is_section:
             result.append(f"  {entry:<48}  {comment}".rstrip())
@@ -299,7 +291,7 @@ def help_text(
 
 
 def _json_rules(schema: type[BaseModel]) -> dict[str, dict[str, Any]]:
-    """{dotted key: JSON schema of its value}"""
+    """Return {dotted key: JSON schema of its value}."""
     whole, rules = schema.model_json_schema(), {}
     for name, rule in whole["properties"].items():
         if "$ref" in rule:
@@ -311,7 +303,7 @@ def _json_rules(schema: type[BaseModel]) -> dict[str, dict[str, Any]]:
 
 
 def environment() -> dict[str, str]:
-    """What produced a run: command line, git commit, versions."""
+    """Return what produced a run: the command line, the git commit and versions."""
     facts = {"command": shlex.join(sys.argv), "python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -328,17 +320,9 @@ def environment() -> dict[str, str]:
     return facts
 
 
-def save_resolved(
-    config: BaseModel, path: str | Path, extra: Mapping[str, str] | None = None
-) -> None:
-    """Write a config as YAML that --config reads back; `environment()` and `extra` as comments."""
-    facts = {**environment(), **(extra or {})}
-    comments = "\n".join(f"# {name}: {fact!r}" for name, fact in facts.items())
-    body = yaml.dump(
-        config.model_dump(mode="json"),
-        Dumper=strict_yaml.Dumper,
-        sort_keys=False,
-        allow_unicode=True,
-        width=10_000,
-    )
+def save_resolved(config: BaseModel, path: str | Path) -> None:
+    """Write a config as YAML that --config reads back, with `environment()` as comments."""
+    comments = "\n".join(f"# {name}: {fact!r}" for name, fact in environment().items())
+    options = {"sort_keys": False, "allow_unicode": True, "width": 10_000}
+    body = yaml.dump(config.model_dump(mode="json"), Dumper=strict_yaml.Dumper, **options)
     Path(path).write_text(f"{comments}\n\n{body}", encoding="utf-8")

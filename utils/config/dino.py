@@ -2,96 +2,71 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import Field
 
-from utils.config.fields import (
-    STRICT,
-    AboveZero,
-    Angles,
-    Axes,
-    Count,
-    Factors,
-    Fraction,
-    Fractions,
-    NotNegative,
-    Positive,
-    Size,
-    Texts,
-)
-from utils.config.schema import (
-    FactsOf,
-    IntensityAugment,
-    Run,
-    Values,
-    Wrong,
-    impossible_run,
-    impossible_size,
-    longer_than_run,
-)
+from utils.config import fields as f
+from utils.config import schema
 
 
-class Crops(BaseModel):
-    model_config = STRICT
-    region_size: Size
-    regions_per_case: Positive
-    global_size: Size
-    global_zoom: Factors
-    num_local: Count
-    local_size: Size
-    local_zoom: Factors
+class Crops(f.Section):
+    region_size: f.Size
+    regions_per_case: f.Positive
+    global_size: f.Size
+    global_zoom: f.Factors
+    num_local: f.Count
+    local_size: f.Size
+    local_zoom: f.Factors
     aspect: Annotated[float, Field(ge=1)]
-    min_body: Fraction
+    min_body: f.Fraction
 
 
-class Augment(IntensityAugment):
-    flip: Axes
-    rotate: Angles
+class Augment(schema.IntensityAugment):
+    flip: f.Axes
+    rotate: f.Angles
 
 
-class Dino(BaseModel):
-    model_config = STRICT
+class Dino(f.Section):
     pooling: Literal["max", "mean", "meanmax", "gem"]
     out_dim: Annotated[int, Field(ge=2)]
-    head_hidden: Positive
-    head_bottleneck: Positive
+    head_hidden: f.Positive
+    head_bottleneck: f.Positive
     head_batchnorm: bool
     norm_last_layer: bool
-    freeze_prototypes_epochs: Count
+    freeze_prototypes_epochs: f.Count
     centering: Literal["center", "sinkhorn"]
-    center_momentum: Fraction
-    student_temp: AboveZero
-    teacher_temp: AboveZero
-    teacher_temp_start: AboveZero
-    teacher_temp_warmup_epochs: Count
-    momentum: Fraction
-    koleo_weight: NotNegative
-    patch_weight: NotNegative
-    patch_level: Count
+    center_momentum: f.Fraction
+    student_temp: f.AboveZero
+    teacher_temp: f.AboveZero
+    teacher_temp_start: f.AboveZero
+    teacher_temp_warmup_epochs: f.Count
+    momentum: f.Fraction
+    koleo_weight: f.NotNegative
+    patch_weight: f.NotNegative
+    patch_level: f.Count
     patch_out_dim: Annotated[int, Field(ge=2)]
-    mask_ratio: Fractions
-    mask_prob: Fraction
+    mask_ratio: f.Fractions
+    mask_prob: f.Fraction
 
 
-class Probe(BaseModel):
-    model_config = STRICT
-    every: Positive
-    max_cases: Positive
-    dense_cases: Count
+class Probe(f.Section):
+    every: f.Positive
+    max_cases: f.Positive
+    dense_cases: f.Count
 
 
-class DinoConfig(Run):
-    probe_targets: Texts
-    weight_decay_end: NotNegative
+class DinoConfig(schema.Run):
+    probe_targets: f.Texts
+    weight_decay_end: f.NotNegative
     crops: Crops
     augment: Augment
     dino: Dino
     probe: Probe
 
 
-def impossible_dino(values: Values, facts_of: FactsOf) -> Wrong:
-    """Values of dino_config.yaml that contradict each other, or that the backbone cannot take."""
-    yield from impossible_run(values)
-    yield from longer_than_run("dino.teacher_temp_warmup_epochs", values)
+def impossible_dino(values: schema.Values, facts_of: schema.FactsOf) -> schema.Wrong:
+    """Find values that contradict each other or that the backbone cannot take."""
+    yield from schema.impossible_run(values)
+    yield from schema.longer_than_run("dino.teacher_temp_warmup_epochs", values)
     level, facts = values.get("dino.patch_level"), facts_of(values, False)
     if level is not None and facts is not None and level >= (num := len(facts.strides)):
         what = f"{level}: {values['backbone']} has {num} feature maps; nearest: {num - 1}"
@@ -103,4 +78,4 @@ def impossible_dino(values: Values, facts_of: FactsOf) -> Wrong:
             continue
         if any(n > m for n, m in zip(size, region, strict=True)):
             yield key, f"{size}: larger than crops.region_size {region}"
-        yield from impossible_size(key, values, facts, region)
+        yield from schema.impossible_size(key, values, facts, region)

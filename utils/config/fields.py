@@ -1,4 +1,4 @@
-"""Types of the values in the config files: each checks one value and says what it expects."""
+"""Types of the values in config files. Each checks one value and says what it expects."""
 
 import re
 from collections.abc import Mapping
@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
+    BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
@@ -16,13 +17,18 @@ from pydantic import (
 
 from utils.files import expand_path
 
-STRICT = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 Modality = Literal["CT", "MR", "PT", "NM", "US", "XA", "OT"]  # DICOM (0008,0060) of volumes
 WINDOWS_DEVICES = r"(CON|PRN|AUX|NUL|COM[0-9]|LPT[0-9])(\..*)?"
 
 
+class Section(BaseModel):
+    """The base of every section of a config file: unknown keys and other types are refused."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
 def as_text(value: Any) -> Any:
-    """Text as it is, a number as text (fold 0 is "0"); true and false are left for an error."""
+    """Turn a number into text (fold 0 is "0"); true and false stay, to be refused later."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
     return str(value) if number else value.strip() if isinstance(value, str) else value
 
@@ -48,7 +54,7 @@ def no_repeats(values: list[str]) -> list[str]:
 
 
 def folder_name(name: str) -> str:
-    """A name that is one folder inside results_dir on every system."""
+    """Return the name if it is one folder inside results_dir on every system."""
     if len(name) > 100 or len(name.encode(errors="replace")) > 250:
         raise ValueError("at most 100 characters")
     if not name.isprintable() or re.search(r'[/\\:*?"<>|]', name):
@@ -72,15 +78,21 @@ def not_equal(pair: tuple[float, float]) -> tuple[float, float]:
     return pair
 
 
-def native_or_mm(value: Any, check: Any) -> Any:
-    if isinstance(value, str) and value != "native":
-        raise ValueError("expected three numbers in mm, or native")
-    return value if value == "native" else check(value)
-
-
 def one_or_more(value: Any) -> Any:
-    """A path or a number alone is a list of one."""
+    """Return a path or a number alone as a list of one."""
     return [value] if isinstance(value, str | int) else value
+
+
+def or_word(kind: Any, word: str, expected: str) -> Any:
+    """Return the type of values that are either `word` or of the type `kind`."""
+
+    def check(value: Any, check_kind: Any) -> Any:
+        if isinstance(value, str) and value != word:
+            raise ValueError(f"expected {expected}, or {word}")
+        return value if value == word else check_kind(value)
+
+    either = WrapValidator(check, json_schema_input_type=Literal[word] | kind)
+    return Annotated[kind, either, PlainSerializer(lambda value: value)]
 
 
 Count = Annotated[int, Field(ge=0)]
@@ -110,22 +122,17 @@ Percentiles = Annotated[
 ]
 Factors = Annotated[tuple[AboveZero, AboveZero], Strict(False), AfterValidator(rising)]
 Fractions = Annotated[tuple[Fraction, Fraction], Strict(False), AfterValidator(rising)]
-Millimetres = tuple[AboveZero, AboveZero, AboveZero]
-Spacing = Annotated[
-    Millimetres,
-    Strict(False),
-    WrapValidator(native_or_mm, json_schema_input_type=Literal["native"] | Millimetres),
-    PlainSerializer(lambda value: value),
-]
+Millimetres = Annotated[tuple[AboveZero, AboveZero, AboveZero], Strict(False)]
+Spacing = or_word(Millimetres, "native", "three numbers in mm")
 
 
 # ---- in words
 def in_words(rule: Mapping[str, Any], comment: str = "", s: str = "") -> str:
-    """What a value may be, in a few words, for --help.
+    """Describe in a few words, for --help, what a value may be.
 
     Args:
-        rule: the JSON schema that pydantic makes of the value's type.
-        comment: words that it names, such as choices or null, are not repeated.
+        rule: the JSON schema that pydantic makes from the type of the value.
+        comment: choices, or null, that it names are not repeated.
         s: "s" for the plural.
     """
     if "anyOf" in rule:

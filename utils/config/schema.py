@@ -1,88 +1,65 @@
-"""What the three config files share: sections, their rules, and what is impossible together.
+"""What the three config files share: their sections, and rules on several keys.
 
 The YAML files hold the defaults, so no field here has one; their comments say what each key means.
-Fields check one value each (fields.py). What involves several keys is in the functions at the end,
-which see every value that is valid by itself, so that all problems are reported together.
+A field checks its own value (fields.py). The functions at the end check rules on several keys. They
+see every value that is valid by itself, so that all problems are reported together.
 """
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import Field
 
-from utils.config.fields import (
-    STRICT,
-    AboveZero,
-    Count,
-    Factors,
-    Fraction,
-    Modality,
-    Name,
-    NotNegative,
-    Paths,
-    PathText,
-    Percentiles,
-    Positive,
-    Range,
-    Spacing,
-    Texts,
-    as_text,
-)
+from utils.config import fields as f
 
 WEIGHTS = ("suprem_weights", "dino_weights", "resume_training_from", "test_ckpt")
 FOLDS = ("train_folds", "val_folds", "test_folds")
 Values = Mapping[str, Any]  # {dotted key: valid value}
-FactsOf = Callable[[Values, bool], Any]  # `models.backbones.facts_of`
-Wrong = Iterator[tuple[str, str]]  # dotted key, what is wrong with it
+FactsOf = Callable[[Values, bool], Any]  # the type of `models.backbones.facts_of`
+Wrong = Iterator[tuple[str, str]]  # (dotted key, what is wrong with it)
 
 
-class ResUNet(BaseModel):
-    model_config = STRICT
-    features: Annotated[list[Positive], Field(min_length=2)]
-    blocks: Annotated[list[Positive], Field(min_length=2)]
+class ResUNet(f.Section):
+    features: Annotated[list[f.Positive], Field(min_length=2)]
+    blocks: Annotated[list[f.Positive], Field(min_length=2)]
 
 
-class SwinUNETR(BaseModel):
-    model_config = STRICT
+class SwinUNETR(f.Section):
     feature_size: Annotated[int, Field(ge=12, multiple_of=12)]
     use_v2: bool
 
 
-class UNet(BaseModel):
-    model_config = STRICT
+class UNet(f.Section):
     feature_size: Annotated[int, Field(ge=2, multiple_of=2)]
 
 
-class SegResNet(BaseModel):
-    model_config = STRICT
+class SegResNet(f.Section):
     variant: Literal["standard", "ds"]
     feature_size: Annotated[int, Field(ge=8, multiple_of=8)] | None
-    blocks: Annotated[list[Positive], Field(min_length=2)] | None
+    blocks: Annotated[list[f.Positive], Field(min_length=2)] | None
 
 
-class Data(BaseModel):
-    model_config = STRICT
-    modality: Literal["auto", Modality]
-    spacing: Spacing
-    hu_window: Range
-    percentiles: Percentiles
+class Data(f.Section):
+    modality: Literal["auto", f.Modality]
+    spacing: f.Spacing
+    hu_window: f.Range
+    percentiles: f.Percentiles
     crop_background: bool
-    max_bad_cases: Count
+    max_bad_cases: f.Count
 
 
-class Run(BaseModel):
-    model_config = STRICT
-    experiment: Name
-    results_dir: PathText
-    cache_dir: PathText
-    csv_path: PathText
-    train_folds: Texts
-    val_folds: Texts
-    test_folds: Texts
-    suprem_weights: PathText | None
-    resume_training_from: PathText | None
-    test_ckpt: PathText | None
+class Run(f.Section):
+    experiment: f.Name
+    results_dir: f.PathText
+    cache_dir: f.PathText
+    csv_path: f.PathText
+    train_folds: f.Texts
+    val_folds: f.Texts
+    test_folds: f.Texts
+    suprem_weights: f.PathText | None
+    resume_training_from: f.PathText | None
+    test_ckpt: f.PathText | None
     backbone: Literal["resunet", "swinunetr", "unet", "segresnet"]
     resunet: ResUNet
     swinunetr: SwinUNETR
@@ -90,44 +67,43 @@ class Run(BaseModel):
     segresnet: SegResNet
     grad_checkpointing: bool
     compile: bool
-    n_epochs: Positive
-    batch_size: Positive
-    accumulate: Positive
-    learning_rate: AboveZero
-    min_learning_rate: NotNegative
-    warmup_epochs: Count
-    weight_decay: NotNegative
-    clip_grad: NotNegative
+    n_epochs: f.Positive
+    batch_size: f.Positive
+    accumulate: f.Positive
+    learning_rate: f.AboveZero
+    min_learning_rate: f.NotNegative
+    warmup_epochs: f.Count
+    weight_decay: f.NotNegative
+    clip_grad: f.NotNegative
     precision: Literal["bf16", "fp16", "fp32"]
     seed: Annotated[int, Field(ge=0, lt=2**32)]
-    n_workers: Count
-    max_bad_steps: Positive
+    n_workers: f.Count
+    max_bad_steps: f.Positive
     data: Data
-    log_every: Positive
-    save_every: Positive
+    log_every: f.Positive
+    save_every: f.Positive
 
 
-class IntensityAugment(BaseModel):
-    model_config = STRICT
-    scale: Fraction
-    shift: NotNegative
-    gamma: Factors
-    noise: NotNegative
-    blur: NotNegative
-    hu_window: Fraction
+class IntensityAugment(f.Section):
+    scale: f.Fraction
+    shift: f.NotNegative
+    gamma: f.Factors
+    noise: f.NotNegative
+    blur: f.NotNegative
+    hu_window: f.Fraction
 
 
 class FineTuned(Run):
-    """A stage that may start from `dino.py`'s backbone, and tests one checkpoint or several."""
+    """A stage that may start from a backbone of `dino.py` and that tests checkpoints."""
 
-    dino_weights: PathText | None
-    test_ckpt: Paths | None
+    dino_weights: f.PathText | None
+    test_ckpt: f.Paths | None
     allow_seen_patients: bool
 
 
 # ---- what is impossible together
 def impossible_run(values: Values) -> Wrong:
-    """Two sources of weights, a fold in two parts, a schedule longer than the run."""
+    """Find contradictions in what all stages share: weights, folds, the schedule, the backbone."""
     chosen = [key for key in WEIGHTS if values.get(key) is not None]
     if values.get("resume_training_from") == "auto" and values.get("test_ckpt") is None:
         chosen.remove("resume_training_from")  # a requeued run's first start may need weights
@@ -135,7 +111,7 @@ def impossible_run(values: Values) -> Wrong:
         yield key, f"set, and so is {chosen[0]}: at most one source of weights may be"
     used = {}
     for key in FOLDS:
-        for fold in map(as_text, values.get(key, [])):
+        for fold in map(f.as_text, values.get(key, [])):
             if fold in used:
                 yield key, f"fold {fold} is in {used[fold]} too"
             used.setdefault(fold, key)
@@ -153,15 +129,15 @@ def impossible_run(values: Values) -> Wrong:
 
 
 def longer_than_run(key: str, values: Values) -> Wrong:
-    """A number of epochs that is more than n_epochs."""
+    """Report a number of epochs that is more than n_epochs."""
     if values.get(key, 0) > values.get("n_epochs", math.inf):
         yield key, f"{values[key]}: more than n_epochs {values['n_epochs']}"
 
 
 def impossible_size(key: str, values: Values, facts, largest: Iterable[int] | None = None) -> Wrong:
-    """An input size that the backbone cannot take; the nearest one is at most `largest`.
+    """Report an input size that the backbone cannot take, with the nearest one up to `largest`.
 
-    facts: of `models.backbones.facts_of`; None where they are not known.
+    facts: what `models.backbones.facts_of` returned; None if they are not known.
     """
     size = values.get(key)
     if size is None or facts is None:

@@ -1,6 +1,6 @@
-"""YAML without surprises: plain values, plain text, every key with its line.
+"""YAML without surprises: plain values, and the line of every key.
 
-YAML 1.1, which PyYAML speaks, reads `no` as false, `1e-4` as text, `010` as 8 and `1:30` as 90.
+YAML 1.1, which PyYAML implements, reads `no` as false, `1e-4` as text, `010` as 8 and `1:30` as 90.
 Here true, false, null and decimal numbers are the only unquoted words that are not text.
 """
 
@@ -12,7 +12,7 @@ import yaml
 
 
 class Loader(yaml.SafeLoader):
-    """YAML 1.2 scalars only; no tags, anchors or aliases."""
+    """A loader of YAML 1.2 scalars that refuses tags, anchors and aliases."""
 
     yaml_implicit_resolvers: dict = {}
 
@@ -27,14 +27,14 @@ class Loader(yaml.SafeLoader):
 
 
 class Dumper(yaml.SafeDumper):
-    """Quotes text that YAML 1.1 or Loader would read as something else; lists on one line."""
+    """A dumper that quotes what YAML 1.1 or Loader would not read as text; lists fill one line."""
 
 
 Dumper.add_representer(
     list, lambda dumper, data: dumper.represent_sequence("tag:yaml.org,2002:seq", data, True)
 )
 
-# Numbers with leading zeros (007) are names, and so are more digits than an int64 has.
+# Numbers with leading zeros (007) or with more digits than an int64 has are text.
 UNSIGNED = r"(?:0|[1-9][0-9]{0,17})"
 EXPONENT = r"[eE][-+]?[0-9]+"
 SCALARS = {
@@ -54,10 +54,10 @@ for kind, (pattern, first) in SCALARS.items():
 
 
 def parse(text: str) -> tuple[Any, dict[str, int], list[tuple[str, int]]]:
-    """YAML text to plain values.
+    """Parse YAML text into plain values.
 
     Returns:
-        the value; {dotted key: its line}; (dotted key, line) of keys that were there before.
+        the value; {dotted key: its line}; [(dotted key, line)] of the repetitions of keys.
     Raises:
         yaml.YAMLError: not YAML, or YAML with tags, anchors or aliases.
         RecursionError: nested too deeply.
@@ -74,7 +74,7 @@ def parse(text: str) -> tuple[Any, dict[str, int], list[tuple[str, int]]]:
 
 
 def walk(node: yaml.Node | None, prefix: str = "") -> Iterator[tuple[str, yaml.Node, yaml.Node]]:
-    """(dotted key, key node, value node) of every mapping entry, in the order of the file."""
+    """Yield (dotted key, key node, value node) of every mapping entry, in the order of the file."""
     if isinstance(node, yaml.SequenceNode):
         for i, item in enumerate(node.value):
             yield from walk(item, f"{prefix}[{i}]")
@@ -86,7 +86,7 @@ def walk(node: yaml.Node | None, prefix: str = "") -> Iterator[tuple[str, yaml.N
 
 
 def _key(node: yaml.Node) -> str:
-    """Keys are text as written: 0 and no are names like any other."""
+    """Return a key as the text that was written: 0 and no are names like any other."""
     return node.value if isinstance(node, yaml.ScalarNode) else "(a list or section as key)"
 
 
@@ -104,7 +104,7 @@ def _value(node: yaml.Node | None) -> Any:
 
 
 def reason(error: yaml.YAMLError | RecursionError, with_line: bool = True) -> str:
-    """One line that says what is wrong with the YAML, and in which line."""
+    """Say in one line what is wrong with the YAML, and in which line of it."""
     if isinstance(error, RecursionError):
         return "nested too deeply"
     mark = getattr(error, "problem_mark", None)
