@@ -22,7 +22,7 @@ def build_backbone(name: str, in_channels: int = 1, decoder: bool = True, **opti
             X, Y, Z), finest first; a ValueError for a size that `stride` does not divide
         decode_all(x, features): maps (B, decoder_channels[i], X / 2**i, ...) of the decoder, finest
             first, from the image and what `encode` returned for it; only with a decoder
-        decode(x, features): the first of these, which an output layer makes into logits
+        decode(x, features): the first of these, which an output layer turns into logits
     and the attributes
         feature_channels, decoder_channels, strides: lists, finest map first
         stride: the last of the strides, by which input sizes must be divisible

@@ -51,7 +51,7 @@ class Classifier(nn.Module):
 
     Args:
         backbone: made by `build_backbone(..., decoder=False)`.
-        outputs: {target: number of outputs}, which is 1 for a number and else that of the classes.
+        outputs: {target: number of outputs}: 1 for a number, one per class for classes.
         pooling: a key of POOLINGS.
         dropout: probability with which training leaves out a pooled feature.
     """
@@ -153,7 +153,7 @@ def label_losses(
 def depth_of_parameters(backbone: nn.Module) -> dict[str, int]:
     """Return {parameter: index of the finest map of `encode` that depends on it}.
 
-    Index 0 is nearest to the input. Gradients tell, so this holds for any backbone.
+    Index 0 is nearest to the input. Gradients show the dependence, so any backbone will do.
     """
     parameters = dict(backbone.named_parameters())
     was_training, device = backbone.training, next(iter(parameters.values())).device

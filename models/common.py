@@ -96,7 +96,7 @@ def _statistics_kept(norms):
 
 
 def parameter_groups(model: nn.Module) -> list[dict]:
-    """Group the trainable parameters: those with weight decay, and vectors and scalars without."""
+    """Group the trainable parameters; biases and other vectors or scalars have no weight decay."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     return [
         {"params": [p for p in parameters if p.ndim > 1], "decay": True},

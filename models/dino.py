@@ -35,7 +35,7 @@ class BatchNorm(nn.Module):
 
 
 class Prototypes(nn.Module):
-    """Weight-normalised linear layer, whose prototypes have the length 1 or a learned one."""
+    """Weight-normalised linear layer whose prototypes have length 1 or a learned length."""
 
     def __init__(self, in_dim: int, out_dim: int, fixed_length: bool = True):
         super().__init__()

@@ -93,7 +93,7 @@ def patch_loss(
     student_temp: float,
     over_ranks: bool = True,
 ) -> torch.Tensor:
-    """Return the cross-entropy at masked positions, with equal weight for crops (iBOT, eq. 2).
+    """Return the cross-entropy at masked positions; masked crops weigh the same (iBOT, eq. 2).
 
     Args:
         targets: (M, K) teacher probabilities at the M masked positions of all crops.

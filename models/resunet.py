@@ -62,7 +62,7 @@ class ResUNet(nn.Module):
 
     @staticmethod
     def facts(features: Sequence[int], decoder: bool = True, **others) -> Facts:
-        """Return what a config must know; the instance normalization includes the deepest map."""
+        """Return the `Facts`; instance norms need more than one voxel in the deepest map."""
         return halving(len(features), norms_deepest=True)
 
     def __init__(

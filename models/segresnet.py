@@ -1,4 +1,4 @@
-"""MONAI's SegResNet and SegResNetDS: its blocks, parameter names and outputs.
+"""SegResNet and SegResNetDS from MONAI's blocks, with MONAI's parameter names and outputs.
 
 Myronenko, 3D MRI brain tumor segmentation using autoencoder regularization,
 https://arxiv.org/abs/1810.11654. SuPreM publishes weights of the former, CT-FM of the latter.
@@ -36,7 +36,7 @@ class SegResNet(nn.Module):
 
     @staticmethod
     def facts(blocks: Sequence[int] | None, variant: str, decoder: bool = True, **others) -> Facts:
-        """Return what a config must know; the BatchNorm of ds includes the deepest map."""
+        """Return the `Facts`; BatchNorm (ds) needs more than one voxel in the deepest map."""
         num_stages = len(PUBLISHED[variant][1] if blocks is None else blocks)
         return halving(num_stages, norms_deepest=variant == "ds")
 

@@ -1,4 +1,4 @@
-"""MONAI's Swin UNETR: its blocks, parameter names and outputs.
+"""Swin UNETR from MONAI's blocks, with MONAI's parameter names and outputs.
 
 Hatamizadeh et al., https://arxiv.org/abs/2201.01266. The forward pass is written out here because
 MONAI's keeps several copies of every attention matrix, rebuilds the window mask in each call and
@@ -38,7 +38,7 @@ class FusedWindowAttention(WindowAttention):
     """MONAI's window attention with the same parameters, computed by torch's fused kernels."""
 
     def forward(self, x, mask):
-        """Attend within windows: x (B * windows, n, C), mask (windows, n, n) of logits or None."""
+        """Attend within windows. x: (B * windows, n, C); mask: (windows, n, n), added to logits."""
         n, channels = x.shape[1:]
         heads = self.num_heads
         bias = self.relative_position_bias_table[self.relative_position_index[:n, :n].flatten()]
@@ -64,7 +64,7 @@ class FusedWindowAttention(WindowAttention):
 @lru_cache(maxsize=16)
 @torch.inference_mode(False)
 def _shift_mask(size, window, shift, device):
-    """Return (windows, n, n): -100 where a shifted window joins voxels from afar, else 0."""
+    """Return (windows, n, n): -100 where shifted windows join voxels that are far apart, else 0."""
     padded = [-(-s // w) * w for s, w in zip(size, window, strict=True)]
     return compute_mask(padded, window, shift, device)
 
@@ -95,7 +95,7 @@ class SwinUNETR(nn.Module):
 
     @staticmethod
     def facts(decoder: bool = True, **others) -> Facts:
-        """Return what a config must know; the decoder's normalization includes the deepest map."""
+        """Return the `Facts`; norms of the decoder need more than one voxel in the deepest map."""
         return Facts([2, 4, 8, 16, 32], 64 if decoder else 32)
 
     def __init__(

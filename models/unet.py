@@ -57,7 +57,7 @@ class UNet(nn.Module):
 
     @staticmethod
     def facts(decoder: bool = True, **others) -> Facts:
-        """Return what a config must know; the normalization includes the deepest map."""
+        """Return the `Facts`; the norms need more than one voxel in the deepest map."""
         return halving(len(DOWN), norms_deepest=True)
 
     def __init__(

@@ -28,7 +28,7 @@ class Section(BaseModel):
 
 
 def as_text(value: Any) -> Any:
-    """Turn a number into text (fold 0 is "0"); true and false stay, to be refused later."""
+    """Strip text and turn a number into text (fold 0 is "0"); true and false fail later."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
     return str(value) if number else value.strip() if isinstance(value, str) else value
 

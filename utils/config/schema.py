@@ -94,7 +94,7 @@ class IntensityAugment(f.Section):
 
 
 class FineTuned(Run):
-    """A stage that may start from a backbone of `dino.py` and that tests checkpoints."""
+    """A stage that may start from a backbone of `dino.py` and tests one or several checkpoints."""
 
     dino_weights: f.PathText | None
     test_ckpt: f.Paths | None

@@ -83,5 +83,5 @@ def impossible_segmentation(values: schema.Values, facts_of: schema.FactsOf) -> 
 
 
 def _are_labels(value: Any) -> bool:
-    """Return whether a value is valid: label values that are not are reported elsewhere."""
+    """Return whether the schema takes a value; if it does not, that is reported already."""
     return all(type(x) is int for x in f.one_or_more(value)) if value is not None else False

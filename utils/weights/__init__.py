@@ -1,4 +1,4 @@
-"""Weights from elsewhere: `load_backbone` is all that other rooms need of this one."""
+"""Weights from elsewhere. Other rooms need only these names of this one."""
 
 from utils.weights.load import LoadReport, compare_input, load_backbone
 

@@ -1,7 +1,7 @@
-"""Loading a backbone from published weights or from a run of ours, whatever the file's layout.
+"""Load a backbone from published weights or from a run of ours, whatever the layout of the file.
 
 utils/tensor_files.py reads the file, utils/weights/match.py finds the tensors in it, and
-utils/weights/origins.py knows the published files and the input they expect.
+utils/weights/origins.py knows the published files and the input that they expect.
 """
 
 from collections import Counter
@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 from utils.checkpoint import FORMAT
-from utils.tensor_files import WeightsError, WeightsFile, read
+from utils.tensor_files import WeightsError, read
 from utils.weights import match as match_names
 from utils.weights.match import BOOKKEEPING, ENOUGH, INDEX, Match, plain, unwrapped
-from utils.weights.origins import Origin, fitting_backbone, recognise
+from utils.weights.origins import fitting_backbone, recognise
 
 _AGES = {  # WeightsFile.recent
     True: "the file was written by PyTorch 2.7 or later",
@@ -36,16 +36,19 @@ INPUT_TEXTS = {
 
 @dataclass
 class LoadReport:
-    """What was loaded from where. str() is a table, to_dict() JSON.
+    """What was loaded, and from where. str() gives a table, to_dict() JSON.
 
-    origin: the published file or run recognised. container: where in the file the encoder is.
-    encoder, decoder: tensors loaded and tensors there are. adapted: to other input channels.
-    left_random: tensors of the backbone that keep their initial values; random_in: how many of them
-        are in encoder and decoder.
-    ignored: tensors of the file that are not used; duplicates: those that hold a used one again.
-    merge_order: of a Swin UNETR. seen_patients: hashes, from files of ours.
-    expected_input: of `origins.Origin`, or data settings of ours; None where not known.
-    warnings: what to look at; callers add those of `compare_input`.
+    origin: the published file or the run of ours that was recognised.
+    container: the prefix of the encoder's names in the file.
+    encoder, decoder: number of tensors loaded, and of tensors that the backbone has.
+    adapted: tensors that were changed to another number of input channels.
+    left_random: tensors of the backbone that keep their initial values.
+    random_in: how many of these are in the encoder and in the decoder.
+    ignored: tensors of the file that are not used.
+    duplicates: tensors of the file that repeat a used one.
+    merge_order: that of a Swin UNETR. seen_patients: hashes, from files of ours.
+    expected_input: as in `origins.Origin`, or from the data settings of ours; None if not known.
+    warnings: what the user should look at; callers add those of `compare_input`.
     """
 
     file: str
@@ -68,7 +71,7 @@ class LoadReport:
         return asdict(self) | pairs
 
     def rows(self) -> dict[str, str]:
-        """The table, {name: text}."""
+        """Return the rows of the table as {name: text}."""
         rows = {
             "file": self.file,
             "origin": self.origin,
@@ -93,16 +96,16 @@ class LoadReport:
 
 
 def load_backbone(backbone: nn.Module, path: str | Path) -> LoadReport:
-    """Load published weights, or a run of ours (its teacher), into a backbone.
+    """Load published weights, or the teacher of a run of ours, into a backbone.
 
-    A decoder is loaded where the backbone has one and the file too. Where less than 95 % of the
-    encoder's tensors are in the file, the backbone stays as it is.
+    A decoder is loaded if both the backbone and the file have one.
 
     Args:
-        backbone: of `models.backbones.build_backbone`, not wrapped.
-        path: a file of torch.save or safetensors.
+        backbone: made by `models.backbones.build_backbone`, not wrapped.
+        path: a file written by torch.save or safetensors.
     Raises:
-        WeightsError: unreadable file, or one that does not fit, saying which backbone it would fit.
+        WeightsError: the file cannot be read, or does not fit, as with less than 95 % of the
+            encoder's tensors; it says which backbone the file would fit. The backbone is unchanged.
     """
     file = read(path)
     tensors, others = match_names.leaves(file.content)
@@ -150,9 +153,8 @@ def load_backbone(backbone: nn.Module, path: str | Path) -> LoadReport:
         report.warnings.append("no teacher in the file fits: these are the student's weights")
     ours = _describe_ours(report, file.content)
     if hasattr(backbone, "merge_order"):
-        report.merge_order = _merge_order(
-            report, file, ours, origin, tensors | others, backbone.merge_orders
-        )
+        found, orders = tensors | others, backbone.merge_orders
+        report.merge_order = _merge_order(report, file.recent, ours, origin, found, orders)
 
     backbone.load_state_dict(targets | values)
     if report.merge_order:
@@ -162,7 +164,7 @@ def load_backbone(backbone: nn.Module, path: str | Path) -> LoadReport:
 
 # ---- what the file says of itself
 def _describe_ours(report: LoadReport, content: Any) -> bool:
-    """Origin, patients and input of a checkpoint of this repository; whether it is one."""
+    """Report origin, patients and input if this is a checkpoint of ours; return whether it is."""
     if not (isinstance(content, dict) and content.get("format") == FORMAT):
         return False
     config, settings = content.get("config"), content.get("settings")
@@ -179,15 +181,8 @@ def _describe_ours(report: LoadReport, content: Any) -> bool:
     return True
 
 
-def _merge_order(
-    report: LoadReport,
-    file: WeightsFile,
-    ours: bool,
-    origin: Origin | None,
-    found: dict,
-    orders: dict,
-) -> str:
-    """In which order the file's Swin concatenates neighbours. Names and shapes do not show it."""
+def _merge_order(report, recent: bool | None, ours: bool, origin, found: dict, orders: dict) -> str:
+    """Return the order in which the file's Swin concatenates neighbours; names do not show it."""
     places = ("merge_order", f"{report.container}.merge_order")
     stated = [x for raw, x in found.items() if unwrapped(raw) in places]
     if stated:
@@ -198,13 +193,13 @@ def _merge_order(
             raise WeightsError(f"{report.file}: {what}")
         return order
     if ours:
-        return "monai1.5"  # a state_dict of ours says so where it is another
-    # MONAI 1.5 is younger than PyTorch 2.7. A file written since then by none of the known is most
-    # likely of a MONAI of today, but it may be an old one that was saved again.
+        return "monai1.5"  # a state_dict of ours states any other
+    # MONAI 1.5 is younger than PyTorch 2.7. A file of unknown origin that was written since then is
+    # most likely of a MONAI of today, but it may be an old one that was saved again.
     published = bool(origin and origin.published)
-    order = "published" if published or file.recent is False else "monai1.5"
-    if not published or (file.recent and origin.out is not None):
-        why = f"the layout is that of {origin.name}" if published else _AGES[file.recent]
+    order = "published" if published or recent is False else "monai1.5"
+    if not published or (recent and origin.out is not None):
+        why = f"the layout is that of {origin.name}" if published else _AGES[recent]
         other = "monai1.5" if order == "published" else "published"
         report.warnings.append(
             f"order of patch merging ASSUMED to be {order}, as {why}: MONAI changed it in 1.5, and "
@@ -229,7 +224,7 @@ def _size(tensor: torch.Tensor) -> str:
 
 
 def _summary(names: Collection[str]) -> str:
-    """Names by their common beginnings, with counts: 13: organ_embedding, GAP (4), ..."""
+    """Shorten names to their common beginnings, with counts: 13: organ_embedding, GAP (4), ..."""
     if not names:
         return ""
     parts = [unwrapped(name).split(".") for name in names]
@@ -241,7 +236,7 @@ def _summary(names: Collection[str]) -> str:
 
 
 def _text(value: Any) -> str:
-    """[1.5, 1.5, 2] for numbers however they are written."""
+    """Write numbers as [1.5, 1.5, 2], of whatever type they are."""
     if isinstance(value, list | tuple):
         return f"[{', '.join(f'{x:g}' for x in value)}]"
     return str(value)
@@ -254,7 +249,7 @@ def _input_text(expected: dict | None) -> str:
 
 
 def _misfit(path, backbone, tensors, targets, needed, match: Match) -> str:
-    """Why a file cannot be used: what was found, what was expected, what it would fit."""
+    """Say why a file cannot be used: what was found, what was expected, what it would fit."""
     if not tensors:
         return f"{path}: holds no tensors"
     shapes = {plain(raw): tuple(x.shape) for raw, x in tensors.items()}
@@ -282,10 +277,9 @@ def _misfit(path, backbone, tensors, targets, needed, match: Match) -> str:
 
 # ---- what the weights expect of the input
 def compare_input(report: LoadReport, cfg) -> list[str]:
-    """Where the config feeds the network otherwise than it was trained, naming the keys to change.
+    """Return a warning for each key of a config that gives the weights another input than they had.
 
-    Args:
-        cfg: any of the config files' models.
+    cfg: the config of any stage.
     """
     expected, config = report.expected_input or {}, cfg.model_dump(mode="json")
     sections = {name: config.get(name) or {} for name in ("data", "crops", "patches")}

@@ -1,7 +1,7 @@
-"""Where in a file of weights a backbone's tensors are.
+"""Find the tensors of a backbone in a file of weights.
 
-Every name is looked up from its end: the names that fit with the same shape vote for the containers
-and prefixes they stand below, and the most votes win, so that no layout needs a rule of its own.
+Names are compared from their ends. Each tensor whose name and shape fit votes for the prefix before
+its name, and the prefix with the most votes wins, so that no layout needs a rule of its own.
 """
 
 import re
@@ -14,23 +14,25 @@ import torch
 ENOUGH = 0.95  # of the encoder's tensors
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 RENAMES = (
-    (r"\.mlp\.fc([12])\.", r".mlp.linear\1."),  # model_swinvit.pt: Swin before it came to MONAI
+    (r"\.mlp\.fc([12])\.", r".mlp.linear\1."),  # model_swinvit.pt: from before Swin came to MONAI
     (r"(^|\.)layers([1-4])\.0\.0\.", r"\1layers\2.0."),  # ssl_pretrained_weights.pth
     (r"\.all_modules\.0\.", ".conv."),  # the second name of each layer in nnU-Net's networks
     (r"\.all_modules\.1\.", ".norm."),
 )
-INDEX = "relative_position_index"  # a function of the window's size: the network's own is used
-BOOKKEEPING = (INDEX, "num_batches_tracked")  # no weights: may be missing
+INDEX = "relative_position_index"  # follows from the window's size; never loaded
+BOOKKEEPING = (INDEX, "num_batches_tracked")  # not weights, so they may be missing
 Tensors = Mapping[str, torch.Tensor]
 
 
 @dataclass
 class Match:
-    """used: {tensor of ours: name in the file}. adapted: those of them with other input channels.
+    """What was found in a file.
 
-    container: what stands before the encoder's names in the file.
-    other_shape: {tensor of ours: name in the file} where the shapes differ.
-    extra: layers in the file that ours does not have, such as more blocks: another network's.
+    used: {tensor of ours: name in the file}.
+    container: the prefix of the encoder's names in the file.
+    adapted: tensors of ours, among the used, that have another number of input channels there.
+    other_shape: {tensor of ours: name in the file} if the shapes differ in any other way.
+    extra: layers in the file that ours does not have, a sign of another network.
     """
 
     used: dict[str, str] = field(default_factory=dict)
@@ -42,7 +44,7 @@ class Match:
 
 # ---- names
 def leaves(content: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Tensors, and all else, by dotted names through nested dicts and lists."""
+    """Return the tensors, and all else, in nested dicts and lists by their dotted names."""
     tensors, others, stack, seen = {}, {}, [("", content)], set()
     while stack:
         name, value = stack.pop()
@@ -60,7 +62,7 @@ def leaves(content: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 
 
 def _nested_items(values: list | tuple) -> list[tuple[int, Any]]:
-    """What may hold tensors of a list, which may be a long one of numbers."""
+    """Return what may hold tensors in a list, which may be a long list of numbers."""
     kinds = (Mapping, list, tuple, torch.Tensor)
     return [(i, x) for i, x in enumerate(values) if isinstance(x, kinds)]
 
@@ -71,12 +73,12 @@ def _is_plain(tensor: torch.Tensor) -> bool:
 
 
 def unwrapped(name: str) -> str:
-    """A name without the parts that DDP, torch.compile, FSDP and the like put into it."""
+    """Remove from a name the parts that DDP, torch.compile, FSDP and the like put into it."""
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 def plain(name: str) -> str:
-    """A name without wrapper parts, and with the names of ours."""
+    """Return a name without such parts and with our names for layers."""
     name = unwrapped(name)
     for pattern, replacement in RENAMES:
         name = re.sub(pattern, replacement, name)
@@ -84,27 +86,27 @@ def plain(name: str) -> str:
 
 
 def _splits(name: str) -> Iterator[tuple[str, str]]:
-    """a.b.c -> ("", a.b.c), (a, b.c), (a.b, c)"""
+    """Split a.b.c into ("", a.b.c), (a, b.c) and (a.b, c)."""
     parts = name.split(".")
     return ((".".join(parts[:i]), ".".join(parts[i:])) for i in range(len(parts)))
 
 
 # ---- matching
 def find(tensors: Tensors, targets: Tensors, names) -> Match:
-    """Where in the file the encoder and the decoder are, and which tensor goes where.
+    """Find where in the file the encoder and the decoder are, and which tensor goes where.
 
-    Of a student and a teacher the teacher is taken. The decoder is looked for where the encoder is
-    and in the containers around it.
+    A teacher is preferred to a student. The decoder is looked for where the encoder is and in the
+    containers around it.
 
     Args:
-        tensors: of the file, by their full names.
-        targets: of the backbone.
+        tensors: those of the file, by their full names.
+        targets: those of the backbone.
         names: the backbone, for its encoder_names, roots, layer_names and input_layers.
     """
     of_encoder = names.encoder_names
     places = {}  # (prefix in the file, prefix of ours that it leaves out) -> {target: name in file}
     by_name = {}
-    for raw in sorted(tensors, key=lambda raw: plain(raw) != raw):  # not renamed: first choice
+    for raw in sorted(tensors, key=lambda raw: plain(raw) != raw):  # without renaming first
         name = plain(raw)
         by_name.setdefault(name, raw)
         for head, tail in _splits(name):
@@ -119,7 +121,7 @@ def find(tensors: Tensors, targets: Tensors, names) -> Match:
         return Match()
 
     def decoder_of(head):
-        """Of the places at or above `head`, the one with most of the decoder; else the nearest."""
+        """Return the place at or above `head` with most of the decoder, or else the nearest."""
         above = [p for p in places if f"{head}.".startswith(f"{p[0]}." if p[0] else "")]
         return max(above, key=lambda p: (decoders[p], len(p[0])))
 
@@ -147,7 +149,7 @@ def find(tensors: Tensors, targets: Tensors, names) -> Match:
     inside = [x.removeprefix(f"{head}.") for x in by_name if not head or x.startswith(f"{head}.")]
     match.extra = [root + x for x in inside if (root + x).startswith(names.layer_names)]
     match.extra = [x for x in match.extra if x not in targets]
-    # The strides of nnU-Net's encoder show in the kernels of its decoder only; ours are all 2.
+    # Only the kernels of nnU-Net's decoder show the strides of its encoder; ours are all 2.
     ups = [x for x in by_name if re.search(r"(^|\.)decoder\.transpconvs\.\d+\.weight$", x)]
     match.extra += [x for x in ups if tensors[by_name[x]].shape[2:] != (2, 2, 2)]
     return match
@@ -164,8 +166,10 @@ def _differ_in_channels(tensor: torch.Tensor, target: torch.Tensor) -> bool:
 
 
 def to_channels(weight: torch.Tensor, channels: int) -> torch.Tensor:
-    """(out, C, x, y, z) for another number of input channels: repeated and divided, or added up, so
-    that an image with equal channels gives what it gave before.
+    """Change weights (out, C, x, y, z) to another number of input channels.
+
+    They are repeated and divided, or added up, so that an image whose channels are all equal gives
+    the same output as before.
     """
     given = weight.shape[1]
     if channels < given:
@@ -177,7 +181,7 @@ def to_channels(weight: torch.Tensor, channels: int) -> torch.Tensor:
 
 
 def unused(tensors: Tensors, match: Match, roots: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Names in the file of tensors that hold a used one again, and of all others not used."""
+    """Return the names of tensors that repeat a used one, and of all others that are not used."""
     duplicates, ignored, used = [], [], set(match.used.values())
     for raw in [raw for raw in tensors if raw not in used]:
         targets = [root + tail for _, tail in _splits(plain(raw)) for root in roots]

@@ -1,7 +1,7 @@
 """Published files of weights: how each is recognised, and the input its network was trained with.
 
-Names are those of the file with its containers, without wrapper parts (see match.py), such as
-net.backbone.swinViT.patch_embed.proj.weight.
+Names are those in the file with all containers but without the parts of wrappers (see match.py),
+such as net.backbone.swinViT.patch_embed.proj.weight.
 """
 
 import re
@@ -15,10 +15,10 @@ Shapes = Mapping[str, tuple[int, ...] | None]  # None: not a tensor
 class Origin:
     """A published file, or a family of files of one layout.
 
-    has, lacks: regular expressions; some name matches each, or none does.
-    out: channels of a Swin UNETR's output layer, where only that tells two files apart.
+    has, lacks: regular expressions, each of which some name, or no name, in the file matches.
+    out: channels of a Swin UNETR's output layer, given if nothing else tells two files apart.
     expects: the input; any of modality, spacing (mm), hu_window, crop (voxels), note.
-    published: a published Swin file: its patch merging has the order of MONAI before 1.5.
+    published: whether patch merging in a Swin has the order of MONAI before 1.5.
     """
 
     name: str
@@ -39,13 +39,13 @@ class Origin:
         )
 
 
-ABDOMEN = {  # SuPreM, README: supervised pre-training; the CLIP-Driven Universal Model the same
+ABDOMEN = {  # README of SuPreM, supervised; the CLIP-Driven Universal Model has the same
     "modality": "CT",
     "spacing": [1.5, 1.5, 1.5],
     "hu_window": [-175, 250],
     "crop": [96, 96, 96],
 }
-SSL_HEAD = {  # Project-MONAI/research-contributions, SwinUNETR/Pretrain: nothing is resampled
+SSL_HEAD = {  # Project-MONAI/research-contributions, SwinUNETR/Pretrain, which resamples nothing
     "modality": "CT",
     "hu_window": [-1000, 1000],
     "crop": [96, 96, 96],
@@ -67,7 +67,7 @@ OPENMIND = {  # MIC-DKFZ/nnssl: ZScoreNormalization of each volume, configuratio
 GENESIS = {"modality": "CT", "hu_window": [-1000, 1000], "crop": [64, 64, 32]}  # its README
 BTCV = {**ABDOMEN, "spacing": [1.5, 1.5, 2.0]}  # research-contributions, SwinUNETR/BTCV
 
-# Networks that no backbone here is. A ViT's patches have 4 axes (images) or 5 (volumes).
+# Networks that no backbone here is. A ViT's patch_embed has 4 axes for images and 5 for volumes.
 PLAIN_CONV_UNET = r"stages\.\d+\.\d+\.convs\.\d+\.conv\.weight"
 VIT = r"blocks\.(\d+\.)+attn\.qkv\.weight"  # DINOv2 and 3DINO number their blocks within chunks
 VITS = {
@@ -76,7 +76,7 @@ VITS = {
 }
 
 SWIN, UNET = r"(^|\.)swinViT\.", r"(^|\.)down_tr64\."
-ORIGINS = (  # the first that fits
+ORIGINS = (  # the first that fits is taken
     Origin(
         "SuPreM Swin UNETR", (r"(^|\.)organ_embedding$", r"\.backbone\.swinViT\."), expects=ABDOMEN
     ),
@@ -151,12 +151,12 @@ ORIGINS = (  # the first that fits
 
 
 def recognise(shapes: Shapes) -> Origin | None:
-    """The origin of a file by the names and shapes in it; None where it is not a known one."""
+    """Return the origin of a file, by the names and shapes in it; None if it is not known."""
     return next((origin for origin in ORIGINS if origin.fits(shapes)), None)
 
 
 def fitting_backbone(shapes: Shapes) -> str:
-    """The backbone and options that a file is for, as settings, or why there is none."""
+    """Return the settings of the backbone that a file would fit, or why there is none."""
     shapes = {name: shape for name, shape in shapes.items() if shape is not None}
     if (shape := _shape(shapes, r"patch_embed\.proj\.weight")) and _shape(shapes, r"layers1\..*"):
         use_v2 = str(_shape(shapes, r"layers1c\..*") is not None).lower()
@@ -167,12 +167,11 @@ def fitting_backbone(shapes: Shapes) -> str:
         return f"backbone=resunet resunet.features={features} resunet.blocks={blocks}"
     if shape := _shape(shapes, r"down_tr64\.ops\.1\.conv1\.weight"):
         return f"backbone=unet unet.feature_size={shape[0]}"
-    names = {"standard": r"down_layers\.(\d+)\.(\d+)\.conv1\.conv\.weight"}
-    names["ds"] = r"layers\.(\d+)\.blocks\.(\d+)\.conv1\.weight"
-    for variant, first in (("standard", "convInit.conv"), ("ds", "conv_init")):
-        if (shape := _shape(shapes, re.escape(first) + r"\.weight")) and (
-            stages := _stages(shapes, names[variant])
-        ):
+    for variant, first, convs in (
+        ("standard", r"convInit\.conv\.weight", r"down_layers\.(\d+)\.(\d+)\.conv1\.conv\.weight"),
+        ("ds", r"conv_init\.weight", r"layers\.(\d+)\.blocks\.(\d+)\.conv1\.weight"),
+    ):
+        if (shape := _shape(shapes, first)) and (stages := _stages(shapes, convs)):
             blocks = [count for _, count in stages]
             options = f"segresnet.feature_size={shape[0]} segresnet.blocks={blocks}"
             return f"backbone=segresnet segresnet.variant={variant} {options}"
@@ -185,13 +184,13 @@ def fitting_backbone(shapes: Shapes) -> str:
 
 
 def _shape(shapes: Shapes, pattern: str) -> tuple[int, ...] | None:
-    """Of the first tensor whose name is `pattern`, below whatever prefix."""
+    """Return the shape of the first tensor whose name, after any prefix, matches `pattern`."""
     full = re.compile(rf"(.*\.)?{pattern}")
     return next((shape for name, shape in shapes.items() if full.fullmatch(name)), None)
 
 
 def _stages(shapes: Shapes, pattern: str) -> list[tuple[int, int]]:
-    """(channels, blocks) of each stage; the pattern's groups are the stage and the block."""
+    """Return (channels, blocks) of each stage; the pattern's groups are the stage and the block."""
     full, found = re.compile(rf"(.*\.)?{pattern}"), {}
     for name, shape in shapes.items():
         if match := full.fullmatch(name):
