@@ -13,15 +13,15 @@ from utils.training.state import State
 
 @torch.no_grad()
 def entropy(probabilities: torch.Tensor) -> torch.Tensor:
-    """Mean entropy in nats of the rows of (N, K). Uniform rows give ln K."""
+    """Return the mean entropy, in nats, of the rows of (N, K). Uniform rows give ln K."""
     return -(probabilities * probabilities.clamp(min=1e-12).log()).sum(dim=-1).mean()
 
 
 @torch.no_grad()
 def usage(probabilities: torch.Tensor, over_ranks: bool) -> torch.Tensor:
-    """Entropy in nats of the mean of the rows of (N, K): near 0 if all have one prototype.
+    """Return the entropy, in nats, of the mean row of (N, K): near 0 if all choose one prototype.
 
-    over_ranks: all ranks call this together, each with its N, which may be 0.
+    over_ranks: whether all ranks call this together, each with its own N, which may be 0.
     """
     total = torch.cat([probabilities.sum(dim=0), probabilities.new_tensor([len(probabilities)])])
     total = all_reduce(total) if over_ranks else total
@@ -30,9 +30,10 @@ def usage(probabilities: torch.Tensor, over_ranks: bool) -> torch.Tensor:
 
 @torch.no_grad()
 def feature_std(features: torch.Tensor) -> torch.Tensor:
-    """Spread of L2-normalised features over samples: 0 if equal, about 1 if isotropic, NaN for one.
+    """Return the spread of L2-normalised features (N, D): 0 if equal, about 1 if isotropic.
 
-    (N, D) -> mean over D of the standard deviation over N, times sqrt(D) (SimSiam, section 4.1).
+    It is the mean over D of the standard deviation over N, times sqrt(D) (SimSiam, section 4.1);
+    NaN for one sample.
     """
     if len(features) < 2:
         return torch.full((), torch.nan, device=features.device)
@@ -42,9 +43,9 @@ def feature_std(features: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def rankme(features: torch.Tensor) -> float:
-    """Effective rank: exp of the entropy of the normalised singular values (Garrido et al. 2023).
+    """Return the exponential of the entropy of normalised singular values (Garrido et al. 2023).
 
-    Highest for random weights: shown, never steered by.
+    This effective rank is highest for random weights, so it is shown but decides nothing.
     """
     singular = torch.linalg.svdvals(features.float().cpu())
     p = singular / singular.sum().clamp(min=1e-12) + 1e-7
@@ -52,7 +53,7 @@ def rankme(features: torch.Tensor) -> float:
 
 
 def note(run: Run, state: State, row: dict) -> None:
-    """Warn in the log of a DINO run; the report shows what the last epoch still warns of."""
+    """Log what an epoch of a DINO run warns of; the report shows the warnings of the last epoch."""
     cfg, d = run.cfg, run.cfg.dino
     found = collapse_warnings(row, state.first, d.out_dim, d.patch_out_dim, cfg.warmup_epochs)
     skipped = {k: v for k, v in state.warnings.items() if k.startswith("step ")}
@@ -64,19 +65,16 @@ def note(run: Run, state: State, row: dict) -> None:
 def collapse_warnings(
     row: dict, first: dict, out_dim: int, patch_out_dim: int, warmup_epochs: int
 ) -> dict[str, str]:
-    """What an epoch's metrics say of collapse: {kind: plain words}.
+    """Return warnings of collapse, {kind: words for the user}, from the metrics of an epoch.
 
     Args:
-        row: this epoch's metrics. first: those of the first epoch.
+        row: metrics of this epoch. first: metrics of the first epoch.
         out_dim, patch_out_dim: prototypes K; uniform outputs have entropy and loss ln K.
         warmup_epochs: until then a loss at ln K means nothing.
     """
-    row = defaultdict(lambda: math.nan, row)  # what was undefined in all steps is no warning
-    found = {}
-    for prefix, loss, num_prototypes in (
-        ("", "dino_loss", out_dim),
-        ("patch_", "patch_loss", patch_out_dim),
-    ):
+    row = defaultdict(lambda: math.nan, row)  # a number undefined in all steps gives no warning
+    found, losses = {}, (("", "dino_loss", out_dim), ("patch_", "patch_loss", patch_out_dim))
+    for prefix, loss, num_prototypes in losses:
         if loss not in row:
             continue
         uniform, name = math.log(num_prototypes), f"{prefix}out_dim"

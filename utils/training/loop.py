@@ -1,4 +1,4 @@
-"""One epoch of optimizer steps: its batches, its averages, its log."""
+"""One epoch of optimizer steps: its batches, averages and log."""
 
 import itertools
 import math
@@ -16,20 +16,20 @@ from utils.training.state import State, report_skipped, save
 
 
 class Epoch:
-    """The running epoch, from where it stands to its end.
+    """The steps of an epoch that are still to be done.
 
         epoch = Epoch(run, state, loader, schedule)
         for batches, values in epoch:
             epoch.book(train_step(run, state, batches, values))
         row = epoch.row()
 
-    `batches` are those of one optimizer step, `values` those of the schedule at that step.
+    `batches` are those of one optimizer step, and `values` are those of the schedule at that step.
     """
 
     def __init__(
         self, run: Run, state: State, loader: DataLoader, schedule: Mapping[str, np.ndarray]
     ):
-        """schedule: values of each optimizer step by name, such as lr."""
+        """schedule: {name: values of all optimizer steps}, with names such as lr."""
         self.run, self.state, self.loader, self.schedule = run, state, loader, schedule
         self.averages, self.watch = Averages(state.averages), Stopwatch()
         self.start = state.step - state.epoch * state.steps_per_epoch
@@ -48,9 +48,9 @@ class Epoch:
             yield self.batches, self.values
 
     def book(self, numbers: dict[str, float]) -> None:
-        """Count a step and log it; save every so often. Raises Stopped after a signal.
+        """Count and log a step, and save every `save_every` steps. Raise Stopped after a signal.
 
-        numbers: at least loss, grad_norm and `ok`, whether the step counts; equal on all ranks.
+        numbers: equal on all ranks; at least loss, grad_norm and `ok`, whether the step counts.
         """
         run, state, cfg = self.run, self.state, self.run.cfg
         self.watch.lap("compute")
@@ -70,7 +70,7 @@ class Epoch:
             save(state, run.checkpoints)
 
     def row(self) -> dict[str, float]:
-        """Of metrics.csv: means over the epoch, the schedule at its last step, speed."""
+        """Return a row of metrics.csv: means over the epoch, last schedule values, speed."""
         state, cfg = self.state, self.run.cfg
         row = {"epoch": state.epoch + 1, "step": state.step, **self.averages.means()}
         row |= {name: array[state.step - 1].item() for name, array in self.schedule.items()}
@@ -84,9 +84,9 @@ class Epoch:
 
 
 class Averages:
-    """Running means of named numbers. `state` is JSON: a resumed epoch averages as if whole.
+    """Running means of named numbers. `state` is JSON, from which a resumed epoch goes on.
 
-    A number that is not finite is left out: some are undefined for some batches.
+    Numbers that are not finite are left out, as some are undefined for some batches.
     """
 
     def __init__(self, state: dict | None = None):
@@ -103,7 +103,7 @@ class Averages:
 
 
 class Stopwatch:
-    """Seconds spent in named parts of the loop; `lap` books the time since the last call."""
+    """Seconds spent in named parts of the loop; `lap` adds the time since the last call."""
 
     def __init__(self):
         self.seconds: dict[str, float] = {}

@@ -1,4 +1,4 @@
-"""A run of one of the scripts: what all its parts need, how it begins, how it ends."""
+"""A run of one of the scripts: what all its parts need, how it begins and how it ends."""
 
 import json
 import os
@@ -30,9 +30,9 @@ Config = TypeVar("Config", bound=BaseModel)
 class Run(Generic[Config]):
     """What all parts of a run need.
 
-    cfg: the config. device: of this process. stop: the signals that end the run early.
-    started_from: the checkpoint that it goes on from, if any.
-    log: opened by `open_log` when training begins. exit_code: of training, 0 or EXIT_STOPPED.
+    cfg: the config. device: the device of this process. stop: the signals that end the run early.
+    started_from: the checkpoint from which the run goes on, if any.
+    log: opened by `open_log` when training begins. exit_code: that of training, 0 or EXIT_STOPPED.
     """
 
     cfg: Config
@@ -51,7 +51,7 @@ class Run(Generic[Config]):
 
     @property
     def folder(self) -> Path:
-        """Where all results of the run go."""
+        """The folder of all results of the run."""
         return Path(self.cfg.results_dir) / self.cfg.experiment
 
     @property
@@ -59,19 +59,18 @@ class Run(Generic[Config]):
         return self.folder / "checkpoints"
 
     def report_is_old(self) -> bool:
-        """On the main rank: whether report.html lacks the last checkpoint, because the run was
-        killed in between."""
+        """Return whether report.html is older than the last checkpoint; False off the main rank."""
         times = [self.folder / name for name in ("report.html", "checkpoints/last.pt")]
         times = [path.stat().st_mtime if path.exists() else 0.0 for path in times]
         return distributed.is_main() and times[0] < times[1]
 
     def say(self, text: str) -> None:
-        """To the log; before there is one, to the terminal."""
+        """Write to the log, or to the terminal as long as there is no log."""
         (self.log.message if self.log else print)(text)
 
 
 def load_weights(run: Run, backbone: nn.Module) -> dict | None:
-    """Load the weights that a new run starts from; returns the report as JSON, for `State`."""
+    """Load the weights that a new run starts from. Return the report as JSON for `State`."""
     cfg = run.cfg
     path = cfg.suprem_weights or getattr(cfg, "dino_weights", None)  # dino.py has only the first
     if not path or run.started_from:
@@ -82,9 +81,9 @@ def load_weights(run: Run, backbone: nn.Module) -> dict | None:
 
 
 def open_log(run: Run, state: State, network: nn.Module, cases: dict, skipped) -> None:
-    """Open the run's folder and its log, whose first lines say what is trained on what.
+    """Open the folder and the log of a run; the first lines say what is trained, and on what.
 
-    network: whose parameters are counted. skipped: problems of the cases that were left out.
+    network: its parameters are counted. skipped: problems of the cases that were left out.
     """
     check_space(state, run.checkpoints, network)
     log = run.log = RunLog(run.folder, state.step, state.epoch, skipped)
@@ -109,10 +108,10 @@ def open_log(run: Run, state: State, network: nn.Module, cases: dict, skipped) -
 
 @contextmanager
 def until_stopped(run: Run, state: State) -> Iterator[None]:
-    """The context of training. A signal ends it: the state is saved and run.exit_code is set."""
+    """Train within this context; after a signal it saves the state and sets run.exit_code."""
     run.stop.immediate = False
     try:
-        if state.step == 0:  # a disk that cannot take it shows now, not after an epoch
+        if state.step == 0:  # a full disk shows now, not after an epoch
             save(state, run.checkpoints)
         yield
     except Stopped as e:
@@ -125,7 +124,7 @@ def until_stopped(run: Run, state: State) -> Iterator[None]:
 
 
 def write_report(run: Run, state: State, title: str, pictures: dict[str, str]) -> None:
-    """report.html from what has been logged so far; pictures: file in plots/ -> caption."""
+    """Write report.html from what was logged so far. pictures: {file in plots/: caption}."""
     report = LoadReport(**state.weights) if state.weights else None
     warnings = [*(report.warnings if report else []), *state.warnings.values()]
     settings, weights = run.cfg.model_dump(mode="json"), report.rows() if report else None
@@ -133,9 +132,9 @@ def write_report(run: Run, state: State, title: str, pictures: dict[str, str]) -
 
 
 def exit_code(main: Callable[[list[str]], int]) -> int:
-    """main(arguments), with what the user can mend printed without a traceback.
+    """Run main(arguments), and print errors that the user can mend without a traceback.
 
-    One of several processes ends here (see `distributed.leave`).
+    If there are several processes, this one ends here (see `distributed.leave`).
     """
     code = _exit_code(main)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:

@@ -1,4 +1,4 @@
-"""What a run writes while it goes: metrics.csv, log.jsonl, log.txt, TensorBoard; main rank only."""
+"""What a run writes as it goes: metrics.csv, log.jsonl, log.txt and TensorBoard files."""
 
 import csv
 import json
@@ -13,12 +13,11 @@ from utils.distributed import is_main
 
 
 class RunLog:
-    """Log of one experiment folder. On ranks other than 0 every method does nothing.
+    """The log of one experiment folder. On ranks other than 0 every method does nothing.
 
     Args:
         folder: <results_dir>/<experiment>.
-        step: optimizer steps done; what an interrupted run logged after them is dropped.
-        epoch: epochs done, likewise.
+        step, epoch: optimizer steps and epochs done; what was logged after these is dropped.
         skipped: problems of the cases that were left out, for the report.
     """
 
@@ -27,27 +26,18 @@ class RunLog:
         if not is_main():
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.rows = [
-            r for r in read_metrics(self.folder / "metrics.csv") if r["epoch"] <= epoch and step > 0
-        ]
-        lines = self._lines("log.jsonl")
-        kept = [line for line in lines if json.loads(line)["step"] < step]
-        temporary = self.folder / ".log.jsonl.tmp"
-        temporary.write_text("".join(kept))
-        temporary.replace(self.folder / "log.jsonl")
+        rows = read_metrics(self.folder / "metrics.csv")
+        self.rows = [row for row in rows if row["epoch"] <= epoch and step > 0]
+        path, temporary = self.folder / "log.jsonl", self.folder / ".log.jsonl.tmp"
+        lines = path.read_text().splitlines(True) if path.exists() else []
+        lines = [line for line in lines if line.endswith("}\n")]  # a crash may cut the last one
+        temporary.write_text("".join(line for line in lines if json.loads(line)["step"] < step))
+        temporary.replace(path)
         self._write_metrics()
         self.board = SummaryWriter(self.folder / "tensorboard", purge_step=step)
 
-    def _lines(self, name: str) -> list[str]:
-        path = self.folder / name  # the last line may be cut short by a power failure
-        return (
-            [x for x in path.read_text().splitlines(True) if x.endswith("}\n")]
-            if path.exists()
-            else []
-        )
-
     def message(self, text: str) -> None:
-        """A line on the terminal and in log.txt, with the time."""
+        """Write a line with the time to the terminal and to log.txt."""
         if self.board is not None:
             line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}"
             print(line, flush=True)
@@ -57,10 +47,10 @@ class RunLog:
     def step(self, step: int, values: dict[str, float]) -> None:
         if self.board is None:
             return
+        # JSON has no NaN or infinity
+        finite = {name: x if math.isfinite(x) else None for name, x in values.items()}
         with open(self.folder / "log.jsonl", "a") as file:
-            file.write(
-                json.dumps({"step": step, **{k: _finite(v) for k, v in values.items()}}) + "\n"
-            )
+            file.write(json.dumps({"step": step, **finite}) + "\n")
         for name, value in values.items():
             self.board.add_scalar(f"step/{name}", value, step)
 
@@ -75,7 +65,7 @@ class RunLog:
         self.board.flush()
 
     def image(self, name: str, rgb, step: int) -> None:
-        """(H, W, 3) uint8."""
+        """Show a picture (H, W, 3) uint8 in TensorBoard."""
         if self.board is not None:
             self.board.add_image(name, rgb, step, dataformats="HWC")
 
@@ -96,19 +86,14 @@ class RunLog:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, float | None]]:
-    """Rows of metrics.csv; an empty cell is None."""
+    """Return the rows of metrics.csv. An empty cell is None."""
     if not Path(path).exists():
         return []
     with open(path, newline="") as file:
-        return [
-            {
-                k: (int(v) if k in ("epoch", "step") else float(v)) if v else None
-                for k, v in row.items()
-            }
-            for row in csv.DictReader(file)
-        ]
+        return [{k: _number(k, v) for k, v in row.items()} for row in csv.DictReader(file)]
 
 
-def _finite(value: float) -> float | None:
-    """JSON has no NaN or infinity."""
-    return value if math.isfinite(value) else None
+def _number(name: str, text: str) -> float | None:
+    if not text:
+        return None
+    return int(text) if name in ("epoch", "step") else float(text)

@@ -1,4 +1,4 @@
-"""Values per optimizer step as plain arrays, indexed by the step."""
+"""Schedules as plain arrays with a value for each optimizer step."""
 
 import numpy as np
 
@@ -6,7 +6,7 @@ import numpy as np
 def cosine(
     start: float, end: float, num_steps: int, warmup_steps: int = 0, warmup_from: float = 0.0
 ) -> np.ndarray:
-    """Linear from `warmup_from` to `start`, then half a cosine to `end`, its last value."""
+    """Go linearly from `warmup_from` to `start`, then by half a cosine to `end`, the last value."""
     warmup_steps = min(warmup_steps, num_steps)
     warmup = np.linspace(warmup_from, start, warmup_steps, endpoint=False)
     phase = np.linspace(0, np.pi, num_steps - warmup_steps)
@@ -14,7 +14,7 @@ def cosine(
 
 
 def linear_then_constant(start: float, end: float, num_steps: int, ramp_steps: int) -> np.ndarray:
-    """Linear from `start` to `end` over `ramp_steps`, then `end`."""
+    """Go linearly from `start` to `end` in `ramp_steps`, then stay."""
     ramp_steps = min(ramp_steps, num_steps)
     ramp = np.linspace(start, end, ramp_steps, endpoint=False)
     return np.concatenate([ramp, np.full(num_steps - ramp_steps, end)])
@@ -23,7 +23,7 @@ def linear_then_constant(start: float, end: float, num_steps: int, ramp_steps: i
 def poly(
     start: float, end: float, num_steps: int, warmup_steps: int = 0, power: float = 0.9
 ) -> np.ndarray:
-    """Linear from 0 to `start`, then (1 - part of the rest)^power towards `end` (nnU-Net)."""
+    """Go linearly from 0 to `start`, then towards `end` by (1 - part done)^power (nnU-Net)."""
     warmup_steps = min(warmup_steps, num_steps)
     warmup = np.linspace(0, start, warmup_steps, endpoint=False)
     part = np.arange(num_steps - warmup_steps) / max(num_steps - warmup_steps, 1)

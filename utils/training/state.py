@@ -1,4 +1,4 @@
-"""What training changes, and how it is saved and brought back."""
+"""What training changes, and how it is saved and restored."""
 
 import itertools
 import math
@@ -26,15 +26,15 @@ PROGRESS = (
 class State:
     """All that training changes and a checkpoint holds. The numbers and texts are JSON.
 
-    modules: by name, such as student, teacher and targets; each may be wrapped in DDP.
-    about: JSON for every file: settings, config, seen_patients, ...
-    step: optimizer steps done. epoch: epochs done and assessed.
-    averages: of the running epoch's metrics (see `Averages`).
+    modules: {name: module}, such as student, teacher and targets; each may be wrapped in DDP.
+    about: JSON that goes into every file: settings, config, seen_patients, ...
+    step: optimizer steps done. epoch: epochs done and validated.
+    averages: state of the averages of the current epoch's metrics (see `Averages`).
     select_by, best, best_epoch: the metric by which best.pt is chosen, its best value so far (or
-        values, compared in order), and when that was.
-    bad_steps: non-finite steps in a row.
-    first: metrics of the first epoch. warnings: for the report, by kind.
-    weights: the `LoadReport.to_dict` of the weights it started from; None: random ones.
+        values, which are compared in order), and the epoch of that.
+    bad_steps: number of non-finite steps in a row.
+    first: metrics of the first epoch. warnings: {kind: text} for the report.
+    weights: the `LoadReport.to_dict` of the initial weights; None if these were random.
     """
 
     modules: dict[str, nn.Module]
@@ -54,21 +54,22 @@ class State:
     weights: dict | None = None
 
     def bare(self, name: str) -> nn.Module:
-        """A module without its DDP wrapper."""
+        """Return a module without its DDP wrapper."""
         module = self.modules[name]
         return module.module if isinstance(module, DistributedDataParallel) else module
 
 
 def save(state: State, folder: Path, best_as: dict[str, nn.Module] | None = None) -> None:
-    """Write last.pt and, where this is the best so far, best.pt and smaller files for other stages.
+    """Write last.pt and, if this is the best so far, best.pt and smaller files for other stages.
 
-    Called on all ranks; the main one writes.
+    All ranks call this, and the main one writes.
 
     Args:
         folder: <experiment>/checkpoints.
-        best_as: {"backbone": module} writes backbone.pt with that module's tensors; None: not best.
+        best_as: {"backbone": module} to write backbone.pt with the tensors of that module; None if
+            this is not the best.
     Raises:
-        RunError: weights are not finite, or cannot be written; the files are as before.
+        RunError: weights are not finite or cannot be written; the files are as before.
     """
     parts = {name: state.bare(name).state_dict() for name in state.modules}
     tensors = {f"{name}.{key}": x for name, part in parts.items() for key, x in part.items()}
@@ -81,7 +82,7 @@ def save(state: State, folder: Path, best_as: dict[str, nn.Module] | None = None
     rng = distributed.gather_objects(rng_state())
     if not distributed.is_main():
         return
-    before = (state.weights or {}).get("seen_patients", [])  # those that the weights have seen
+    before = (state.weights or {}).get("seen_patients", [])  # seen by the initial weights
     seen = sorted({*state.about.get("seen_patients", []), *before})
     about = {"weights": state.weights, **state.about, "seen_patients": seen}
     about |= {"versions": environment(), "step": state.step}
@@ -93,7 +94,7 @@ def save(state: State, folder: Path, best_as: dict[str, nn.Module] | None = None
         "rng": rng,
         "progress": {name: getattr(state, name) for name in PROGRESS},
     }
-    if best_as is not None:  # before last.pt, which says that it is there
+    if best_as is not None:  # before last.pt, which tells of it
         checkpoint.save(folder / "best.pt", whole)
         for name, module in best_as.items():
             checkpoint.save(folder / f"{name}.pt", {**about, name: module.state_dict()})
@@ -101,10 +102,10 @@ def save(state: State, folder: Path, best_as: dict[str, nn.Module] | None = None
 
 
 def note_best(state: State, score: float | list[float] | None, epoch: int) -> bool:
-    """Whether an epoch is the best so far; if so it is noted.
+    """Note an epoch if it is the best so far, and return whether it is.
 
-    score: higher is better; a list is compared in order. None where it is undefined: until there
-        is a score the newest epoch is the best. NaN: never the best.
+    score: higher is better; a list is compared in order. NaN is never the best. None stands for an
+        undefined score: until there is a score, the newest epoch is the best.
     """
     if score is None:
         return state.best is None
@@ -118,7 +119,7 @@ def resume(state: State, path: str | Path) -> None:
     """Put everything back as it was when `path` was saved.
 
     Raises:
-        CheckpointError: unreadable, or its settings differ from those of the config.
+        CheckpointError: the file cannot be read, or its settings differ from those of the config.
     """
     saved = checkpoint.load_last(path, print if distributed.is_main() else lambda text: None)
     checkpoint.check_settings(path, saved, state.about["settings"])
@@ -128,9 +129,8 @@ def resume(state: State, path: str | Path) -> None:
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as e:  # torch's many
         raise CheckpointError(f"{path}: does not fit this run: {e}") from e
     if state.steps_per_epoch != steps_per_epoch:  # other batch size, number of processes or cases
-        print(
-            f"{path}: an epoch now has {steps_per_epoch} steps; epoch {state.epoch + 1} starts anew"
-        )
+        what = f"an epoch now has {steps_per_epoch} steps; epoch {state.epoch + 1} starts anew"
+        print(f"{path}: {what}")
         state.steps_per_epoch, state.averages = steps_per_epoch, {}
         state.step = state.epoch * steps_per_epoch
 
@@ -138,12 +138,9 @@ def resume(state: State, path: str | Path) -> None:
 def _put_back(state: State, saved: dict) -> None:
     for name in state.modules:
         state.bare(name).load_state_dict(saved["modules"][name])
-    # the options of its groups are loaded too: those of another kind would take their place
-    kinds = [
-        ["betas" in group for group in source["param_groups"]]
-        for source in (state.optimizer.state_dict(), saved["optimizer"])
-    ]
-    if kinds[0] != kinds[1]:
+    # Loading replaces the options of the groups, and would do so with those of another optimizer.
+    own, other = state.optimizer.state_dict()["param_groups"], saved["optimizer"]["param_groups"]
+    if ["betas" in group for group in own] != ["betas" in group for group in other]:
         raise ValueError("it is of another optimizer")
     state.optimizer.load_state_dict(saved["optimizer"])
     state.scaler.load_state_dict(saved["scaler"])
@@ -152,27 +149,26 @@ def _put_back(state: State, saved: dict) -> None:
     elif distributed.is_main():
         print(f"saved by {len(saved['rng'])} processes: random states, as of dropout, start anew")
     for name in PROGRESS:
-        if name in saved["progress"]:  # all are, but in files of an older version
+        if name in saved["progress"]:  # files of older versions lack some
             setattr(state, name, saved["progress"][name])
     state.weights = saved.get("weights")
 
 
 def check_space(state: State, folder: Path, network: nn.Module) -> None:
-    """Refuse to begin a run whose checkpoints would not fit on the disk; all ranks call it.
+    """Raise an InputError if the checkpoints of a run would not fit on the disk.
 
-    Args:
-        folder: of the checkpoints. network: what is also saved alone, as backbone.pt.
-    Raises:
-        InputError: with the bytes needed and free.
+    All ranks call this. The message states the bytes needed and free.
+
+    folder: that of the checkpoints. network: the part that is also saved alone, as backbone.pt.
     """
     error = None
     if distributed.is_main():
         weights = [p for group in state.optimizer.param_groups for p in group["params"]]
-        moments = 2 if isinstance(state.optimizer, torch.optim.AdamW) else 1  # SGD: its momentum
+        moments = 2 if isinstance(state.optimizer, torch.optim.AdamW) else 1  # SGD has the momentum
         whole = sum(checkpoint.size_of(state.bare(name).state_dict()) for name in state.modules)
         whole += moments * checkpoint.size_of(weights)
         there = [path.stat().st_size for path in folder.glob("*.pt")]
-        # last, previous and best, and the one being written
+        # the last, the previous, the best, and the one being written
         needed = 4 * whole + checkpoint.size_of(network.state_dict()) - sum(there)
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -192,24 +188,23 @@ def check_space(state: State, folder: Path, network: nn.Module) -> None:
 
 
 def report_skipped(state: State, numbers: dict, batches: list[dict], cases, cfg, log) -> None:
-    """Count and report a step that was not finite; raise when there were too many in a row.
+    """Count and report a step that was not finite. Raise a RunError if too many follow each other.
 
     Args:
-        numbers: the step's loss and grad_norm.
-        batches: their "index" picks the rank's cases.
+        numbers: loss and grad_norm of the step.
+        batches: their "index" holds the places in `cases` of the cases of this rank.
     """
     overflow = cfg.precision == "fp16" and math.isfinite(numbers["loss"])
     if overflow and state.scaler.get_scale() >= 1:
-        return  # of the scaled gradients only: the scaler has lowered its scale
+        return  # only the scaled gradients overflowed, and the scaler has lowered its scale
     state.bad_steps += 1
     own = [cases[i].patient for batch in batches for i in batch["index"].tolist()]
     names = ", ".join(itertools.chain(*distributed.gather_objects(own)))
     found = f"loss {numbers['loss']}, gradient norm {numbers['grad_norm']}"
     what = f"step {state.step} skipped: {found}."
     log.message(f"{what} Patients: {names}")
-    state.warnings[f"step {state.step}"] = (
-        f"{what} log.txt names the patients"  # checkpoints do not
-    )
+    # checkpoints hold the warnings, and must not name patients
+    state.warnings[f"step {state.step}"] = f"{what} log.txt names the patients"
     if state.bad_steps >= cfg.max_bad_steps:
         raise RunError(
             f"{state.bad_steps} steps in a row were not finite. The last checkpoint is intact; try "
@@ -218,7 +213,7 @@ def report_skipped(state: State, numbers: dict, batches: list[dict], cases, cfg,
 
 
 def rng_state() -> dict:
-    """State of the generators that training draws from on this rank, as tensors."""
+    """Return the states, as tensors, of the random generators of this rank."""
     state = {"torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()

@@ -1,4 +1,4 @@
-"""The checkpoints that test_ckpt names, and the settings that a test of them goes by."""
+"""The checkpoints that test_ckpt names, and the settings for a test of them."""
 
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
@@ -12,15 +12,17 @@ Config = TypeVar("Config", bound=BaseModel)
 
 
 def open_tested(path: str, stage: str, cfg: Config, keys: Sequence[str]) -> tuple[dict, Config]:
-    """A checkpoint and the config it was trained with, changed as far as the test wants it.
+    """Return a checkpoint and the config for its test: that of its training, with some changes.
+
+    The folds of training and validation are empty.
 
     Args:
-        stage: that it must be of, such as segmentation.
+        stage: the stage that it must be from, such as segmentation.
         cfg: the config at hand.
-        keys: those that are taken from it, and so are data.max_bad_cases and, unless it is auto,
-            data.modality. Nothing is left to train on.
+        keys: keys that are taken from the config at hand, as are data.max_bad_cases and, unless it
+            is auto, data.modality.
     Raises:
-        CheckpointError: unreadable, of another stage, or of a version with other keys.
+        CheckpointError: it cannot be read, or is from another stage or a version with other keys.
     """
     saved = checkpoint.load(path)
     found = checkpoint.stage_of(saved)
@@ -39,8 +41,10 @@ def open_tested(path: str, stage: str, cfg: Config, keys: Sequence[str]) -> tupl
 
 
 def refuse_unlike(paths: Sequence[str], parts: Sequence[Mapping]) -> None:
-    """Raise a CheckpointError where checkpoints cannot be averaged. parts: of each, what must be
-    equal to the first one's, by name."""
+    """Raise a CheckpointError if checkpoints cannot be averaged.
+
+    parts: for each checkpoint {name: value} of what must be equal in all.
+    """
     for path, part in zip(paths, parts, strict=True):
         if different := ", ".join(name for name in part if part[name] != parts[0][name]):
             what = f"differs from {paths[0]} in {different}: they cannot be averaged"
