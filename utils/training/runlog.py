@@ -10,6 +10,7 @@ from pathlib import Path
 from torch.utils.tensorboard import SummaryWriter
 
 from utils.distributed import is_main
+from utils.files import replacing
 
 
 class RunLog:
@@ -28,11 +29,11 @@ class RunLog:
         self.folder.mkdir(parents=True, exist_ok=True)
         rows = read_metrics(self.folder / "metrics.csv")
         self.rows = [row for row in rows if row["epoch"] <= epoch and step > 0]
-        path, temporary = self.folder / "log.jsonl", self.folder / ".log.jsonl.tmp"
+        path = self.folder / "log.jsonl"
         lines = path.read_text().splitlines(True) if path.exists() else []
         lines = [line for line in lines if line.endswith("}\n")]  # a crash may cut the last one
-        temporary.write_text("".join(line for line in lines if json.loads(line)["step"] < step))
-        temporary.replace(path)
+        with replacing(path) as file:
+            file.writelines(line for line in lines if json.loads(line)["step"] < step)
         self._write_metrics()
         self.board = SummaryWriter(self.folder / "tensorboard", purge_step=step)
 
@@ -73,12 +74,10 @@ class RunLog:
         if not self.rows:
             return
         names = list(dict.fromkeys(name for row in self.rows for name in row))
-        temporary = self.folder / ".metrics.csv.tmp"
-        with open(temporary, "w", newline="") as file:
+        with replacing(self.folder / "metrics.csv", newline="") as file:
             writer = csv.DictWriter(file, names)
             writer.writeheader()
             writer.writerows(self.rows)
-        temporary.replace(self.folder / "metrics.csv")
 
     def close(self) -> None:
         if self.board is not None:
@@ -89,7 +88,7 @@ def read_metrics(path: str | Path) -> list[dict[str, float | None]]:
     """Return the rows of metrics.csv. An empty cell is None."""
     if not Path(path).exists():
         return []
-    with open(path, newline="") as file:
+    with open(path, newline="", encoding="utf-8") as file:
         return [{k: _number(k, v) for k, v in row.items()} for row in csv.DictReader(file)]
 
 
