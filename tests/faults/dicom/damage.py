@@ -86,42 +86,6 @@ def damage() -> list[Fault]:
         ),
         refused("no pixel data", series(some(slice(3, 4), PixelData=None))),
         refused("pixel data of half the length", series(_half_pixels)),
-        refused(
-            "unknown transfer syntax",
-            files(lambda paths: replace(paths[0], b"1.2.840.10008.1.2.1", b"1.2.840.99999.1.2.1")),
-            "transfer syntax 1.2.840.99999.1.2.1",
-        ),
-        refused(
-            "JPEG 2000 by name, plain within",
-            files(
-                lambda paths: replace(
-                    paths[0], b"1.2.840.10008.1.2.1\0", b"1.2.840.10008.1.2.4.90", grow=True
-                )
-            ),
-        ),
-        refused(
-            "plain by name, RLE within",
-            files(
-                lambda paths: replace(paths[0], b"1.2.840.10008.1.2.5\0", b"1.2.840.10008.1.2.1"),
-                series(syntax=RLELossless),
-            ),
-        ),
-        refused(
-            "big endian by name, little within",
-            files(
-                lambda paths: replace(paths[0], b"1.2.840.10008.1.2.1\0", b"1.2.840.10008.1.2.2\0")
-            ),
-        ),
-        refused(
-            "no decoder",
-            files(
-                lambda paths: replace(paths[0], JPEGLSLossless.encode(), JPEGLosslessSV1.encode()),
-                series(syntax=JPEGLSLossless),
-            ),
-        ),
-        *(_header_flip(seed) for seed in range(26)),
-        Fault("each bit of a header flipped", _every_bit, long=True),
-        *(_header_flip(seed, long=True) for seed in range(26, 416)),
     ]
 
 
@@ -170,6 +134,46 @@ def _rows_that_are_not_there(paths: list[Path]) -> None:
     for path in paths:
         old = struct.pack("<HH2sHH", 0x28, 0x10, b"US", 2, 40)
         replace(path, old, old[:-2] + struct.pack("<H", 65520))
+
+
+def wrong_syntaxes() -> list[Fault]:
+    """Files that name a transfer syntax other than their own, or one without a decoder."""
+    plain = b"1.2.840.10008.1.2.1\0"
+    return [
+        refused(
+            "unknown transfer syntax",
+            _renamed(plain[:-1], b"1.2.840.99999.1.2.1"),
+            "transfer syntax 1.2.840.99999.1.2.1",
+        ),
+        refused(
+            "JPEG 2000 by name, plain within",
+            _renamed(plain, b"1.2.840.10008.1.2.4.90", grow=True),
+        ),
+        refused(
+            "plain by name, RLE within",
+            _renamed(b"1.2.840.10008.1.2.5\0", plain[:-1], series(syntax=RLELossless)),
+        ),
+        refused("big endian by name, little within", _renamed(plain, b"1.2.840.10008.1.2.2\0")),
+        refused(
+            "no decoder",
+            _renamed(
+                JPEGLSLossless.encode(), JPEGLosslessSV1.encode(), series(syntax=JPEGLSLossless)
+            ),
+        ),
+    ]
+
+
+def _renamed(old: bytes, new: bytes, made: Build | None = None, grow: bool = False) -> Build:
+    return files(lambda paths: replace(paths[0], old, new, grow), made)
+
+
+def flips() -> list[Fault]:
+    """Flipped bits of the headers: some at random, in the long run all of one."""
+    return [
+        *(_header_flip(seed) for seed in range(26)),
+        Fault("each bit of a header flipped", _every_bit, long=True),
+        *(_header_flip(seed, long=True) for seed in range(26, 416)),
+    ]
 
 
 FLIPPED = (
@@ -240,9 +244,6 @@ def content() -> list[Fault]:
         "PixelData": bytes(360),
     }
 
-    def empty(folder: Path) -> Path:
-        return folder
-
     def above(folder: Path) -> Path:
         save_series(make_series(), folder / "study" / "series")
         return folder / "study"
@@ -280,7 +281,7 @@ def content() -> list[Fault]:
         refused("more bits stored than allocated", series(each(BitsStored=17))),
         refused("high bit below the stored bits", series(each(HighBit=3))),
         refused("no rows", series(each(Rows=0))),
-        refused("empty folder", empty, "no DICOM images"),
+        refused("empty folder", lambda folder: folder, "no DICOM images"),
         refused("folder of a folder", above, "1 subfolders"),
         refused(
             "one slice as a file",

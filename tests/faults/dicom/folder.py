@@ -1,10 +1,10 @@
 """Odd DICOM folders: the right volume, or one error that names file or folder."""
 
 from data.readers import read_volume
-from tests.faults.dicom.damage import content, damage
-from tests.faults.dicom.folders import several, strays
-from tests.faults.dicom.frames import multi_frame
-from tests.faults.dicom.geometry import geometry
+from tests.faults.dicom.damage import content, damage, flips, wrong_syntaxes
+from tests.faults.dicom.folders import other_images, several_series, several_volumes, strays
+from tests.faults.dicom.frames import multi_frame, multi_frame_refused
+from tests.faults.dicom.geometry import irregular_stacks, unusable_elements
 from tests.faults.dicom.series import encodings, orders, values
 from tests.faults.dicom.variants import VARIANTS
 from tests.faults.frame import Group
@@ -14,10 +14,16 @@ FAULTS = [
     *values(),
     *encodings(),
     *multi_frame(),
+    *multi_frame_refused(),
     *strays(),
-    *several(),
-    *geometry(),
+    *other_images(),
+    *several_series(),
+    *several_volumes(),
+    *unusable_elements(),
+    *irregular_stacks(),
     *damage(),
+    *wrong_syntaxes(),
+    *flips(),
     *content(),
 ]
 DICOM = Group("DICOM folders", read_volume, FAULTS, VARIANTS, every=5)

@@ -23,13 +23,8 @@ from tests.faults.frame import Fault
 # ---- refused: geometry
 
 
-def geometry() -> list[Fault]:
-    def without(*numbers: int) -> Build:
-        return series(lambda made: [ds for k, ds in enumerate(made) if k not in numbers])
-
-    def tilt(degrees: float) -> Build:
-        return series(shifted(lambda k: (0, 2.5 * k * np.tan(np.radians(degrees)), 0)))
-
+def unusable_elements() -> list[Fault]:
+    """Geometry or rescaling that is missing, impossible or no number, in all slices or in one."""
     bad = {
         "ImagePositionPatient": (None, ["0", "0"], ["0", "0", "1e9"]),
         "ImageOrientationPatient": (None, ["0"] * 6, ["1", "0", "0", "1", "0", "0"], ["1"] * 5),
@@ -39,34 +34,36 @@ def geometry() -> list[Fault]:
     found = []
     for keyword, choices in bad.items():
         for value in choices:
-            shown = (
-                "missing"
-                if value is None
-                else "\\".join(value)
-                if isinstance(value, list)
-                else value
-            )
+            shown = "missing" if value is None else "\\".join(value)
             for where, which in (("everywhere", slice(None)), ("once", slice(2, 3))):
                 name = f"{keyword} {shown}, {where}"
                 words = () if "1e9" in shown else (keyword,)  # that is numbers, though far away
                 found.append(refused(name, series(some(which, **{keyword: value})), *words))
-    for keyword in (
-        "ImagePositionPatient",
-        "ImageOrientationPatient",
-        "PixelSpacing",
-        "RescaleSlope",
-    ):
+    for keyword in bad:
         for text in (b"nan", b"inf", b"1,5", b"abc"):
             build = files(partial(_no_number, keyword=keyword, text=text), series(slope=0.9375))
             found.append(refused(f"{keyword} {text.decode()}", build, keyword))
-    return found + [
+    return found
+
+
+def _no_number(paths: list[Path], keyword: str, text: bytes) -> None:
+    element = pydicom.dcmread(paths[0])[keyword]
+    values = [element.value] if element.VM == 1 else element.value
+    old = "\\".join(str(value.original_string or value) for value in values).encode()
+    new = text + old[old.index(b"\\") if b"\\" in old else len(old) :]
+    replace(paths[0], old, new.rjust(len(old)))
+
+
+def irregular_stacks() -> list[Fault]:
+    """Slices that are each right, but make no regular grid together."""
+    return [
         *(
-            refused(f"slice {k} of 8 missing", without(k), "1 slice(s) missing", "5 mm")
+            refused(f"slice {k} of 8 missing", _without(k), "1 slice(s) missing", "5 mm")
             for k in (1, 3, 6)
         ),
-        refused("two slices missing", without(2, 5)),
-        refused("neighbours missing", without(3, 4)),
-        refused("every second slice missing in one half", without(1, 3)),
+        refused("two slices missing", _without(2, 5)),
+        refused("neighbours missing", _without(3, 4)),
+        refused("every second slice missing in one half", _without(1, 3)),
         *(
             refused(
                 f"uneven by {mm} mm",
@@ -76,35 +73,24 @@ def geometry() -> list[Fault]:
             for mm in (0.5, 1.0, -0.3)
         ),
         refused("spacing grows", series(shifted(lambda k: (0, 0, 0.1 * k * k)))),
-        refused("gantry tilt 12 degrees", tilt(12), "12.0 degrees", "tilt"),
-        refused("gantry tilt 2 degrees", tilt(2)),
+        refused("gantry tilt 12 degrees", _tilt(12), "12.0 degrees", "tilt"),
+        refused("gantry tilt 2 degrees", _tilt(2)),
         refused("a slice moved sideways", series(shifted(lambda k: (2.0 * (k == 4), 0, 0)))),
         refused("slices on an arc", series(shifted(lambda k: (0.3 * (k - 3.5) ** 2, 0, 0)))),
         refused("all at one place", series(each(ImagePositionPatient=["0", "0", "0"]))),
         refused(
-            "one orientation differs",
-            series(some(slice(5, 6), ImageOrientationPatient=list(CORONAL))),
-            "orientation",
+            "one orientation differs", _one(ImageOrientationPatient=list(CORONAL)), "orientation"
         ),
-        refused(
-            "one flipped",
-            series(some(slice(5, 6), ImageOrientationPatient=["-1", "0", "0", "0", "1", "0"])),
-        ),
+        refused("one flipped", _one(ImageOrientationPatient=["-1", "0", "0", "0", "1", "0"])),
         refused("turned by a degree, slice by slice", series(_turning)),
-        refused(
-            "one pixel spacing differs",
-            series(some(slice(5, 6), PixelSpacing=["1.5", "1.5"])),
-            "pixel spacing",
-        ),
-        refused("one size differs", series(some(slice(5, 6), Rows=12, Columns=10)), "size"),
+        refused("one pixel spacing differs", _one(PixelSpacing=["1.5"] * 2), "pixel spacing"),
+        refused("one size differs", _one(Rows=12, Columns=10), "size"),
         refused(
             "one without RescaleIntercept",
-            series(some(slice(5, 6), RescaleIntercept=None)),
+            _one(RescaleIntercept=None),
             "RescaleIntercept in 7 of 8",
         ),
-        refused(
-            "one without RescaleSlope", series(some(slice(5, 6), RescaleSlope=None), slope=0.5)
-        ),
+        refused("one without RescaleSlope", _one(0.5, RescaleSlope=None)),
         refused(
             "a single slice without thickness",
             series(each(SliceThickness=None), slices=1),
@@ -113,16 +99,21 @@ def geometry() -> list[Fault]:
     ]
 
 
+def _without(*numbers: int) -> Build:
+    return series(lambda made: [ds for k, ds in enumerate(made) if k not in numbers])
+
+
+def _tilt(degrees: float) -> Build:
+    return series(shifted(lambda k: (0, 2.5 * k * np.tan(np.radians(degrees)), 0)))
+
+
+def _one(slope: float = 1.0, **values) -> Build:
+    """A series of which one slice has other values."""
+    return series(some(slice(5, 6), **values), slope=slope)
+
+
 def _turning(made: Series) -> None:
     for k, ds in enumerate(made):
         c, s = np.cos(np.radians(k)), np.sin(np.radians(k))
         ds.ImageOrientationPatient = [f"{x:.6f}" for x in (c, s, 0, -s, c, 0)]
         paint(ds)
-
-
-def _no_number(paths: list[Path], keyword: str, text: bytes) -> None:
-    element = pydicom.dcmread(paths[0])[keyword]
-    values = [element.value] if element.VM == 1 else element.value
-    old = "\\".join(str(value.original_string or value) for value in values).encode()
-    new = text + old[old.index(b"\\") if b"\\" in old else len(old) :]
-    replace(paths[0], old, new.rjust(len(old)))

@@ -105,26 +105,17 @@ def _rounded(made: Series, digits: int) -> None:
 
 def values() -> list[Fault]:
     per_slice = {"slope": np.linspace(1, 2.75, 8), "intercept": np.arange(8) * 10.0}
-    kinds = {"12 bits": (12, False), "13 bits signed": (13, True)}
-    kinds |= {"16 bits": (16, False), "16 bits signed": (16, True)}
+    signed_values = {"signed": True, "intercept": 2000.0}
+    kinds = {"12 bits": {"bits_stored": 12}, "13 bits signed": {"bits_stored": 13} | signed_values}
+    kinds |= {"16 bits": {}, "16 bits signed": signed_values}
     found = [
-        right(
-            f"{name}, {kind}",
-            series(
-                syntax=syntax,
-                bits_stored=bits,
-                signed=signed,
-                intercept=2000.0 if signed else 0.0,
-                **LARGE,
-            ),
-            LARGE_SHAPE,
-        )
+        right(f"{name}, {kind}", series(syntax=syntax, **options, **LARGE), LARGE_SHAPE)
         for name, syntax in SYNTAXES.items()
-        for kind, (bits, signed) in kinds.items()
+        for kind, options in kinds.items()
     ]
     for coding in ("implicit", "explicit", "big endian", "RLE"):
         for signed, high_bit in ((False, 11), (True, 11), (False, 15), (True, 13)):
-            options = {"bits_stored": 12, "signed": signed, "intercept": 2000.0 if signed else 0.0}
+            options = {"bits_stored": 12} | (signed_values if signed else {})
             words = series(partial(_foreign_bits, high_bit=high_bit), SYNTAXES[coding], **options)
             build = files(partial(_set_bits, high_bit=high_bit), words)
             name = f"foreign bits around 12, high bit {high_bit}" + ", signed" * signed
@@ -226,6 +217,7 @@ def encodings() -> list[Fault]:
         for path in paths:  # the file says explicit, its data set is implicit
             replace(path, b"1.2.840.10008.1.2\0", b"1.2.840.10008.1.2.1", grow=True)
 
+    jpeg = series(syntax=JPEG2000Lossless, **LARGE)
     found = [
         right(f"no preamble, {name}", bare(SYNTAXES[name]))
         for name in ("implicit", "explicit", "big endian")
@@ -238,21 +230,11 @@ def encodings() -> list[Fault]:
         right("nested within, implicit", series(_nested, ImplicitVRLittleEndian)),
         right("padded pixel data", series(_padded, rows=9, columns=11), (11, 9, 8)),
         right("padding after the data set", files(_trailing)),
-        right(
-            "JPEG 2000 in fragments",
-            files(_fragmented, series(syntax=JPEG2000Lossless, **LARGE)),
-            LARGE_SHAPE,
-        ),
-        right(
-            "JPEG 2000 within a JP2 file",
-            files(as_jp2, series(syntax=JPEG2000Lossless, **LARGE)),
-            LARGE_SHAPE,
-        ),
+        right("JPEG 2000 in fragments", files(_fragmented, jpeg), LARGE_SHAPE),
+        right("JPEG 2000 within a JP2 file", files(as_jp2, jpeg), LARGE_SHAPE),
         right(
             "JPEG 2000 within a JP2 file of nonsense",
-            files(
-                partial(as_jp2, header=bytes(range(40))), series(syntax=JPEG2000Lossless, **LARGE)
-            ),
+            files(partial(as_jp2, header=bytes(range(40))), jpeg),
             LARGE_SHAPE,
         ),
         Fault(
