@@ -221,7 +221,7 @@ def _check_patients(
 
 
 def _check_repeats(cases: list[Case]) -> list[Problem]:
-    """Find one volume in two rows, also by symbolic links; two series of one folder may be two."""
+    """Find volumes in two rows. Symbolic links to one count; two series of one folder do not."""
     first, problems = {}, []
     for case in cases:
         earlier = first.setdefault((os.path.realpath(case.path), case.series_uid), case)

@@ -1,4 +1,4 @@
-"""The keys of a data set's items: what they depend on, their order, and batches in that order."""
+"""The keys of a data set's items, their order in an epoch, and a loader that follows it."""
 
 from __future__ import annotations
 

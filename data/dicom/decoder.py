@@ -121,7 +121,7 @@ def _running() -> subprocess.Popen:
         stop()  # it was killed since the last frame, perhaps because memory ran out
     if _process is None:
         places = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-        # settings that make the allocator hoard memory would let the hoard count towards the limit
+        # without settings that make the allocator hoard memory, which would use up the limit
         env = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
         _process = process = subprocess.Popen(
             [sys.executable, "-m", "data.dicom.decoder"],

@@ -32,7 +32,7 @@ DECODER_PACKAGES = {
 }
 OTHER_DECODERS = "python-gdcm"  # decodes the older JPEG syntaxes
 RLE_RATIO = 64  # two bytes of run-length code give at most 128
-JPEG_RATIO, SMALL_BYTES = 1000, 4 << 20  # only empty frames exceed this ratio, and they are small
+JPEG_RATIO, SMALL_BYTES = 1000, 4 << 20  # empty frames exceed the ratio, but not the size
 
 
 def check_pixels(image: Image) -> None:

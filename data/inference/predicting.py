@@ -37,7 +37,7 @@ class Tested:
     Attributes:
         cfg: its config, but with the fields OF_THE_TEST of the current config.
         cache: a cache in its standard form.
-        targets, seen_patients: as in training. weights: of the classifier.
+        targets, seen_patients: of its training. weights: of the classifier.
     """
 
     def __init__(self, path: str, cfg):

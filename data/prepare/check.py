@@ -1,4 +1,4 @@
-"""Read every volume of the CSV once; report those unreadable, of odd geometry, or there twice."""
+"""Read every volume of the CSV once; report unreadable ones, odd geometry and repeated volumes."""
 
 import hashlib
 import json

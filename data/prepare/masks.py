@@ -45,7 +45,7 @@ def mask_notices(
 ) -> list[Problem]:
     """Return notices about usable masks, such as empty masks and values of no class.
 
-    Args as of `mask_problems`. The notices are no problems, but formatted like these.
+    Args as in `mask_problems`. Notices have the form of problems, for `format_problems`.
     """
     notices = []
     for name, part in cases.items():

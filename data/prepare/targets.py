@@ -26,7 +26,7 @@ DASHES = {"-", "--", "---", "–", "—"}  # missing too, unless "+" is a class
 UNCLEAR = {"none", "nil", "unknown", "missing", "undefined", "not available", "not known"}
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
 LARGEST = 1e30  # largest number that is accepted
-MANY_CLASSES = 20  # a column with more, and more than half the labelled rows, is refused
+MANY_CLASSES = 20  # more than this, and than half the labelled rows: the column is refused
 
 
 @dataclass(frozen=True)

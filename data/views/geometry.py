@@ -56,11 +56,10 @@ def body_fraction(body: np.ndarray, low: np.ndarray, high: np.ndarray) -> float:
 
 
 def sampling_grid(matrix: Tensor, size: Size, shape: Size) -> Tensor:
-    """Turn matrices (B, V, 3, 4) into a grid (B, V * x, y, z, 3) of F.grid_sample(
-    align_corners=True).
+    """Return the grid (B, V * x, y, z, 3) that F.grid_sample needs for matrices (B, V, 3, 4).
 
-    The views of a case follow each other along x, so that one call cuts them all without repeating
-    the region.
+    The grid is for align_corners=True. The views of a case follow each other along x, so that one
+    call cuts them all without repeating the region.
     """
     # grid_sample needs -1..1 between the centres of the first and last voxel, and axes z, y, x
     steps = torch.tensor([max(n - 1, 1) for n in shape], device=matrix.device)

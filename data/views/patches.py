@@ -171,7 +171,7 @@ def apply_patches(
     """Cut the patches of a batch, image and mask alike, then change intensities.
 
     Args:
-        batch: of `collate_patches`, on the CPU. Only regions and masks are sent to the device.
+        batch: of `collate_patches`, on the CPU; what is needed is copied to the device.
         size: voxels of a patch.
     Returns:
         images (B, 1, *size) float32 in 0..1; targets (B, *size) uint8: 0, 1..K, IGNORE.
