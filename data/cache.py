@@ -1,8 +1,8 @@
-"""The cache: every volume once in standard form, one file each under `cache_dir`.
+"""The cache: each volume in standard form, in one file under `cache_dir`.
 
 A file's name is a hash of its sources (path, size and time of every file), the standard form and
-the format, so that a changed source or setting means another file and nothing is ever stale. Files
-appear under their name only when complete; several processes may build at once.
+the format: a changed source or setting leads to another file, so that no entry is ever outdated.
+Files get their name only when complete; several processes may build at once.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from data.dicom.elements import NotDicom
 from data.dicom.header import read_header
 from data.dicom.pixels import check_pixels
 from data.entry import FORMAT, CacheEntry, write_entry
-from data.nifti import read_nifti_grid
+from data.nifti import is_nifti, read_nifti_grid
 from data.readers import VolumeError
 from data.standard import StandardForm, standard_transform
 from data.volume import spacing_of
@@ -32,23 +32,23 @@ from utils.parallel import in_processes
 
 BYTES_PER_VOXEL = 1.2  # in the cache; CT 0.95 to 1.1, MR 1.2 to 1.7
 SAMPLE = 32  # headers read to estimate the size of the cache
-STALE_SECONDS = 24 * 3600  # no volume takes this long to write: its process is dead
+STALE_SECONDS = 24 * 3600  # no volume takes this long to write: its process must be dead
 
 
 class VolumeCache:
-    """Volumes in one standard form, built when first asked for."""
+    """Volumes in one standard form, built when they are first needed."""
 
     def __init__(self, cache_dir: str | Path, standard_form: StandardForm):
         self.cache_dir = Path(cache_dir).absolute()
         self.form = standard_form
-        self._keys: dict[tuple, str] = {}  # asking the disk for 500 slices takes long: once per run
-        self._entries: dict[Path, CacheEntry] = {}  # of this process: facts read, chunks checked
+        self._keys: dict[tuple, str] = {}  # kept, since looking up 500 slices on disk takes long
+        self._entries: dict[Path, CacheEntry] = {}  # kept with the facts read and chunks checked
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_entries": {}}
 
     def key(self, case: Case) -> str:
-        """Name of the case's file: hash of sources, settings and format. Raises VolumeError."""
+        """Return the name of the case's file. Raises VolumeError if a source is missing."""
         facts = (case.path, case.series_uid, case.modality, case.seg_path)
         if facts not in self._keys:
             self._keys[facts] = _compute_key(case, self.form)
@@ -61,7 +61,7 @@ class VolumeCache:
         return self.path(case).is_file()
 
     def get(self, case: Case) -> CacheEntry:
-        """The case's entry, built if absent or damaged.
+        """Return the case's entry; build it if it is absent or damaged.
 
         Raises VolumeError naming patient and file; OSError if the cache cannot be written.
         """
@@ -82,12 +82,12 @@ class VolumeCache:
         on_error: Callable[[Case, VolumeError], None] | None = None,
         progress: bool = True,
     ) -> None:
-        """Build what is absent, in `n_workers` parallel processes.
+        """Build the absent entries in `n_workers` parallel processes.
 
         Args:
-            on_error: called for each unreadable case; without it the first one is raised.
+            on_error: called for each unreadable case; without it the first error is raised.
         Raises:
-            InputError: what is to be built will not fit on the disk (before anything is built).
+            InputError: the entries will not fit on the disk (raised before anything is built).
             RuntimeError: a process was killed.
         """
         self.cache_dir.mkdir(parents=True, exist_ok=True)
@@ -112,7 +112,7 @@ class VolumeCache:
                 _report(case, error, on_error)
 
     def estimate_bytes(self, cases: Sequence[Case]) -> int:
-        """Roughly what the cases take on disk, from the headers of a sample of them."""
+        """Estimate the bytes of the cases on disk from the headers of a sample of them."""
         if not cases:
             return 0
         sample = [cases[i] for i in np.linspace(0, len(cases) - 1, SAMPLE).round().astype(int)]
@@ -133,7 +133,7 @@ class VolumeCache:
 
 
 def fingerprint(path: str | Path) -> list[tuple[str, int, int]]:
-    """(absolute path, bytes, time of change in ns) of a file, or of every file below a folder.
+    """Return (absolute path, bytes, time of change in ns) of a file or of all files in a folder.
 
     Raises VolumeError if there is none.
     """
@@ -149,6 +149,11 @@ def fingerprint(path: str | Path) -> list[tuple[str, int, int]]:
     return [(file, stat.st_size, stat.st_mtime_ns) for file, stat in stats]
 
 
+def hash_series(uid: str | None) -> str | None:
+    """Return the first 16 hex digits of a SeriesInstanceUID's SHA-256, or None without a UID."""
+    return hashlib.sha256(uid.encode()).hexdigest()[:16] if uid else None
+
+
 def _compute_key(case: Case, form: StandardForm) -> str:
     try:
         sources = [fingerprint(p) for p in (case.path, case.seg_path) if p]
@@ -159,13 +164,9 @@ def _compute_key(case: Case, form: StandardForm) -> str:
 
 
 def _build(path: Path, case: Case, form: StandardForm) -> None:
-    """Read, bring into standard form and write one case."""
-    item = {
-        "path": case.path,
-        "series_uid": case.series_uid,
-        "modality": case.modality,
-        "seg_path": case.seg_path,
-    }
+    """Read one case, bring it into standard form and write it."""
+    item = {"path": case.path, "series_uid": case.series_uid, "modality": case.modality}
+    item["seg_path"] = case.seg_path
     try:
         standard = standard_transform(form)(item)
     except (RuntimeError, VolumeError) as error:  # MONAI wraps what a transform raises
@@ -173,12 +174,11 @@ def _build(path: Path, case: Case, form: StandardForm) -> None:
         if not isinstance(cause, VolumeError):
             raise
         raise VolumeError(f"patient {case.patient}: {cause}") from error
-    # also tells whether a file changed while it was read
+    # a second look, since a file may have changed while it was read
     if _compute_key(case, form) != path.stem:
         raise VolumeError(f"patient {case.patient}: {case.path}: changed since this run began")
-    uid = standard["series_uid"]
-    series_hash = hashlib.sha256(uid.encode()).hexdigest()[:16] if uid else None
     path.parent.mkdir(parents=True, exist_ok=True)
+    series_hash = hash_series(standard["series_uid"])
     write_entry(path, standard, series_hash, seed=int(path.stem[:8], 16))
 
 
@@ -189,7 +189,7 @@ def _build_missing(form: StandardForm, item: tuple[Path, Case]) -> None:
 
 
 def _try(function: Callable, item):
-    """function(item), or the VolumeError that it raised."""
+    """Return function(item), or the VolumeError that it raised."""
     try:
         return function(item)
     except VolumeError as error:
@@ -203,7 +203,7 @@ def _report(case: Case, error: VolumeError, on_error: Callable | None) -> None:
 
 
 def _estimate(case: Case, form: StandardForm) -> float:
-    """Roughly the bytes of one case in the cache, from a header; failing that, its size on disk."""
+    """Estimate the bytes of a case in the cache from a header or, without one, its size on disk."""
     if form.size is not None:
         return float(np.prod(form.size, dtype=float)) * BYTES_PER_VOXEL
     sources = fingerprint(case.path)
@@ -218,11 +218,11 @@ def _estimate(case: Case, form: StandardForm) -> float:
 
 
 def _read_grid(path: Path, sources: list[Path]) -> tuple[tuple, tuple]:
-    """Shape and spacing by one header; of a DICOM folder that of a file from its middle."""
+    """Read shape and spacing from one header, in a DICOM folder that of a file in the middle."""
     source = sources[len(sources) // 2]
-    if not source.is_file():  # a pipe would be waited for, for ever
+    if not source.is_file():  # opening a pipe would block forever
         raise VolumeError(f"{source}: not a file")
-    if path.name.lower().endswith((".nii", ".nii.gz")):
+    if is_nifti(path):
         shape, affine = read_nifti_grid(source)
         return shape, tuple(spacing_of(affine))
     image = read_header(source)
@@ -234,7 +234,7 @@ def _read_grid(path: Path, sources: list[Path]) -> tuple[tuple, tuple]:
 
 
 def _remove_stale_files(cache_dir: Path) -> None:
-    """Remove what killed processes left half-written."""
+    """Remove incomplete files that killed processes left behind."""
     for file in cache_dir.glob(".*.tmp"):
         try:
             if time.time() - file.stat().st_mtime > STALE_SECONDS:

@@ -1,4 +1,4 @@
-"""The CSV of cases: read as text, and everything that is wrong with it reported at once."""
+"""Read the CSV of cases as text and report everything that is wrong with it at once."""
 
 import csv
 import io
@@ -15,21 +15,21 @@ from utils.errors import InputError, nearest
 from utils.files import expand_path, read_text
 
 MODALITIES = get_args(Modality)
-# Kinds of problem that belong to one volume: such a case can be left out. The others (a patient in
-# train and val, a misspelt column) would make the run's results wrong or are quickly mended.
+# Kinds of problems of a single volume: such a case can be left out. The others (a patient in train
+# and val, a misspelt column) would make the run's results wrong or are quickly fixed.
 SKIPPABLE = ("paths", "unreadable volumes", "geometry", "masks")
 SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
 
 
 class Problem(NamedTuple):
-    row: int  # line in the CSV, header = 1; 0 where the problem is not in one row
+    row: int  # line in the CSV, header = 1; 0 if the problem is not in one row
     patient: str  # PatientID, or ""
     what: str
     kind: str = "CSV"
 
 
 class CasesError(InputError):
-    """The cases cannot be used; `.problems` has all reasons, the message is their table."""
+    """The cases cannot be used; `.problems` holds all reasons, and the message is their table."""
 
     def __init__(self, problems: Sequence[Problem], heading: str = ""):
         self.problems, self.heading = list(problems), heading
@@ -42,8 +42,7 @@ class CasesError(InputError):
 
 @dataclass(frozen=True)
 class Case:
-    """One row of the CSV. labels: {column: text}, "" where missing, of those columns asked for
-    that there are."""
+    """One row of the CSV. labels: {column: text}, "" if empty, of requested columns that exist."""
 
     patient: str
     path: str  # absolute
@@ -62,17 +61,17 @@ def read_cases(
     path_columns: Sequence[str] = ("path",),
     optional_columns: Sequence[str] = (),
 ) -> tuple[list[Case], list[Problem]]:
-    """Read all rows, of whatever fold.
+    """Read all rows, whatever their fold.
 
     Args:
         csv_path: columns PatientID, fold and one of `path_columns`; optional series_uid, modality
             and seg_path. Relative paths start at the CSV's folder.
         folds: {"train": fold values, "val": ..., "test": ...}.
         label_columns: columns kept as `Case.labels`.
-        path_columns: names of the image column, the first that the CSV has is taken.
-        optional_columns: kept as labels too, where the CSV has them.
+        path_columns: names of the image column; the first that the CSV has is used.
+        optional_columns: kept as labels too if the CSV has them.
     Returns:
-        the cases whose rows could be used; all problems, in the order of the rows.
+        the cases whose rows can be used; all problems, in the order of the rows.
     """
     try:
         header, rows, problems = _read_rows(read_text(csv_path))
@@ -96,7 +95,7 @@ def read_cases(
 
 
 def _read_rows(text: str) -> tuple[list[str], list[tuple[int, dict[str, str]]], list[Problem]]:
-    """Header, [(line, {column: text})] and the rows that do not fit the header."""
+    """Return header, [(line, {column: text})] and problems of rows that do not fit the header."""
     first = text.lstrip().partition("\n")[0]
     separator = max(SEPARATORS, key=first.count)
     if first.count(separator) > first.count(","):
@@ -124,10 +123,9 @@ def _read_rows(text: str) -> tuple[list[str], list[tuple[int, dict[str, str]]], 
 
 
 def _check_header(header: list[str], required: Sequence[str]) -> list[Problem]:
-    """Missing and repeated columns, and optional ones that would silently go unused."""
-    wrong = [
-        _missing_column(name, header) for name in dict.fromkeys(required) if name not in header
-    ]
+    """Find missing and repeated columns, and optional ones that would silently not be used."""
+    missing = [name for name in dict.fromkeys(required) if name not in header]
+    wrong = [_missing_column(name, header) for name in missing]
     for column in dict.fromkeys(header):
         if column and header.count(column) > 1:
             wrong.append(f"{header.count(column)} columns {column!r}")
@@ -147,7 +145,7 @@ def _missing_column(name: str, header: list[str]) -> str:
 def _read_case(
     line: int, cells: dict[str, str], path_column: str, label_columns: Sequence[str], folder: Path
 ) -> tuple[Case | None, list[Problem]]:
-    """One row as a case, or None where its volume cannot be used."""
+    """Return one row as a case, or None if it cannot be used, and its problems."""
     patient, modality = cells.get("PatientID", ""), cells.get("modality", "").upper()
     problems, paths = [], {}
     for name in ("PatientID", "fold"):
@@ -188,7 +186,7 @@ def _read_case(
 
 
 def _check_folds(present: list[str], folds: Mapping[str, Sequence[str]]) -> list[Problem]:
-    """Folds of the config that no row has."""
+    """Find folds of the config that no row has."""
     present = sorted(set(present) - {""})
     shown = ", ".join(present[:20]) + ", ..." * (len(present) > 20)
     problems = []
@@ -205,11 +203,11 @@ def _check_folds(present: list[str], folds: Mapping[str, Sequence[str]]) -> list
 def _check_patients(
     rows: list[tuple[int, dict[str, str]]], folds: Mapping[str, Sequence[str]]
 ) -> list[Problem]:
-    """Patients in two of train, val and test."""
+    """Find patients in two of train, val and test."""
     part_of_fold = {fold: name for name, wanted in folds.items() for fold in wanted}
     lines = defaultdict(dict)  # patient -> {part: line of its first row}
     for line, cells in rows:
-        # one name may be written in several ways: an umlaut as one character or as two
+        # one name may have several spellings: an umlaut is one character or two
         patient = unicodedata.normalize("NFKC", cells.get("PatientID", ""))
         part = part_of_fold.get(cells.get("fold"))
         if patient and part:
@@ -223,16 +221,14 @@ def _check_patients(
 
 
 def _check_repeats(cases: list[Case]) -> list[Problem]:
-    """One volume in two rows. Symbolic links to it count; two series of one folder do not."""
+    """Find volumes in two rows. Symbolic links to one count; two series of one folder do not."""
     first, problems = {}, []
     for case in cases:
         earlier = first.setdefault((os.path.realpath(case.path), case.series_uid), case)
         if earlier is case:
             continue
-        if earlier.patient != case.patient:
-            what = f"same path as patient {earlier.patient}, line {earlier.row}: {case.path}"
-        else:
-            what = f"same path as line {earlier.row}: {case.path}"
+        patient = "" if earlier.patient == case.patient else f"patient {earlier.patient}, "
+        what = f"same path as {patient}line {earlier.row}: {case.path}"
         problems.append(Problem(case.row, case.patient, what, "repeated volumes"))
     return problems
 
@@ -243,23 +239,22 @@ def split_bad(
     """Leave out the cases whose volume is bad, if they are at most `max_bad` rows.
 
     Returns:
-        the good cases; the problems of the others, to be named in the log and the report.
+        the good cases; the problems of the others, for the log and the report.
     Raises:
-        CasesError: with all problems, if one is not of a `SKIPPABLE` kind, the rows are too many,
-            or no case would be left.
+        CasesError: with all problems, if one is not of a `SKIPPABLE` kind, there are too many bad
+            rows, or no case would be left.
     """
     bad_rows = {problem.row for problem in problems if problem.kind in SKIPPABLE}
     good = [case for case in cases if case.row not in bad_rows]
     if any(problem.kind not in SKIPPABLE for problem in problems):
         raise CasesError(problems)
     if len(bad_rows) > max_bad or not good:
-        heading = f"{len(bad_rows)} bad cases; data.max_bad_cases is {max_bad}"
-        raise CasesError(problems, heading)
+        raise CasesError(problems, f"{len(bad_rows)} bad cases; data.max_bad_cases is {max_bad}")
     return good, list(problems)
 
 
 def format_problems(problems: Sequence[Problem], max_rows: int | None = 50) -> str:
-    """A table of the problems, by kind; at most `max_rows` of each kind unless None."""
+    """Return a table of the problems by kind, with at most `max_rows` of each kind unless None."""
     kinds = defaultdict(list)
     for problem in problems:
         kinds[problem.kind].append(problem)
@@ -283,12 +278,12 @@ def print_check(
     problems: Sequence[Problem],
     notices: Sequence[Problem] = (),
 ) -> None:
-    """What --check says: the number of cases of each part, all problems, what is worth knowing."""
+    """Print the result of --check: the number of cases of each part, all problems, all notices."""
     counts = ", ".join(f"{len(found)} {name}" for name, found in parts.items())
     print(f"{csv_path}: {counts} cases, {len(problems)} problems")
     print(format_problems([*problems, *notices], None))
 
 
 def _printable(text: str) -> str:
-    """Line breaks and terminal codes as escapes: one problem stays on one line."""
+    """Escape line breaks and terminal codes, so that each problem stays on one line."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -1,10 +1,10 @@
 """One file of the cache: a volume in standard form that can be read region by region.
 
-The file is a blosc2 array (`.b2nd`) of shape (C, X, Y, Z) int16, channel 0 the image and channel 1,
-where there is one, the mask; its facts are in the array's metadata ("vlmeta"). Checksums of ours
-follow it: one of all but the chunks, compared when a process first opens the file, and one of each
-chunk, compared when that is first touched. Only what has passed is handed to blosc2, which returns
-nonsense or crashes on anything else.
+The file is a blosc2 array (`.b2nd`) of shape (C, X, Y, Z) int16: channel 0 is the image, channel 1
+the mask, if there is one. Its facts are in the array's metadata ("vlmeta"). Our own checksums
+follow: one of everything except the chunks, compared when a process first opens the file, and one
+of each chunk, compared when it is first used. blosc2 gets only data that has passed, since it
+returns wrong values or crashes on anything else.
 """
 
 import errno
@@ -22,7 +22,7 @@ import numpy as np
 
 from data.volume import spacing_of
 
-FORMAT = 4  # part of every key: raise it when the content of a file changes its meaning
+FORMAT = 4  # part of every key: raise it when the meaning of a file's content changes
 CHUNK, BLOCK = 64, 16  # voxels per axis: unit of checksums, unit of decompression
 # LZ4HC: half of zstd's reading time for 2 % more bytes on noisy CT. Never add Filter.DELTA: blosc2
 # 4.3.3 then returns wrong values for slices.
@@ -34,10 +34,10 @@ COMPRESSION = {
     "typesize": 2,
     "nthreads": 1,
 }
-ATTEMPTS = 5  # to read an entry that is damaged, or replaced by another process, meanwhile
+ATTEMPTS = 5  # at reading an entry that is damaged, or replaced by another process meanwhile
 MAX_COORDS = 10_000  # voxels remembered per class
-# After the array: where each chunk lies in the file (size 0: all of one value, not stored), then
-# magic, start and end of the chunks, end of the array, checksum of all but the chunks.
+# After the array: where each chunk lies in the file (size 0: all one value, not stored), then
+# magic, start and end of the chunks, end of the array, checksum of everything except the chunks.
 SPAN = np.dtype([("start", "<u8"), ("size", "<u4"), ("crc", "<u4")])
 FOOTER = struct.Struct("<8sQQQI")
 MAGIC = b"dino3d-1"
@@ -46,12 +46,12 @@ log = logging.getLogger(__name__)
 
 
 class DamagedEntry(Exception):
-    """A file of the cache does not hold what was written."""
+    """A file of the cache does not hold the data that was written."""
 
 
 class CacheEntry:
-    """A cached volume: its facts as attributes, its voxels by region. Pickles as little more than
-    its path; each process opens the file for itself.
+    """A cached volume: its facts as attributes, its voxels by region. Its pickle holds little more
+    than its path; each process opens the file for itself.
 
     Attributes:
         shape: (X, Y, Z) of the cached volume.
@@ -59,38 +59,38 @@ class CacheEntry:
         spacing: (3,) mm of the cached volume.
         scale, offset: value = stored * scale + offset: HU for CT, else 0..1 between percentiles.
         background: stored value of air.
-        kind: "CT" or "other"; modality: as given or found.
+        kind: "CT" or "other"; modality: from config, CSV or header.
         original_shape, original_affine: of the file that was read.
         slice_spacing: (3,) mm, the file's spacing along x, y, z.
-        through_plane: the axis on which that is largest; 2 where all are equal.
+        through_plane: the axis with the largest slice_spacing; 2 if all are equal.
         body: uint8 (ceil(X/8), ceil(Y/8), ceil(Z/8)), body fraction of each block, 0..255.
-        body_box: (start, stop) along x, y, z of the part that the volume would have without a
-            mask: labels that lie outside it widen the volume.
+        body_box: (start, stop) along x, y, z of the part that would remain without a mask: labels
+            outside it enlarge the volume.
         has_seg: whether there is a mask.
-        labels: its label values but 0, ascending; read at each access.
-        class_coords: label -> int32 (n <= 10000, 3), voxels that have it; read at each access.
-        series_hash: first 16 hex digits of the SeriesInstanceUID's SHA-256, or None.
+        labels: its label values except 0, ascending; read at each access.
+        class_coords: label -> int32 (n <= 10000, 3), voxels with this label; read at each access.
+        series_hash: of the SeriesInstanceUID, or None.
     """
 
     def __init__(self, path: Path, rebuild: Callable[[], None]):
-        """rebuild: writes the file anew, called when a region turns out to be damaged."""
+        """rebuild: writes the file again; called if the file is damaged or gone."""
         self.path = Path(path)
         self._rebuild = rebuild
         self._loaded = False
-        self._stamp = None  # of the file whose facts and checks these are
+        self._stamp = None  # of the file that the facts and checks belong to
 
     def __getstate__(self) -> dict:
         return {"path": self.path, "_rebuild": self._rebuild, "_loaded": False, "_stamp": None}
 
     def __getattr__(self, name: str):
-        # only called for what is not there yet: the facts, before the file has been opened
+        # called only for missing attributes: the facts, before the file has been opened
         if name.startswith("_") or self._loaded:
             raise AttributeError(name)
         self.load()
         return getattr(self, name)
 
     def load(self) -> None:
-        """Read the facts, where need be building the file anew."""
+        """Read the facts; build the file again if necessary."""
         self._heal(lambda: None)
 
     def _load(self) -> None:
@@ -136,11 +136,11 @@ class CacheEntry:
         return self._heal(read)
 
     def read_region(self, start, size) -> np.ndarray:
-        """The part of a region that lies inside the volume, (1, x, y, z) int16 stored values."""
+        """Return the part of a region inside the volume, (1, x, y, z) int16 stored values."""
         return self._heal(lambda: self._read(0, start, size))
 
     def read_seg(self, start, size) -> np.ndarray:
-        """As `read_region`, the mask's labels, (x, y, z) int16."""
+        """Return the mask's labels in the region as `read_region`, (x, y, z) int16."""
         if not self.has_seg:
             raise ValueError(f"{self.path}: there is no mask to this volume")
         return self._heal(lambda: self._read(1, start, size))[0]
@@ -152,18 +152,16 @@ class CacheEntry:
             return np.empty((1, *(max(0, b - a) for a, b in zip(low, high, strict=True))), np.int16)
         self._check_chunks(channel, low, high)
         box = (slice(a, b) for a, b in zip(low, high, strict=True))
-        # opened for each read, which takes 0.2 ms: a process may not keep thousands of files open
+        # opened for each read (0.2 ms), as a process cannot keep thousands of files open
         try:
             return _open(self.path)[(slice(channel, channel + 1), *box)]
-        except RuntimeError as error:  # blosc2's only kind
+        except RuntimeError as error:  # the only type that blosc2 raises
             raise DamagedEntry(f"{self.path}: {error}") from error
 
     def _check_chunks(self, channel: int, low: list, high: list) -> None:
         """Compare the checksums of the chunks that a box touches, once per process."""
         counts = [-(-n // CHUNK) for n in self.shape]
-        touched = [
-            np.arange(a // CHUNK, (b - 1) // CHUNK + 1) for a, b in zip(low, high, strict=True)
-        ]
+        touched = [range(a // CHUNK, -(-b // CHUNK)) for a, b in zip(low, high, strict=True)]
         numbers = np.ravel_multi_index(np.ix_([channel], *touched), (1 + self.has_seg, *counts))
         numbers = numbers[~self._checked[numbers]]
         if len(numbers) == 0:
@@ -184,7 +182,7 @@ class CacheEntry:
             raise DamagedEntry(f"{self.path}: has no {name}") from error
 
     def _heal(self, read: Callable):
-        """Do `read`; where the file is damaged or gone, build it anew and try again."""
+        """Call `read`; if the file is damaged or gone, build it again and retry."""
         for attempt in range(ATTEMPTS):
             last = attempt == ATTEMPTS - 1
             try:
@@ -198,13 +196,13 @@ class CacheEntry:
                     raise
                 log.warning("%s; building it anew", error)
                 self._rebuild()
-            except Exception:  # blosc2's many, on a file that took this one's place unchecked
+            except Exception:  # of many types by blosc2, if an unchecked file replaced this one
                 if last or not self._is_replaced():
                     raise
         raise DamagedEntry(f"{self.path}: replaced again and again while it was read")
 
     def _is_replaced(self) -> bool:
-        """Whether the file is not, or no longer, the one that was checked."""
+        """Return whether the file is not, or no longer, the one that was checked."""
         try:
             return _stamp(self.path) != self._stamp
         except FileNotFoundError:
@@ -212,12 +210,12 @@ class CacheEntry:
 
 
 def write_entry(path: Path, standard: dict, series_hash: str | None, seed: int) -> None:
-    """Write what `standard_transform` returned to `path`: under a temporary name, then renamed.
+    """Write the result of `standard_transform` to `path`: under a temporary name, then renamed.
 
     Args:
-        seed: chooses the remembered coordinates of classes with more than MAX_COORDS voxels.
+        seed: selects the coordinates that are kept of classes with more than MAX_COORDS voxels.
     Raises:
-        OSError: cannot be written, such as a full disk; nothing is left behind then.
+        OSError: the file cannot be written, as on a full disk; nothing is left behind then.
     """
     image, seg = standard["image"], standard.get("seg")
     shape = tuple(image.shape[1:])
@@ -268,7 +266,7 @@ def write_entry(path: Path, standard: dict, series_hash: str | None, seed: int) 
 
 
 def _stamp(path: Path) -> tuple[int, int, int]:
-    """Differs between one file of this name and the next."""
+    """Return a value that differs between one file of this name and the next."""
     stat = os.stat(path)
     return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
@@ -289,11 +287,11 @@ def _open(path: Path) -> blosc2.NDArray:
 
 
 def _checks(frame: bytes) -> bytes:
-    """What follows an array in the file: the spans of its chunks and the footer.
+    """Return what follows an array in the file: the spans of its chunks and the footer.
 
-    Formats (c-blosc2, README_CFRAME_FORMAT.rst and README_CHUNK_FORMAT.rst): a header with its own
+    Format (c-blosc2, README_CFRAME_FORMAT.rst and README_CHUNK_FORMAT.rst): a header with its own
     length and that of all chunks; the chunks, each with its length at byte 12; the chunks' offsets,
-    a chunk itself, negative for chunks of one value, which are not stored; a trailer.
+    themselves a chunk, negative for chunks of one value, which are not stored; a trailer.
     """
 
     def chunk_size(at: int) -> int:
@@ -314,7 +312,7 @@ def _checks(frame: bytes) -> bytes:
 
 
 def _check_structure(path: Path) -> np.ndarray:
-    """Compare the checksum of all but the chunks; return the chunks' spans."""
+    """Compare the checksum of everything except the chunks; return the chunks' spans."""
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size - FOOTER.size
         if size < 0:
@@ -338,7 +336,7 @@ def _structure_crc(start: int, end: int, length: int, header: bytes, rest: bytes
 
 
 def _class_steps(labels: np.ndarray, seed: int) -> dict[str, bytes]:
-    """Flat indices of up to MAX_COORDS voxels per label, as steps between them (compress well)."""
+    """Return flat indices of up to MAX_COORDS voxels per label as steps, which compress well."""
     rng = np.random.default_rng(seed)
     where = np.flatnonzero(labels)
     values = labels.ravel()[where]
@@ -353,6 +351,6 @@ def _class_steps(labels: np.ndarray, seed: int) -> dict[str, bytes]:
 
 
 def _to_coords(steps: np.ndarray, shape: tuple) -> np.ndarray:
-    """Inverse of `_class_steps` for one label: (n, 3) int32 voxel coordinates."""
+    """Return voxel coordinates (n, 3) int32 of one label from its steps of `_class_steps`."""
     flat = np.cumsum(steps, dtype=np.int64)
     return np.stack(np.unravel_index(flat, shape), axis=1).astype(np.int32)

@@ -1,4 +1,4 @@
-"""Regions with their views as a MONAI data set, the order they come in, windows of volumes."""
+"""The keys of a data set's items, their order in an epoch, and a loader that follows it."""
 
 from __future__ import annotations
 
@@ -12,19 +12,24 @@ from torch.utils.data import DataLoader, Sampler
 
 from utils.signals import ignore_signals
 
-WORKER_TIMEOUT_S = 600  # for a batch: a worker may build an entry of the cache anew
-Key = tuple[int, int, int]  # epoch, index of the case, draw: all that an item's chance depends on
+WORKER_TIMEOUT_S = 600  # per batch: a worker may have to rebuild an entry of the cache
+Key = tuple[int, int, int]  # epoch, index of the case, draw
+
+
+def generator_of(seed: int, key: Key) -> np.random.Generator:
+    """Return the random generator of an item, a function of seed and key alone."""
+    return np.random.Generator(np.random.PCG64([seed, *key]))
 
 
 class EpochSampler(Sampler):
     """The keys of one process, batch after batch.
 
     Rank r of W takes the r-th slice of every global batch of W x batch_size keys, so that W
-    processes see together what one process with W times the batch sees.
+    processes together see what one process with W times the batch sees.
 
-    Training: all (case, draw) pairs in an order that is a function of (seed, epoch); the ragged
+    Training: all (case, draw) pairs in an order that depends on (seed, epoch) alone. An incomplete
     last global batch is dropped; pairs that do not fill one global batch are drawn again. With
-    `weights` as many keys, but a case comes as often as its share of the weights says, to within
+    `weights` there are as many keys, but each case comes in proportion to its weight, to within
     one.
     Otherwise: every case once, in order, with the same key in every epoch; the last batch may be
     shorter, or absent on some ranks.
@@ -48,19 +53,19 @@ class EpochSampler(Sampler):
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
-        """Choose the epoch to yield next, and the batch to start at (resume)."""
+        """Choose the epoch to yield next and, to resume, the batch to start at."""
         self.epoch, self.start_batch = epoch, start_batch
 
     @property
     def num_batches(self) -> int:
-        """Batches in a whole epoch."""
+        """Number of batches in a whole epoch."""
         total = self.batch_size * self.world_size
         if self.train:
             return max(self.num_cases * self.draws // total, 1)
         return -(-self.num_cases // total)
 
     def global_keys(self) -> list[Key]:
-        """The epoch's keys over all ranks, in order."""
+        """Return the epoch's keys of all ranks, in order."""
         if not self.train:
             return [(0, index, 0) for index in range(self.num_cases)]
         pairs = self.num_cases * self.draws
@@ -73,14 +78,14 @@ class EpochSampler(Sampler):
                 draws[index] += 1
             return keys
         keys = []
-        for again in range(-(-wanted // pairs)):  # once, unless the data set is less than a batch
+        for again in range(-(-wanted // pairs)):  # more than once only if a batch exceeds all pairs
             for pair in rng.permutation(pairs).tolist():
                 index, draw = divmod(pair, self.draws)
                 keys.append((self.epoch, index, draw + again * self.draws))
         return keys[:wanted]
 
     def rank_keys(self) -> list[Key]:
-        """This rank's keys from start_batch on."""
+        """Return this rank's keys from start_batch on."""
         keys, total = self.global_keys(), self.batch_size * self.world_size
         starts = range(self.start_batch * total + self.rank * self.batch_size, len(keys), total)
         return [key for start in starts for key in keys[start : start + self.batch_size]]
@@ -93,8 +98,8 @@ class EpochSampler(Sampler):
 
 
 def balanced(rng: np.random.Generator, weights: Sequence[float], number: int) -> np.ndarray:
-    """`number` indices, each as often as its share of the weights says, rounded up or down at
-    random (systematic sampling; Madow 1949)."""
+    """Return `number` indices, each as often as its share of the weights demands, rounded up or
+    down at random (systematic sampling; Madow 1949)."""
     order = rng.permutation(len(weights))
     ends = np.cumsum(np.asarray(weights, float)[order])
     at = (rng.random() + np.arange(number)) / number * ends[-1]
@@ -108,11 +113,11 @@ def make_loader(
     pin_memory: bool = False,
     collate_fn: Callable | None = None,
 ) -> DataLoader:
-    """Batches in the sampler's order. Call sampler.set_epoch before each pass.
+    """Return a loader of batches in the sampler's order. Call sampler.set_epoch before each pass.
 
-    Has its own generator: starting a pass draws nothing from torch's global random state, so that a
-    resumed run finds that state as it left it. A worker that is killed, or that brings no batch
-    for WORKER_TIMEOUT_S, is an error.
+    The loader has its own generator, so that starting a pass draws nothing from torch's global
+    random state and a resumed run finds that state unchanged. A worker that is killed, or that
+    delivers no batch for WORKER_TIMEOUT_S, is an error.
     """
     return DataLoader(
         dataset,

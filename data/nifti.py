@@ -1,4 +1,4 @@
-"""NIfTI files (.nii, .nii.gz) to volumes."""
+"""Read NIfTI files (.nii, .nii.gz) as volumes."""
 
 import gzip
 import math
@@ -19,10 +19,15 @@ HEADER_CLASSES = {348: nib.Nifti1Header, 540: nib.Nifti2Header}  # by sizeof_hdr
 MM_PER_UNIT = {"unknown": 1.0, "mm": 1.0, "meter": 1000.0, "micron": 0.001}
 GZIP_RATIO = 1040  # deflate cannot compress further (zlib's technical details: 1032:1)
 MAX_OFFSET = 1 << 26  # bytes of header extensions
-PADDING_BYTES = 512  # some writers fill up a block after the voxels
-FORMS_AGREE_MM, FORMS_AGREE_RELATIVE = 0.1, 1e-3  # of the volume's diagonal
+PADDING_BYTES = 512  # some writers pad the file to a whole block after the voxels
+FORMS_AGREE_MM, FORMS_AGREE_RELATIVE = 0.1, 1e-3  # sum of both; relative to the volume's diagonal
 MAX_SHEAR = 0.5  # degrees off the right angle between axes
 VOXEL_SIZE_MM = (1e-3, 1000.0)
+
+
+def is_nifti(path: str | Path) -> bool:
+    """Return whether a path has the suffix of a NIfTI file."""
+    return str(path).lower().endswith((".nii", ".nii.gz"))
 
 
 def read_nifti(path: Path) -> Volume:
@@ -31,7 +36,7 @@ def read_nifti(path: Path) -> Volume:
     A compressed file is read to its end, where its length and checksum are compared.
 
     Raises VolumeError for damaged files, for more or fewer than 3 dimensions, for voxels that are
-    no finite real numbers, and where orientation or voxel size is missing or ambiguous.
+    not finite real numbers, and if orientation or voxel size is missing or ambiguous.
     """
     with _opened(path) as file:
         header, shape, affine = _read_grid(file, path)
@@ -40,7 +45,7 @@ def read_nifti(path: Path) -> Volume:
 
 
 def read_nifti_grid(path: Path) -> tuple[tuple[int, int, int], np.ndarray]:
-    """Shape (X, Y, Z) and affine of a file, from its header. Raises VolumeError."""
+    """Read shape (X, Y, Z) and affine from the header of a file. Raises VolumeError."""
     with _opened(path) as file:
         return _read_grid(file, path)[1:]
 
@@ -61,7 +66,7 @@ def _is_compressed(path: Path) -> bool:
 def _read_grid(
     file: BinaryIO, path: Path
 ) -> tuple[nib.Nifti1Header, tuple[int, int, int], np.ndarray]:
-    """Header, shape and affine, before anything is allocated for the voxels."""
+    """Read header, shape and affine before anything is allocated for the voxels."""
     header = _read_header(file, path)
     shape = _shape(header, path)
     num_bytes = math.prod(shape) * _dtype(header, path).itemsize
@@ -77,7 +82,7 @@ def _read_grid(
 
 
 def _read_header(file: BinaryIO, path: Path) -> nib.Nifti1Header:
-    """The header, of either version and byte order."""
+    """Read the header, in either version and byte order."""
     start = file.read(4)
     sizes = {"<": int.from_bytes(start, "little"), ">": int.from_bytes(start, "big")}
     order = min(sizes, key=sizes.get)
@@ -99,7 +104,7 @@ def _read_header(file: BinaryIO, path: Path) -> nib.Nifti1Header:
 
 
 def _shape(header: nib.Nifti1Header, path: Path) -> tuple[int, int, int]:
-    """(X, Y, Z), without trailing axes of length 1."""
+    """Return (X, Y, Z), without trailing axes of length 1."""
     num_axes = int(header["dim"][0])
     if not 1 <= num_axes <= 7:
         raise VolumeError(f"{path}: {num_axes} dimensions")
@@ -114,7 +119,7 @@ def _shape(header: nib.Nifti1Header, path: Path) -> tuple[int, int, int]:
 
 
 def _dtype(header: nib.Nifti1Header, path: Path) -> np.dtype:
-    """The stored type, a real number."""
+    """Return the stored type, a real number."""
     try:
         dtype = header.get_data_dtype()
     except (HeaderDataError, KeyError):
@@ -126,7 +131,7 @@ def _dtype(header: nib.Nifti1Header, path: Path) -> np.dtype:
 
 
 def _affine(header: nib.Nifti1Header, shape: tuple[int, int, int], path: Path) -> np.ndarray:
-    """Voxel index -> RAS+ mm, from sform or qform, which must not contradict each other."""
+    """Return the affine, voxel index -> RAS+ mm, from sform or qform; both must agree."""
     try:
         units = header.get_xyzt_units()[0]
     except KeyError:
@@ -163,7 +168,7 @@ def _affine(header: nib.Nifti1Header, shape: tuple[int, int, int], path: Path) -
 
 
 def _check_form(form: np.ndarray, what: str) -> None:
-    """An affine must be finite, invertible, of plausible voxel size and without shear."""
+    """Raise VolumeError unless an affine is finite, invertible, not sheared, of plausible size."""
     if not np.all(np.isfinite(form)):
         raise VolumeError(f"{what} has NaN or infinite elements")
     sizes = np.linalg.norm(form[:3, :3], axis=0)
@@ -181,7 +186,7 @@ def _check_form(form: np.ndarray, what: str) -> None:
 def _read_voxels(
     file: BinaryIO, header: nib.Nifti1Header, shape: tuple, dtype: np.dtype, path: Path
 ) -> np.ndarray:
-    """Stored values (X, Y, Z); the file must end after them."""
+    """Read the stored values (X, Y, Z); the file must end after them."""
     file.seek(int(header["vox_offset"]))
     flat = np.empty(math.prod(shape), dtype)
     remaining = memoryview(flat).cast("B")
@@ -191,7 +196,7 @@ def _read_voxels(
             missing = len(remaining)
             raise VolumeError(f"{path}: truncated: {missing} of {flat.nbytes} bytes missing")
         remaining = remaining[count:]
-    if len(file.read(PADDING_BYTES + 1)) > PADDING_BYTES:  # a gzip stream is checked at its end
+    if len(file.read(PADDING_BYTES + 1)) > PADDING_BYTES:  # also makes gzip compare its checksum
         raise VolumeError(
             f"{path}: more data than the {' x '.join(map(str, shape))} voxels of its header"
         )
@@ -199,9 +204,9 @@ def _read_voxels(
 
 
 def _real_values(stored: np.ndarray, header: nib.Nifti1Header, path: Path) -> np.ndarray:
-    """Scaled values, int16 or float32, slice by slice to keep memory low."""
+    """Return scaled values, int16 or float32, computed slice by slice to save memory."""
     slope, intercept = float(header["scl_slope"]), float(header["scl_inter"])
-    if slope == 0 or not math.isfinite(slope):  # the standard's mark for values without scaling
+    if slope == 0 or not math.isfinite(slope):  # the standard's sign for values without scaling
         slope, intercept = 1.0, 0.0
     if not math.isfinite(intercept):
         raise VolumeError(f"{path}: scl_inter is {intercept}")

@@ -1,11 +1,11 @@
-"""Reading a scan, whatever its format. DICOM folders and files, NIfTI."""
+"""Read a scan of any supported format: DICOM folders and files, NIfTI."""
 
 import os
 from pathlib import Path
 
 from data.dicom.elements import NotDicom
 from data.dicom.series import read_dicom
-from data.nifti import read_nifti
+from data.nifti import is_nifti, read_nifti
 from data.volume import Volume, VolumeError
 
 __all__ = ["Volume", "VolumeError", "read_volume"]
@@ -15,10 +15,10 @@ def read_volume(path: str | os.PathLike, series_uid: str | None = None) -> Volum
     """Read one volume.
 
     path: DICOM folder, enhanced multi-frame DICOM file, .nii or .nii.gz.
-    series_uid: DICOM SeriesInstanceUID, where a folder holds several series. Not for NIfTI.
+    series_uid: DICOM SeriesInstanceUID, if a folder holds several series. Not for NIfTI.
 
-    Returns voxels (X, Y, Z) as stored, with their affine to RAS+ mm. No header text but modality
-    and SeriesInstanceUID is kept.
+    Returns voxels (X, Y, Z) as stored, with their affine to RAS+ mm. Of the header's text only
+    modality and SeriesInstanceUID are kept.
 
     Raises VolumeError, naming the file or folder and the reason, rather than return a volume that
     may be wrong.
@@ -27,9 +27,9 @@ def read_volume(path: str | os.PathLike, series_uid: str | None = None) -> Volum
     try:
         if not path.exists():
             raise VolumeError(f"{path}: no such file or folder")
-        if not (path.is_file() or path.is_dir()):  # a pipe would be waited for, for ever
+        if not (path.is_file() or path.is_dir()):  # opening a pipe would block forever
             raise VolumeError(f"{path}: neither a file nor a folder")
-        if path.name.lower().endswith((".nii", ".nii.gz")) and path.is_file():
+        if is_nifti(path) and path.is_file():
             return read_nifti(path)
         return read_dicom(path, series_uid)
     except NotDicom:

@@ -1,8 +1,8 @@
 """The standard form of a volume: RAS+ axes, one voxel spacing, standard intensities, air cut away.
 
-`standard_transform` is a MONAI `Compose` of dictionary transforms, MONAI's own where they serve.
-Everything in it is deterministic; its result is what `data.cache` stores. The body is found on
-blocks of 4^3 voxels, whose mean is nearly free of noise.
+`standard_transform` is a MONAI `Compose` of dictionary transforms, MONAI's own where possible. It
+is deterministic, and `data.cache` stores its result. The body is found on blocks of 4^3 voxels,
+whose mean is nearly free of noise.
 """
 
 from dataclasses import asdict, dataclass
@@ -17,15 +17,16 @@ from scipy import ndimage
 from data.readers import VolumeError, read_volume
 from data.volume import check_mask_values, grid_difference, spacing_of
 
-BLOCK = 4  # voxels; edge of the blocks on which the body is found
+BLOCK = 4  # voxels along the edge of the blocks on which the body is found
 MARGIN = 1  # blocks of air left around the body
-CT_RANGE = (-1024, 32767)  # HU; below is padding outside the scanner's circle, metal is kept
-CT_BODY = -900  # HU; block means: lung -850 and above, air and foam below
+CT_RANGE = (-1024, 32767)  # HU; lower values are padding outside the scanner's circle; metal stays
+CT_BODY = -900  # HU, for block means: lung is -850 and above, air and foam are below
 CT_AIR = -1000  # HU
-DARK = 0.06  # other modalities: air is darker than this fraction of bright tissue, CSF is not
-STEPS = 4096  # other modalities: stored steps between the two percentiles (12 bits)
-LOWEST = -2  # other modalities: int16 reaches from here to 14, where the percentiles are 0 and 1
-MAX_SAMPLES = 2_000_000  # voxels from which the percentiles are taken
+# Modalities other than CT:
+DARK = 0.06  # air is darker than this fraction of bright tissue, CSF is not
+STEPS = 4096  # stored steps between the two percentiles (12 bits)
+LOWEST = -2  # int16 holds values from here to 14, if the percentiles are 0 and 1
+MAX_SAMPLES = 2_000_000  # voxels from which the percentiles are computed
 
 
 @dataclass(frozen=True)
@@ -34,10 +35,10 @@ class StandardForm:
 
     spacing: mm per voxel along x, y, z; None keeps each volume's own.
     modality: "auto" (CSV, else DICOM header) or one for all volumes.
-    percentiles: of the body's intensities, mapped to 0 and 1 (all but CT).
+    percentiles: of the body's intensities, mapped to 0 and 1 (not for CT).
     crop_background: cut away the air around the body.
-    size: voxels along x, y, z that the whole (cropped) volume is resized to, whatever their
-        spacing becomes; None keeps its own.
+    size: voxels along x, y, z to which the whole (cropped) volume is resized, at any resulting
+        spacing; None keeps each volume's own.
     """
 
     spacing: tuple[float, float, float] | None
@@ -48,32 +49,30 @@ class StandardForm:
 
     @classmethod
     def from_config(cls, data) -> "StandardForm":
-        """The one that a config's section `data` describes."""
+        """Build the form from a config's section `data`."""
         spacing = None if data.spacing == "native" else data.spacing
         return cls(spacing, data.modality, data.percentiles, data.crop_background)
 
     def to_dict(self) -> dict:
         fields = asdict(self)
-        if self.size is None:  # part of the cache's keys: without it they stay what they were
+        if self.size is None:  # left out, so that the keys of existing cache files stay the same
             del fields["size"]
         return fields
 
 
 def standard_transform(form: StandardForm) -> Compose:
-    """Transform from {"path", "series_uid"?, "modality"?, "seg_path"?} to the standard form.
+    """Return the transform from {"path", "series_uid"?, "modality"?, "seg_path"?} to the form.
 
-    The result holds `image` (1, X, Y, Z) int16 and, with a mask, `seg` (1, X, Y, Z) int16, both
-    MetaTensors whose affine is RAS+ mm; `body` uint8, the body fraction (0..255) of each 8^3 block;
-    `body_box` (start, stop) along each axis, what would be left without the mask; `kind` "CT" or
-    "other"; `scale`, `offset` (value = stored * scale + offset: HU for CT, else 0..1 between the
-    percentiles); `background` (stored value of air); `original_shape`, `original_affine` (of the
-    file); `slice_spacing` (3,) mm, the file's along x, y, z; `modality`, `series_uid`. Raises
-    (inside MONAI's RuntimeError) VolumeError.
+    Its result holds `image` (1, X, Y, Z) int16 and, with a mask, `seg` (1, X, Y, Z) int16, both
+    MetaTensors whose affine is RAS+ mm; `series_uid`; and, as described in
+    `data.entry.CacheEntry`: body, body_box, kind, modality, scale, offset, background,
+    original_shape, original_affine, slice_spacing. It raises VolumeError (inside MONAI's
+    RuntimeError).
     """
     keys = ("image", "seg")
     steps = [
         ReadVolumed(form.modality),
-        # labels=None: the affine alone says what the axes mean
+        # labels=None: the affine alone defines the axes
         Orientationd(keys, axcodes="RAS", labels=None, allow_missing_keys=True),
         CheckMaskd(),
         ClipCTd("image"),
@@ -81,13 +80,13 @@ def standard_transform(form: StandardForm) -> Compose:
     if form.spacing is not None:
         steps.append(Resampled(keys, form.spacing))
     steps += [FindBodyd(), CropToBodyd(keys, form.crop_background)]
-    if form.size is not None:  # the body's map must be found anew, on the new grid
+    if form.size is not None:  # find the body again, on the new grid
         steps += [ToGridd(keys, form.size), FindBodyd(), CropToBodyd(keys, crop=False)]
     return Compose([*steps, Storedd(form)])
 
 
 class ReadVolumed(Transform):
-    """Read `path` and `seg_path` with `data.readers` and settle the modality."""
+    """Read `path` and `seg_path` with `data.readers` and determine the modality."""
 
     def __init__(self, modality: str = "auto"):
         self.modality = modality
@@ -117,7 +116,7 @@ class ReadVolumed(Transform):
 
 
 class CheckMaskd(Transform):
-    """Refuse a mask that is not on the image's grid; note the file's spacing along x, y, z."""
+    """Refuse a mask that is not on the image's grid; add the file's spacing along x, y, z."""
 
     def __call__(self, data: dict) -> dict:
         image, seg = data["image"], data.get("seg")
@@ -130,7 +129,7 @@ class CheckMaskd(Transform):
 
 
 class ClipCTd(MapTransform):
-    """CT: clip to what int16 holds, before padding values of -3024 can bleed into the skin."""
+    """Clip CT to CT_RANGE before resampling mixes padding values of -3024 into the skin."""
 
     def __call__(self, data: dict) -> dict:
         if data["kind"] != "CT":
@@ -139,7 +138,7 @@ class ClipCTd(MapTransform):
 
 
 class Resampled(MapTransform):
-    """MONAI's Spacingd, left out where the spacing is already within 1 % of the wanted one."""
+    """Apply MONAI's Spacingd unless the spacing is already within 1 % of the wanted one."""
 
     def __init__(self, keys, spacing):
         super().__init__(keys, allow_missing_keys=True)
@@ -160,9 +159,8 @@ class Resampled(MapTransform):
 
 
 class ToGridd(MapTransform):
-    """Resize to a fixed number of voxels. Where that is fewer than before, each is a mean with
-    triangular weights, so that nothing aliases; MONAI's Resized would blur zeros into the border.
-    """
+    """Resize to a fixed number of voxels. Fewer voxels are means with triangular weights, so that
+    nothing aliases; MONAI's Resized would blur zeros into the border."""
 
     def __init__(self, keys, size: tuple[int, int, int]):
         super().__init__(keys, allow_missing_keys=True)
@@ -174,13 +172,13 @@ class ToGridd(MapTransform):
             x, old = data[key].as_tensor().float(), data[key].shape[1:]  # (1, X, Y, Z)
             if key == "seg":
                 x = F.interpolate(x[None], self.size, mode="nearest-exact")[0]
-            else:  # torch has this in 2D: along y and z, then along x
+            else:  # torch can do this in 2D only: along y and z, then along x
                 x = F.interpolate(x, (ny, nz), mode="bilinear", antialias=True)
                 x = F.interpolate(x.transpose(1, 2), (nx, nz), mode="bilinear", antialias=True)
                 x = x.transpose(1, 2)
             step = np.divide(old, self.size)
             grid = np.diag([*step, 1.0])  # voxels of the new grid -> of the old one
-            grid[:3, 3] = (step - 1) / 2  # both fill the same box: voxel i reaches i -+ 1/2
+            grid[:3, 3] = (step - 1) / 2  # both grids fill the same box; voxel i covers i -+ 1/2
             out[key] = MetaTensor(x, affine=data[key].affine @ torch.as_tensor(grid))
         return out
 
@@ -193,10 +191,10 @@ class FindBodyd(Transform):
 
 
 class CropToBodyd(MapTransform):
-    """Crop to the body and every label, plus a margin; leave `body` as fractions of 8^3 blocks.
+    """Crop to the body and all labels, plus a margin; turn `body` into fractions of 8^3 blocks.
 
     The box starts at multiples of 4 voxels, so that the map stays aligned with the voxels.
-    `body_box` is the part that would be left without a mask.
+    `body_box` is the part that would remain without a mask.
     """
 
     def __init__(self, keys, crop: bool):
@@ -209,8 +207,7 @@ class CropToBodyd(MapTransform):
         if self.crop:
             keep = body
             if "seg" in data:
-                # max |label| of each block
-                labels = data["seg"].as_tensor().abs().float()
+                labels = data["seg"].as_tensor().abs().float()  # blocks that hold a label stay
                 keep = keep | (F.max_pool3d(labels, BLOCK, ceil_mode=True)[0] > 0).numpy()
             box, inner = _box_around(keep), _box_around(body)
             body = body[tuple(slice(*b) for b in box)]
@@ -232,7 +229,7 @@ class CropToBodyd(MapTransform):
 
 
 def _box_around(keep: np.ndarray) -> list[tuple[int, int]]:
-    """First and last block that is set, with the margin, along each axis."""
+    """Return (start, stop) of the blocks that are set, with the margin, along each axis."""
     box = []
     for axis in range(3):
         hit = np.flatnonzero(keep.any(axis=tuple({0, 1, 2} - {axis})))
@@ -241,10 +238,10 @@ def _box_around(keep: np.ndarray) -> list[tuple[int, int]]:
 
 
 class Storedd(Transform):
-    """Turn intensities into int16 with `scale`, `offset` and the `background` value of air.
+    """Turn intensities into int16; add `scale`, `offset` and the `background` value of air.
 
-    Other modalities than CT get `STEPS` steps between the percentiles, from which int16 reaches two
-    times that range below and 13 times above; only what lies beyond is clipped.
+    Modalities other than CT get `STEPS` steps between the percentiles. int16 then reaches two such
+    ranges below and 13 above; only values outside are clipped.
     """
 
     def __init__(self, form: StandardForm):
@@ -280,14 +277,14 @@ class Storedd(Transform):
 
 
 def find_body(image: torch.Tensor, kind: str) -> np.ndarray:
-    """Tell body from air, lungs and cavities counting as body.
+    """Separate body from air; lungs and cavities count as body.
 
     Args:
-        image: (1, X, Y, Z), HU for CT, any unit else; axes in RAS+ order.
+        image: (1, X, Y, Z), HU for CT, otherwise any unit; axes in RAS+ order.
         kind: "CT" or "other".
     Returns:
-        bool (ceil(X/4), ceil(Y/4), ceil(Z/4)); all true where there is no air to be seen, as in a
-        crop from within the body.
+        bool (ceil(X/4), ceil(Y/4), ceil(Z/4)); all true if no air is visible, as in a crop from
+        inside the body.
     """
     mean = F.avg_pool3d(image.float(), BLOCK, ceil_mode=True, count_include_pad=False)[0].numpy()
     if kind == "CT":
@@ -297,24 +294,24 @@ def find_body(image: torch.Tensor, kind: str) -> np.ndarray:
         if low > DARK * high:
             return np.ones(mean.shape, bool)
         body = mean > low + 0.1 * (high - low)
-    # slice by slice: lungs are open at the ends of the volume
+    # slice by slice, as lungs are open at the ends of the volume
     cross = ndimage.generate_binary_structure(2, 1)[..., None]
     body = ndimage.binary_fill_holes(body, cross)
-    # the table, cables and noise are thin: they do not survive an opening
+    # an opening removes the table, cables and noise, which are thin
     square = np.ones((3, 3, 1), bool)
     solid = ndimage.binary_opening(np.pad(body, 1, "edge"), square)[1:-1, 1:-1, 1:-1]
     parts, count = ndimage.label(solid)
     if count == 0:
         return np.ones(mean.shape, bool)
     sizes = np.bincount(parts.ravel())[1:]
-    large = 1 + np.flatnonzero(sizes >= 0.01 * sizes.max())  # arms and legs may lie apart
-    # back to the full outline, which the opening has rounded off by up to a block
+    large = 1 + np.flatnonzero(sizes >= 0.01 * sizes.max())  # arms and legs may be separate
+    # restore the outline, which the opening has rounded off by up to a block
     near = ndimage.binary_dilation(np.isin(parts, large), square)
     return body & near
 
 
 def _sample_body(image: torch.Tensor, body: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Intensities in the body and in the air, from at most about MAX_SAMPLES voxels."""
+    """Return intensities in the body and in the air, from at most about MAX_SAMPLES voxels."""
     step = max(1, round((image.numel() / MAX_SAMPLES) ** (1 / 3)))
     values = image.as_tensor()[::step, ::step, ::step].numpy()
     inside = body[np.ix_(*[np.arange(0, n, step) // BLOCK for n in image.shape])]
@@ -322,7 +319,7 @@ def _sample_body(image: torch.Tensor, body: np.ndarray) -> tuple[np.ndarray, np.
 
 
 def _meta_tensor(voxels: np.ndarray, affine: np.ndarray) -> MetaTensor:
-    """(X, Y, Z) voxels as a (1, X, Y, Z) MetaTensor."""
-    if min(voxels.strides) < 0:  # torch cannot wrap these
+    """Return voxels (X, Y, Z) as a (1, X, Y, Z) MetaTensor."""
+    if min(voxels.strides) < 0:  # torch cannot wrap negative strides
         voxels = voxels.copy()
     return MetaTensor(torch.as_tensor(voxels)[None], affine=torch.as_tensor(affine).double())

@@ -1,26 +1,25 @@
-"""What every reader returns, and the one error it raises."""
+"""The volume that every reader returns, its error, and checks that readers share."""
 
 from dataclasses import dataclass
 
 import numpy as np
 from monai.data import MetaTensor
 
-GRID_TOL = 0.25  # voxels by which image and mask may disagree anywhere
-
+GRID_TOL = 0.25  # voxels by which the positions of image and mask may differ
 INT16_MIN, INT16_MAX = -32768, 32767
-MAX_BYTES = 4 << 30  # voxels of one compressed file or series: a small file may claim any number
+MAX_BYTES = 4 << 30  # of one compressed file or series, whose header may claim any size
 
 
 class VolumeError(ValueError):
-    """A volume that cannot be read, or not surely rightly; names the file or folder and why."""
+    """A volume cannot be read, or not with certainty; names the file or folder and the reason."""
 
 
 @dataclass(frozen=True)
 class Volume:
     """A scan as stored: no reorientation, no resampling.
 
-    voxels: (X, Y, Z), int16 where all values are integers that fit, else float32. The axes may have
-        any orientation (and any memory order): affine says which.
+    voxels: (X, Y, Z), int16 if all values are integers that fit, else float32. The axes may have
+        any orientation, which affine describes, and any memory order.
     affine: (4, 4) float64, voxel index -> RAS+ mm.
     modality: DICOM Modality ("CT", "MR", ...); None for NIfTI.
     series_uid: DICOM SeriesInstanceUID; None for NIfTI.
@@ -33,7 +32,7 @@ class Volume:
 
 
 def check_expansion(num_bytes: int, where: object) -> None:
-    """Raise VolumeError, before anything is allocated, if compressed voxels would take too much."""
+    """Raise VolumeError, before anything is allocated, if compressed voxels take too many bytes."""
     if num_bytes > MAX_BYTES:
         raise VolumeError(
             f"{where}: its voxels would take {num_bytes / 1e9:.1f} GB, more than the "
@@ -42,14 +41,14 @@ def check_expansion(num_bytes: int, where: object) -> None:
 
 
 def spacing_of(affine) -> np.ndarray:
-    """Voxel size in mm along each axis, (3,), of a (4, 4) affine."""
+    """Return the voxel size (3,) in mm along each axis of a (4, 4) affine."""
     return np.linalg.norm(np.asarray(affine, np.float64)[:3, :3], axis=0)
 
 
 def rescale(stored: np.ndarray, slope: float, intercept: float) -> np.ndarray:
-    """stored * slope + intercept, int16 where all results are integers that fit, else float32.
+    """Return stored * slope + intercept, int16 if all results are integers that fit, else float32.
 
-    Raises ValueError, saying how many, if results are NaN or infinite.
+    Raises ValueError with their number if results are NaN or infinite.
     """
     if stored.dtype.kind in "iu" and float(slope).is_integer() and float(intercept).is_integer():
         slope, intercept = int(slope), int(intercept)
@@ -59,7 +58,7 @@ def rescale(stored: np.ndarray, slope: float, intercept: float) -> np.ndarray:
         if _fits(low, high, slope, intercept):
             if slope != 1:
                 return (stored.astype(np.int64) * slope + intercept).astype(np.int16)
-            # In int16 throughout, for speed: sums wrap around, which is exact as the results fit.
+            # In int16 for speed: sums may wrap around, but as the results fit, they are exact.
             wrapped = np.array(intercept & 0xFFFF, np.uint16).view(np.int16)
             return np.add(stored.astype(np.int16, copy=False), wrapped)
 
@@ -77,15 +76,15 @@ def rescale(stored: np.ndarray, slope: float, intercept: float) -> np.ndarray:
 
 
 def _fits(low: int, high: int, slope: int, intercept: int) -> bool:
-    """Whether stored values from low to high give results that int16 holds."""
+    """Return whether int16 holds the results of all stored values from low to high."""
     ends = low * slope + intercept, high * slope + intercept
     return INT16_MIN <= min(ends) and max(ends) <= INT16_MAX
 
 
 def check_mask_values(voxels: np.ndarray, path: str) -> None:
-    """Refuse a mask that holds other than label values, whole numbers that int16 holds.
+    """Refuse a mask with values other than labels: whole numbers from 0 that int16 holds.
 
-    voxels: as `read_volume` returns them, float32 where int16 cannot hold them.
+    voxels: as `read_volume` returns them, float32 if int16 cannot hold them.
     """
     wrong = voxels < 0
     if voxels.dtype.kind == "f":
@@ -98,10 +97,10 @@ def check_mask_values(voxels: np.ndarray, path: str) -> None:
 
 
 def grid_difference(seg: MetaTensor, image: MetaTensor) -> str:
-    """How the grid of a mask (1, X, Y, Z) differs from its image's, both in RAS+ order, or ''.
+    """Say how the grid of a mask (1, X, Y, Z) differs from its image's, both in RAS+ order, or ''.
 
-    Grids agree where the shapes are equal and no corner voxel lies further from its counterpart
-    than GRID_TOL of the image's smallest voxel edge.
+    Grids agree if their shapes are equal and no corner voxel lies further from its counterpart than
+    GRID_TOL of the image's smallest voxel edge.
     """
     shapes = [np.array(x.shape[1:]) for x in (seg, image)]
     affines = [np.asarray(x.affine, np.float64) for x in (seg, image)]

@@ -7,9 +7,9 @@
 <folder>/dicom/<PatientID>/  one axial series, about 50 slices of 128 x 128, 3 x 3 x 5 mm
 <folder>/masks/<PatientID>.nii.gz  1 liver, 2 kidneys, 3 spleen, 4 lesion (tumours in the liver)
 
-Half of the patients have lesions, full of iodised oil as after chemoembolisation: 14 patients are
-enough to learn what they look like; sex shows in the amount of muscle and fat. The same seed gives
-the same bytes.
+Half of the patients have lesions, full of iodised oil as after chemoembolisation, so that 14
+patients are enough to learn their appearance. Sex shows in the amount of muscle and fat. The same
+seed gives the same bytes.
 """
 
 import hashlib
@@ -34,8 +34,8 @@ SIZE = 128  # rows and columns
 def make_demo(folder, n_patients: int = 24, seed: int = 0) -> Path:
     """Write the demo data set unless it is there already, and return the path of its demo.csv.
 
-    A complete data set is left alone, whatever its number of patients and seed; an incomplete one
-    is made again. Raises ValueError where `folder` holds files that are not demo data.
+    A complete data set is kept, whatever its number of patients and seed; an incomplete one is made
+    again. Raises ValueError if `folder` holds files that are not demo data.
     """
     folder = Path(folder).expanduser().absolute()
     if _complete(folder):
@@ -44,12 +44,12 @@ def make_demo(folder, n_patients: int = 24, seed: int = 0) -> Path:
         raise ValueError(f"{folder}: not the place for demo data, it holds {sorted(foreign)[:5]}")
     folder.parent.mkdir(parents=True, exist_ok=True)
     for left in folder.parent.glob(f".{folder.name}.partial-*"):
-        if time.time() - left.stat().st_mtime > 3600:  # of a run that was killed
+        if time.time() - left.stat().st_mtime > 3600:  # left by a run that was killed
             shutil.rmtree(left, ignore_errors=True)
     partial = folder.parent / f".{folder.name}.partial-{os.getpid()}"
     try:
         _write(partial, n_patients, seed)
-        if not _complete(folder):  # else another process was faster
+        if not _complete(folder):  # unless another process was faster
             shutil.rmtree(folder, ignore_errors=True)
             partial.rename(folder)
     except OSError:
@@ -61,7 +61,7 @@ def make_demo(folder, n_patients: int = 24, seed: int = 0) -> Path:
 
 
 def _complete(folder):
-    """Whether both CSVs are there and every file they name."""
+    """Return whether both CSVs are there, and every file that they name."""
     if not (folder / "segmentation.csv").is_file() or not (folder / "demo.csv").is_file():
         return False
     table = pd.read_csv(folder / "demo.csv", dtype=str)
@@ -87,20 +87,16 @@ def _write(folder, n_patients, seed):
         rows.append([name, path, fold, int(lesion), sex, seg_path])
     table = pd.DataFrame(rows, columns=["PatientID", "path", "fold", "lesion", "sex", "seg_path"])
     table.to_csv(folder / "demo.csv", index=False, lineterminator="\n")
-    table = table.rename(columns={"path": "img_path"})[
-        ["PatientID", "img_path", "seg_path", "fold"]
-    ]
+    columns = ["PatientID", "img_path", "seg_path", "fold"]
+    table = table.rename(columns={"path": "img_path"})[columns]
     table.to_csv(folder / "segmentation.csv", index=False, lineterminator="\n")
 
 
 def _allot(rng, n):
-    """(lesion, fold, male) per patient: every fold has patients with and without lesions."""
-    halves = [[(i % 2, k) for k in range(len(range(i, n, 2)))] for i in range(2)]
-    table = [
-        (bool(lesion), k % 5 if lesion else 4 - k % 5, (k // 5 + k % 5) % 2 == 0)
-        for half in halves
-        for lesion, k in half
-    ]
+    """Return (lesion, fold, male) per patient; each fold has patients with and without lesions."""
+    healthy = [(False, 4 - k % 5, (k // 5 + k % 5) % 2 == 0) for k in range((n + 1) // 2)]
+    ill = [(True, k % 5, (k // 5 + k % 5) % 2 == 0) for k in range(n // 2)]
+    table = healthy + ill
     return [table[i] for i in rng.permutation(n)]
 
 
@@ -111,10 +107,11 @@ def write_series(folder, hu, spacing_mm, origin_mm, patient, sex, seed):
     origin_mm: (3,) DICOM patient coordinates of the centre of voxel (0, 0, 0).
     UIDs are hashes of seed and patient.
     """
+
+    def uid(*what):
+        return generate_uid(entropy_srcs=[str(seed), patient, *what])
+
     folder.mkdir(parents=True)
-    uid = {
-        k: generate_uid(entropy_srcs=[str(seed), patient, k]) for k in ("study", "series", "for")
-    }
     ds = Dataset()
     ds.file_meta = FileMetaDataset()
     ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
@@ -134,8 +131,8 @@ def write_series(folder, hu, spacing_mm, origin_mm, patient, sex, seed):
     ds.SliceThickness = spacing_mm[2]
     ds.KVP = 120
     ds.PatientPosition = "HFS"
-    ds.StudyInstanceUID, ds.SeriesInstanceUID = uid["study"], uid["series"]
-    ds.FrameOfReferenceUID = uid["for"]
+    ds.StudyInstanceUID, ds.SeriesInstanceUID = uid("study"), uid("series")
+    ds.FrameOfReferenceUID = uid("for")
     ds.SeriesNumber = 2
     ds.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
     ds.PixelSpacing = [spacing_mm[1], spacing_mm[0]]
@@ -147,10 +144,10 @@ def write_series(folder, hu, spacing_mm, origin_mm, patient, sex, seed):
     ds.WindowCenter, ds.WindowWidth = 40, 400
     stored = np.clip(hu.astype(np.int32) + 1024, 0, 4095).astype("<u2")
     for k in range(hu.shape[2]):
-        ds.SOPInstanceUID = generate_uid(entropy_srcs=[str(seed), patient, "slice", str(k)])
+        ds.SOPInstanceUID = uid("slice", str(k))
         ds.file_meta.MediaStorageSOPClassUID = CTImageStorage
         ds.file_meta.MediaStorageSOPInstanceUID = ds.SOPInstanceUID
-        ds.InstanceNumber = hu.shape[2] - k  # as most scanners count: from the head down
+        ds.InstanceNumber = hu.shape[2] - k  # counted from the head down, as by most scanners
         position = np.asarray(origin_mm, float) + [0, 0, k * spacing_mm[2]]
         ds.ImagePositionPatient = [round(float(p), 3) for p in position]
         ds.SliceLocation = ds.ImagePositionPatient[2]
@@ -160,7 +157,7 @@ def write_series(folder, hu, spacing_mm, origin_mm, patient, sex, seed):
 
 
 def _write_mask(path, labels, spacing_mm, origin_mm):
-    """NIfTI with the rows flipped to run from back to front, as dcm2niix writes them."""
+    """Write a NIfTI mask with rows that run from back to front, as dcm2niix writes them."""
     rows = labels.shape[1]
     affine = np.diag([-spacing_mm[0], spacing_mm[1], spacing_mm[2], 1.0])
     affine[:3, 3] = origin_mm * [-1, -1, 1] - [0, (rows - 1) * spacing_mm[1], 0]

@@ -1,8 +1,8 @@
 """The anatomy of the demo patients: a contrast-enhanced upper abdomen in HU with its labels.
 
-Everything is drawn in patient coordinates as DICOM has them, in mm from the middle of the volume:
-x towards the patient's left, y towards the back, z towards the head. Later strokes cover earlier
-ones. One draw of `rng` gives one patient: size, pose, organ shapes, enhancement and noise.
+Everything is drawn in DICOM's patient coordinates, in mm from the middle of the volume: x towards
+the patient's left, y towards the back, z towards the head. Later shapes cover earlier ones. `rng`
+determines the patient: size, pose, organ shapes, enhancement and noise.
 """
 
 import numpy as np
@@ -14,7 +14,7 @@ AIR, LUNG, FAT, MUSCLE, BONE, MARROW = -1000, -840, -105, 58, 520, 210
 
 
 class Canvas:
-    """Voxels and labels of one patient with the strokes that draw them."""
+    """Voxels and labels of one patient, and the shapes to draw them with."""
 
     def __init__(self, rng, shape, spacing_mm):
         self.hu = np.full(shape, AIR, np.float32)
@@ -33,7 +33,7 @@ class Canvas:
 
     @staticmethod
     def _waves(rng, axes, amplitude_mm):
-        """A smooth displacement (products of sines), so that no organ is an exact ellipsoid."""
+        """Return a smooth displacement (products of sines): no organ is an exact ellipsoid."""
         total = 0
         for length_mm in (160, 110, 70):
             sines = [np.sin(a * 2 * np.pi / length_mm + rng.uniform(0, 6.28)) for a in axes]
@@ -41,7 +41,7 @@ class Canvas:
         return total.astype(np.float32)
 
     def blob(self, center, radii, power=2.0):
-        """Distance from the centre over the radius, along each direction: < 1 inside."""
+        """Return the distance from the centre relative to the radius: < 1 inside."""
         total = 0
         for axis, c, r in zip((self.x, self.y, self.z), center, radii, strict=True):
             if np.isfinite(r):  # an infinite radius makes a cylinder along this axis
@@ -50,7 +50,7 @@ class Canvas:
         return np.sqrt(total) if power == 2 else total ** (1 / power)
 
     def tube(self, start, end):
-        """Distance in mm from the segment between two points."""
+        """Return the distance in mm from the segment between two points."""
         start, end = np.asarray(start, np.float32), np.asarray(end, np.float32)
         d = end - start
         px, py, pz = self.x - start[0], self.y - start[1], self.z - start[2]
@@ -65,10 +65,10 @@ class Canvas:
 def make_phantom(rng, male, lesion, shape=(128, 128, 48), spacing_mm=(3.0, 3.0, 5.0)):
     """Draw one patient.
 
-    rng: numpy Generator. male: more muscle and visceral fat, less under the skin. lesion: one to
-    four tumours in the liver.
-    Returns hu (X, Y, Z) int16 and labels (X, Y, Z) uint8 (see LABELS); index order and axes are
-    those of axial DICOM slices: x to the patient's left, y to the back, z to the head.
+    rng: numpy Generator. male: more muscle and visceral fat, less fat under the skin. lesion: draw
+    one to four tumours in the liver.
+    Returns hu (X, Y, Z) int16 and labels (X, Y, Z) uint8 (see LABELS), with the axes of axial DICOM
+    slices: x to the patient's left, y to the back, z to the head.
     """
     c = Canvas(rng, shape, spacing_mm)
     size = rng.normal(1.08, 0.05) * (1.03 if male else 0.96)
@@ -91,7 +91,7 @@ def make_phantom(rng, male, lesion, shape=(128, 128, 48), spacing_mm=(3.0, 3.0, 
 
 
 def _body(c, rng, male):
-    """Skin, fat and muscle wall; returns the abdominal cavity, the wall, and its half axes."""
+    """Draw skin, fat and muscle wall; return abdominal cavity, depth in the wall, its half axes."""
     under_skin = rng.uniform(10, 20) if male else rng.uniform(14, 28)
     muscle = 15 if male else 12
     half_x, half_y = 118 + rng.normal(0, 4), 80 + rng.normal(0, 4)
@@ -110,7 +110,7 @@ def _body(c, rng, male):
 
 
 def _gut(c, rng, inside):
-    """Small bowel, colon with stool and gas, stomach."""
+    """Draw small bowel, colon with stool and gas, and stomach."""
     for _ in range(30):
         center = (rng.uniform(-70, 72), rng.uniform(-60, 5), rng.uniform(-125, -15))
         r = np.where(inside, c.blob(center, rng.uniform((14, 11, 12), (26, 17, 22))), 9)
@@ -131,7 +131,7 @@ def _gut(c, rng, inside):
 
 
 def _stool(c, texture, r):
-    """Fill a piece of colon, given the distance from its middle over its radius."""
+    """Fill a piece of colon, given the distance from its middle relative to its radius."""
     c.fill(r < 1, 60)
     content = r < 0.82
     c.hu[content] = 10 + 500 * np.minimum(texture[content], 0.05)
@@ -139,7 +139,7 @@ def _stool(c, texture, r):
 
 
 def _organs(c, rng, inside, enhancement):
-    """Kidneys, spleen, pancreas, psoas, gallbladder and liver; returns the liver."""
+    """Draw kidneys, spleen, pancreas, psoas, gallbladder and liver; return the liver."""
     for side in (-1, 1):  # the right kidney (negative x) lies lower
         psoas = c.blob((side * 38, 44, -110), (21, 21, 95))
         c.fill((psoas < 1) & inside, MUSCLE)
@@ -179,7 +179,7 @@ def _organs(c, rng, inside, enhancement):
 
 
 def _chest(c, rng, inside, enhancement):
-    """Lungs above the diaphragm's two domes, and the heart between them; returns the lungs."""
+    """Draw the lungs above the diaphragm's domes and the heart between them; return the lungs."""
     top = rng.normal(88, 7)
     lungs = np.zeros_like(inside)
     for side, height in ((-1, top), (1, top - 10)):
@@ -201,7 +201,7 @@ def _chest(c, rng, inside, enhancement):
 
 
 def _spine(c, rng):
-    """Vertebrae and discs, canal, processes, and the muscles beside them."""
+    """Draw vertebrae and discs, canal, processes, and the muscles beside them."""
     for side in (-1, 1):
         c.fill(c.blob((side * 32, 76, 0), (29, 19, np.inf), 2.5) < 1, MUSCLE)
     level = np.abs((c.z + rng.uniform(0, 32)) % 32 - 16)  # 16: the middle of a disc
@@ -217,7 +217,7 @@ def _spine(c, rng):
 
 
 def _ribs(c, rng, wall, half):
-    """Ribs slanting down from the spine, costal cartilage in front, and the iliac wings."""
+    """Draw ribs slanting down from the spine, costal cartilage in front, and the iliac wings."""
     angle = np.arctan2(np.abs(c.x) / half[0], c.y / half[1])  # 0 at the back, pi in front
     offset = rng.uniform(-8, 8)
     for number in range(8):
@@ -242,7 +242,7 @@ def _great_vessels(c, enhancement, lungs):
 
 
 def _lesions(c, rng, liver):
-    """One to four tumours of 8-20 mm radius full of iodised oil, as after chemoembolisation."""
+    """Draw one to four tumours, 8-20 mm in radius, full of iodised oil (chemoembolisation)."""
     candidates = np.argwhere(binary_erosion(liver, iterations=2))
     for _ in range(rng.integers(1, 5)):
         i = tuple(candidates[rng.integers(len(candidates))])
@@ -253,7 +253,7 @@ def _lesions(c, rng, liver):
 
 
 def _table(c, rng, shape, spacing_mm):
-    """The scanner's table: a curved shell under the back, wherever there is still air."""
+    """Draw the scanner's table: a curved shell under the back, wherever there is still air."""
     x = (np.arange(shape[0]) - (shape[0] - 1) / 2) * spacing_mm[0]
     y = (np.arange(shape[1]) - (shape[1] - 1) / 2) * spacing_mm[1]
     body = (c.hu > -900).any(axis=(0, 2))

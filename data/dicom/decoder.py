@@ -1,9 +1,9 @@
-"""Compressed DICOM frames, decoded in a process of their own with bounded memory and time.
+"""Compressed DICOM frames, decoded in a separate process with bounded memory and time.
 
-Decoders are native code that is fed with files from anywhere. One that crashes, loops or allocates
-without end takes this process with it, not the run; its frame is an error like any other. The
+Decoders are native code that is fed with files from anywhere. If one crashes, loops or allocates
+without end, it takes down that process and not the run: its frame is an error like any other. The
 process starts with the first compressed frame (0.5 s) and serves until its parent ends. Requests
-and answers are lines of JSON, voxels follow as plain bytes: nothing that it says is executed.
+and answers are lines of JSON, and voxels follow as plain bytes: no answer is ever executed.
 """
 
 import atexit
@@ -38,17 +38,17 @@ try:
 except ImportError:  # Windows
     resource = None
 
-SECONDS = 60.0  # per frame; one of 512 x 512 takes 0.03
-START_SECONDS = 600.0  # a network disk may have to serve its modules to hundreds at a time
+SECONDS = 60.0  # per frame; a frame of 512 x 512 takes 0.03
+START_SECONDS = 600.0  # a network disk may have to serve the modules to hundreds of processes
 READY = b"ready\n"
-# Address space of the process beyond what it has: so much, and so much per byte of the frame (JPEG
-# 2000 takes 8 to 16), up to the most.
+# Address space that the process may add to what it has: a base, and a number of bytes for each byte
+# of the frame (JPEG 2000 takes 8 to 16), up to a maximum.
 BASE_BYTES, BYTES_PER_BYTE, MOST_BYTES = 256 << 20, 40, 4 << 30
 JPEG_2000 = (*JPEG2000TransferSyntaxes, HTJ2K, HTJ2KLossless, HTJ2KLosslessRPCL)
 JPEG_FAMILY = (*JPEGTransferSyntaxes, *JPEGLSTransferSyntaxes, *JPEG_2000)
 END_OF_IMAGE = b"\xff\xd9"  # the last two bytes of every JPEG, JPEG-LS and JPEG 2000 stream
-PADDING = b"\0\xff"  # what may follow them
-CODESTREAM = b"\xff\x4f\xff\x51"  # the first of JPEG 2000
+PADDING = b"\0\xff"  # bytes that may follow them
+CODESTREAM = b"\xff\x4f\xff\x51"  # the first bytes of a JPEG 2000 codestream
 ROOT = Path(__file__).resolve().parents[2]
 
 _process: subprocess.Popen | None = None
@@ -57,16 +57,16 @@ new_reading = itertools.count().__next__
 
 
 class DecoderError(Exception):
-    """A frame that was not decoded, and why."""
+    """A frame could not be decoded; the message says why."""
 
 
 def decode_frame(path: str | os.PathLike, index: int, frame_bytes: int, reading: int) -> np.ndarray:
-    """Stored values of one frame of a compressed DICOM file, (rows, columns[, samples]).
+    """Return the stored values of one frame of a compressed DICOM file, (rows, columns[, samples]).
 
-    frame_bytes: what the frame takes by the file's header; the decoder's memory follows from it.
-    reading: of `new_reading`; a file is read once for frames that give the same.
+    frame_bytes: size of the frame according to the header; it sets the decoder's memory limit.
+    reading: a number from `new_reading`; frames that pass the same one share one read of the file.
 
-    Raises DecoderError: damaged, or more memory or time than an honest frame needs.
+    Raises DecoderError if the frame is damaged, or takes more memory or time than an intact one.
     """
     file = [os.path.abspath(path), reading]
     request = {"file": file, "index": index, "bytes": frame_bytes}
@@ -84,13 +84,13 @@ def decode_frame(path: str | os.PathLike, index: int, frame_bytes: int, reading:
             raise DecoderError(f"the decoder crashed ({_end_of(process)})") from None
         except DecoderError:
             raise
-        except BaseException:  # interrupted between request and answer: out of step
+        except BaseException:  # interrupted: the next answer would belong to this request
             stop()
             raise
 
 
 def _receive(process: subprocess.Popen) -> np.ndarray:
-    """The values of one answer."""
+    """Return the values of one answer."""
     answer = json.loads(process.stdout.readline())
     if "error" in answer:
         raise DecoderError(answer["error"])
@@ -104,7 +104,7 @@ def _receive(process: subprocess.Popen) -> np.ndarray:
 
 
 def stop() -> None:
-    """End this process's decoder, if one runs."""
+    """End this process's decoder if it has one."""
     global _process
     process, _process = _process, None
     if process is not None:
@@ -115,21 +115,21 @@ def stop() -> None:
 
 
 def _running() -> subprocess.Popen:
-    """This process's decoder, started if need be."""
+    """Return this process's decoder; start it if none is running."""
     global _process
     if _process is not None and _process.poll() is not None:
-        stop()  # killed since the last frame, for want of memory perhaps
+        stop()  # it was killed since the last frame, perhaps because memory ran out
     if _process is None:
         places = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-        # settings by which the allocator hoards memory would make the bound one of the hoard
+        # without settings that make the allocator hoard memory, which would use up the limit
         env = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
         _process = process = subprocess.Popen(
             [sys.executable, "-m", "data.dicom.decoder"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,  # decoders chatter
+            stderr=subprocess.DEVNULL,  # decoders print warnings
             env={**env, "PYTHONPATH": os.pathsep.join(places), "OMP_NUM_THREADS": "1"},
-            start_new_session=True,  # Ctrl-C and a scheduler's signals are the parent's to handle
+            start_new_session=True,  # the parent alone handles Ctrl-C and a scheduler's signals
         )
         ready = False
         try:
@@ -145,7 +145,7 @@ def _running() -> subprocess.Popen:
 
 @contextmanager
 def _time_limit(process: subprocess.Popen, seconds: float) -> Iterator[threading.Event]:
-    """Kill the process after some time; whether that was done is set then."""
+    """Kill the process after some seconds, and set the event that was yielded."""
     overdue = threading.Event()
     timer = threading.Timer(seconds, lambda: (overdue.set(), process.kill()))
     timer.start()
@@ -161,7 +161,7 @@ def _end_of(process: subprocess.Popen) -> str:
 
 
 def _forget() -> None:
-    """In a fork: the process is the parent's."""
+    """Forget the decoder in a forked child: it belongs to the parent."""
     global _process, _lock
     _process, _lock = None, threading.Lock()
 
@@ -171,15 +171,15 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget)
 
 
-# ---- in the process
+# ---- in the decoder process
 
 
 def _serve() -> None:
     """Answer requests until the parent closes the pipe."""
     if resource is not None:
-        _lower(resource.RLIMIT_FSIZE, 0)  # decoders have no file to write, nor have their crashes
+        _lower(resource.RLIMIT_FSIZE, 0)  # decoders need no files, and crashes need no core dump
     answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what decoders print must not get between the answers
+    os.dup2(2, 1)  # so that nothing a decoder prints gets between the answers
     answers.write(READY)
     answers.flush()
     file, dataset = None, None
@@ -198,7 +198,7 @@ def _serve() -> None:
             raise
         except MemoryError:
             answer = {"error": "needs more memory than a frame of its size"}
-        except BaseException as error:  # each decoder raises its own; the one for RLE Rust panics
+        except BaseException as error:  # each decoder has its own types; RLE's raises Rust panics
             answer = {"error": str(error) or type(error).__name__}
         answers.write(json.dumps(answer).encode() + b"\n")
         if values is not None:
@@ -207,7 +207,7 @@ def _serve() -> None:
 
 
 def _decode(dataset: pydicom.Dataset, index: int) -> np.ndarray:
-    """Values as the stream holds them."""
+    """Return the values of a frame as the stream holds them."""
     syntax = dataset.file_meta.TransferSyntaxUID
     if syntax in JPEG_FAMILY:
         frames = int(dataset.get("NumberOfFrames") or 1)
@@ -221,9 +221,12 @@ def _decode(dataset: pydicom.Dataset, index: int) -> np.ndarray:
 
 
 def _unwrapped(jp2: bytes) -> bytes:
-    """The codestream within a JP2 file, which is all that DICOM allows (PS3.5 A.4.4), but not all
-    that there is. What is around it is kept from OpenJPEG: its reader of that, up to version 2.5.3,
-    can be made to write anywhere (CVE-2025-54874)."""
+    """Return the codestream within a JP2 file.
+
+    DICOM allows the codestream alone (PS3.5 A.4.4), but some files hold a whole JP2 file. OpenJPEG
+    must not see the rest of it: up to version 2.5.3 its JP2 reader can be made to write to any
+    address (CVE-2025-54874).
+    """
     at = 0
     while at + 8 <= len(jp2):
         length, kind = struct.unpack_from(">I4s", jp2, at)
@@ -236,7 +239,7 @@ def _unwrapped(jp2: bytes) -> bytes:
 
 
 def _with_frame(dataset: pydicom.Dataset, stream: bytes) -> pydicom.Dataset:
-    """An image of one frame, otherwise like the dataset's."""
+    """Return a data set like the given one, but with this one frame."""
     image = dataset.group_dataset(0x0028)
     image.pop("NumberOfFrames", None)
     image.PixelData = encapsulate([stream])
@@ -245,8 +248,8 @@ def _with_frame(dataset: pydicom.Dataset, stream: bytes) -> pydicom.Dataset:
 
 
 def _limit(frame_bytes: int) -> None:
-    """Bound this process's address space, which only Linux keeps to, and its time, lest it goes on
-    when its parent has been killed."""
+    """Limit this process's address space (only Linux enforces it) and its CPU time, so that it ends
+    even if its parent has been killed."""
     if resource is None:
         return
     used = resource.getrusage(resource.RUSAGE_SELF)

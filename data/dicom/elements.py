@@ -1,8 +1,8 @@
-"""The few elements of a DICOM file that reading a volume takes, as raw bytes.
+"""The few elements of a DICOM file that are needed to read a volume, as raw bytes.
 
-Ordinary files (little endian, explicit or implicit, compressed or not) are walked here, some six
-times as fast as pydicom does it, which is most of the time a series takes. Whatever is unusual, or
-seems damaged, is left to pydicom.
+Headers take most of the time of reading a series. Ordinary files (little endian, explicit or
+implicit, compressed or not) are parsed here, some six times as fast as by pydicom. Files that are
+unusual or seem damaged are left to pydicom.
 """
 
 import zlib
@@ -27,59 +27,27 @@ from pydicom.uid import (
 from data.volume import VolumeError
 
 # Images at one position that differ in one of these are time points, echoes, ...; named in errors.
-PHASE_KEYWORDS = (
-    "TemporalPositionIdentifier",
-    "TemporalPositionIndex",
-    "StackID",
-    "AcquisitionNumber",
-    "AcquisitionTime",
-    "TriggerTime",
-    "EchoTime",
-    "EchoNumbers",
-    "DiffusionBValue",
-    "FrameOfReferenceUID",
-    "ImageType",
+PHASE_KEYWORDS = tuple(
+    "TemporalPositionIdentifier TemporalPositionIndex StackID AcquisitionNumber AcquisitionTime "
+    "TriggerTime EchoTime EchoNumbers DiffusionBValue FrameOfReferenceUID ImageType".split()
 )
 PIXEL_KEYWORDS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
-WANTED = {
-    tag_for_keyword(keyword): keyword
-    for keyword in (
-        "SOPClassUID",
-        "SOPInstanceUID",
-        "SeriesInstanceUID",
-        "PatientID",
-        "PatientName",  # tells two patients apart where PatientID is empty; never shown or kept
-        "Modality",
-        "InstanceNumber",
-        "ImagePositionPatient",
-        "ImageOrientationPatient",
-        "PixelSpacing",
-        "SliceThickness",
-        "RescaleSlope",
-        "RescaleIntercept",
-        "ModalityLUTSequence",
-        "NumberOfFrames",
-        "Rows",
-        "Columns",
-        "SamplesPerPixel",
-        "PhotometricInterpretation",
-        "BitsAllocated",
-        "BitsStored",
-        "HighBit",
-        "PixelRepresentation",
-        "SharedFunctionalGroupsSequence",
-        "PerFrameFunctionalGroupsSequence",
-        *PHASE_KEYWORDS,
-        *PIXEL_KEYWORDS,
-    )
-}
+# PatientName tells two patients apart where PatientID is empty; it is never shown or kept.
+OTHER_KEYWORDS = (
+    "SOPClassUID SOPInstanceUID SeriesInstanceUID PatientID PatientName Modality InstanceNumber "
+    "ImagePositionPatient ImageOrientationPatient PixelSpacing SliceThickness "
+    "RescaleSlope RescaleIntercept ModalityLUTSequence NumberOfFrames Rows Columns SamplesPerPixel "
+    "PhotometricInterpretation BitsAllocated BitsStored HighBit PixelRepresentation "
+    "SharedFunctionalGroupsSequence PerFrameFunctionalGroupsSequence".split()
+)
+WANTED = {tag_for_keyword(k): k for k in (*OTHER_KEYWORDS, *PHASE_KEYWORDS, *PIXEL_KEYWORDS)}
 META = {0x00020002: "MediaStorageSOPClassUID", 0x00020010: "TransferSyntaxUID"}
 LONG_VRS = frozenset(b"OB OD OF OL OV OW SQ SV UC UN UR UT UV".split())  # PS3.5 section 7.1.2
 SHORT_VRS = frozenset(b"AE AS AT CS DA DS DT FD FL IS LO LT PN SH SL SS ST TM UI UL US".split())
 UNDEFINED = 0xFFFFFFFF
 ITEM, ITEM_END, SEQUENCE_END = 0xFFFEE000, 0xFFFEE00D, 0xFFFEE0DD
-FIRST_READ = 1 << 16  # bytes: more than most headers
-SMALL_INFLATED, INFLATE_RATIO = 64 << 20, 20  # what a deflated file may grow to; scans: 2 to 4 x
+FIRST_READ = 1 << 16  # bytes: longer than most headers
+SMALL_INFLATED, INFLATE_RATIO = 64 << 20, 20  # size a deflated file may grow to; scans: 2 to 4 x
 DEFER_SIZE = 4096  # bytes: pydicom leaves larger values in the file
 
 _explicit_element = Struct("<HH2sH").unpack_from
@@ -89,10 +57,12 @@ _long_length = Struct("<I").unpack_from
 
 @dataclass
 class Elements:
-    """values: raw bytes of wanted elements, numbers in little-endian order; b"" for sequences.
-    pixels: (keyword, offset in the file, length) of the pixel data if they are all there; the
-        length is UNDEFINED for fragments (compressed frames).
-    dataset: pydicom's data set, for files with functional groups only.
+    """The wanted elements of one file.
+
+    values: raw bytes of wanted elements, numbers in little-endian order; b"" for sequences.
+    pixels: (keyword, offset in the file, length) of the pixel data, None if they are incomplete;
+        the length is UNDEFINED for fragments (compressed frames).
+    dataset: pydicom's data set, only for files with functional groups.
     """
 
     transfer_syntax: str
@@ -102,15 +72,15 @@ class Elements:
 
 
 class NotDicom(Exception):
-    """The file has neither the DICM mark nor the look of a DICOM data set."""
+    """The file has no DICM mark, nor does it start like a DICOM data set."""
 
 
 class _Unusual(Exception):
-    """A file to be left to pydicom."""
+    """The file must be left to pydicom."""
 
 
 def read_elements(path: Path) -> Elements:
-    """The elements of a DICOM file. Raises NotDicom, or what pydicom does on damaged files."""
+    """Read the elements of a DICOM file. Raises NotDicom, or pydicom's errors on damaged files."""
     with open(path, "rb", buffering=0) as file:
         data = file.read(FIRST_READ)
         if data[128:132] != b"DICM":
@@ -124,7 +94,7 @@ def read_elements(path: Path) -> Elements:
                 break
             except _Unusual:
                 return _read_with_pydicom(path)
-            except StructError:  # the header goes on after what has been read
+            except StructError:  # the header is longer than what has been read
                 if len(data) >= size:
                     return _read_with_pydicom(path)
                 file.seek(0)
@@ -141,7 +111,7 @@ def read_elements(path: Path) -> Elements:
 
 
 def _starts_like_dicom(data: bytes) -> bool:
-    """Whether a file without preamble starts with an element that a data set could start with."""
+    """Return whether a file without preamble starts like a data set."""
     for order in ("little", "big"):
         group, element = (int.from_bytes(data[i : i + 2], order) for i in (0, 2))
         if group not in (0x0002, 0x0008) or element > 0x0100 or len(data) < 8:
@@ -154,7 +124,7 @@ def _starts_like_dicom(data: bytes) -> bool:
 
 
 def _read_fast(data: bytes) -> Elements:
-    """Elements from the start of a file with preamble. StructError: more of the file is needed."""
+    """Parse the start of a file with preamble; StructError if more of the file is needed."""
     meta, _, position = _walk(data, 132, True, META, end_group=0x0002)
     syntax = meta.get("TransferSyntaxUID", b"").decode("latin-1").strip("\0 ")
     usual = syntax in AllTransferSyntaxes and syntax not in (
@@ -172,10 +142,10 @@ def _read_fast(data: bytes) -> Elements:
 
 
 def _walk(data: bytes, position: int, explicit: bool, wanted: dict[int, str], end_group=None):
-    """Go over the elements of a data set that starts at position.
+    """Walk over the elements of a data set that starts at position.
 
-    Ends at pixel data, after the end of an item, or before the first element that is not of
-    end_group. Returns ({keyword: raw value}, (keyword, offset, length) of pixel data or None, end).
+    Stop at pixel data, after the end of an item, or before the first element outside end_group.
+    Returns ({keyword: raw value}, (keyword, offset, length) of pixel data or None, end).
     """
     values = {}
     while True:
@@ -209,7 +179,7 @@ def _walk(data: bytes, position: int, explicit: bool, wanted: dict[int, str], en
 
 
 def _skip_items(data: bytes, position: int, explicit: bool) -> int:
-    """The end of a sequence of undefined length whose first item starts at position."""
+    """Return the end of a sequence of undefined length whose first item starts at position."""
     while True:
         group, element, length = _implicit_element(data, position)
         tag = group << 16 | element
@@ -225,7 +195,7 @@ def _skip_items(data: bytes, position: int, explicit: bool) -> int:
 
 
 def _fragments_complete(file, position: int) -> bool:
-    """Whether the fragments of compressed pixel data are all there, to their end mark."""
+    """Return whether all fragments of compressed pixel data are there, up to the end mark."""
     while True:
         file.seek(position)
         head = file.read(8)
@@ -238,16 +208,16 @@ def _fragments_complete(file, position: int) -> bool:
 
 
 def _read_with_pydicom(path: Path) -> Elements:
-    """The same by pydicom, which knows every encoding."""
+    """Read the elements with pydicom, which knows every encoding."""
     _check_inflated(path)
     wanted = list(WANTED)
     dataset = pydicom.dcmread(path, defer_size=DEFER_SIZE, force=True, specific_tags=wanted)
     syntax = str(dataset.file_meta.get("TransferSyntaxUID", "")) or _found_syntax(dataset)
     if syntax == DeflatedExplicitVRLittleEndian:
-        # Deferred values are looked up by their place in the file, which deflating has moved.
+        # pydicom finds deferred values by their place in the file, which deflating has changed.
         dataset = pydicom.dcmread(path, force=True, specific_tags=wanted)
     elif not any(keyword in dataset for keyword in ("Rows", *PIXEL_KEYWORDS)):
-        # pydicom forgets the header when compressed pixel data break off; get it for its series.
+        # pydicom drops the header if compressed pixel data are cut short; its series is needed.
         dataset = pydicom.dcmread(path, stop_before_pixels=True, force=True, specific_tags=wanted)
 
     pixels = None
@@ -268,7 +238,7 @@ def _read_with_pydicom(path: Path) -> Elements:
 
 
 def _check_inflated(path: Path) -> None:
-    """Refuse a deflated file that would grow out of all proportion; pydicom inflates any."""
+    """Refuse a deflated file that would grow out of all proportion: pydicom has no limit."""
     with open(path, "rb") as file:
         data = file.read(FIRST_READ)
         start = 132 if data[128:132] == b"DICM" else 0
@@ -283,14 +253,14 @@ def _check_inflated(path: Path) -> None:
         while total <= most and not inflater.eof:
             chunk = inflater.unconsumed_tail or file.read(FIRST_READ)
             if not chunk:
-                return  # cut short, of which pydicom complains
+                return  # cut short: pydicom will refuse it
             total += len(inflater.decompress(chunk, 16 * FIRST_READ))
     if total > most:
         raise VolumeError(f"{path}: inflates to more than {most / 1e6:.0f} MB; is it a bomb?")
 
 
 def _found_syntax(dataset: Dataset) -> UID:
-    """What pydicom found by trying, in a file without file meta information."""
+    """Return the syntax that pydicom guessed for a file without file meta information."""
     is_implicit, is_little_endian = dataset.original_encoding
     if is_implicit:
         return ImplicitVRLittleEndian
@@ -298,7 +268,7 @@ def _found_syntax(dataset: Dataset) -> UID:
 
 
 def raw_values(dataset: Dataset) -> dict[str, bytes]:
-    """The wanted elements of a pydicom data set, in the form of Elements.values."""
+    """Return the wanted elements of a pydicom data set in the form of Elements.values."""
     values = {}
     for tag in dataset.keys():
         if WANTED.get(tag, "PixelData") in PIXEL_KEYWORDS:

@@ -1,4 +1,4 @@
-"""From frames in space to a regular stack of slices, or the reason why they are none."""
+"""Order frames into a regular stack of slices, or say why they do not form one."""
 
 from collections.abc import Callable
 
@@ -7,21 +7,17 @@ import numpy as np
 from data.dicom.header import Frame
 from data.volume import VolumeError
 
-DIRECTION_TOLERANCE = 1e-3  # of each cosine: headers round them
-UNIT_TOLERANCE = 1e-2  # of the length of directions, and of the cosine between them
-SPACING_TOLERANCE = 1e-3  # relative, of PixelSpacing between slices
+DIRECTION_TOLERANCE = 1e-3  # per direction cosine: headers round them
+UNIT_TOLERANCE = 1e-2  # for the length of directions, and for the cosine between them
+SPACING_TOLERANCE = 1e-3  # relative, for PixelSpacing between slices
 SAME_PLACE_MM = 1e-3
 JITTER = 0.04  # largest distance of a slice from its place in the regular stack, in slice spacings
 MAX_TILT = 0.5  # degrees between the stack's direction and the slices' normal
 LARGEST_SPACING_MM = 1000.0
-ONE_PER_VOLUME = (  # the other phases, such as AcquisitionNumber, may differ between its slices
-    "TemporalPositionIdentifier",
-    "TemporalPositionIndex",
-    "StackID",
-    "EchoNumbers",
-    "EchoTime",
-    "DiffusionBValue",
-    "FrameOfReferenceUID",
+# The other phases, such as AcquisitionNumber, may differ between the slices of a volume.
+ONE_PER_VOLUME = (
+    "TemporalPositionIdentifier TemporalPositionIndex StackID EchoNumbers EchoTime DiffusionBValue "
+    "FrameOfReferenceUID".split()
 )
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
@@ -31,8 +27,8 @@ def stack_frames(
 ) -> tuple[list[Frame], np.ndarray]:
     """Order frames by position along their normal, dropping copies of an instance.
 
-    where: file or folder, for errors. same_values: whether two frames show the same; asked only
-    for frames at one position.
+    where: file or folder, for errors. same_values: tells whether two frames have equal voxels;
+    called only for frames at one position.
 
     Returns the frames, each once, and the affine (4, 4): (column, row, slice) -> RAS+ mm.
     Raises VolumeError unless they form one stack of parallel, evenly spaced slices.
@@ -63,7 +59,7 @@ def stack_frames(
 
 
 def directions(frame: Frame) -> tuple[np.ndarray, np.ndarray]:
-    """Unit vectors of increasing column index and increasing row index, in LPS+, orthogonal."""
+    """Return unit vectors of increasing column index and increasing row index, LPS+, orthogonal."""
     row, column = np.array(frame.orientation[:3]), np.array(frame.orientation[3:])
     row = row / np.linalg.norm(row)
     column = column - (column @ row) * row
@@ -71,7 +67,7 @@ def directions(frame: Frame) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _check_geometry(frame: Frame) -> None:
-    """Each number must be there and mean something."""
+    """Raise VolumeError if a number is missing or impossible."""
     path = frame.image.path
     for name, values, count in (
         ("ImagePositionPatient", frame.position, 3),
@@ -94,7 +90,7 @@ def _check_geometry(frame: Frame) -> None:
 
 
 def _check_alike(frames: list[Frame], where: str) -> None:
-    """All slices must have one size, pixel spacing and orientation."""
+    """Raise VolumeError unless all slices have one size, pixel spacing and orientation."""
 
     def refuse(what: str, values: list) -> None:
         different = list(dict.fromkeys(values))
@@ -113,7 +109,7 @@ def _check_alike(frames: list[Frame], where: str) -> None:
 
 
 def _check_rescaling(frames: list[Frame], where: str) -> None:
-    """Slope and intercept may differ between slices, but not be absent from some."""
+    """Raise VolumeError if only some slices have a slope or intercept; the values may differ."""
     for name, values in (
         ("RescaleSlope", [frame.slope for frame in frames]),
         ("RescaleIntercept", [frame.intercept for frame in frames]),
@@ -129,7 +125,7 @@ def _check_rescaling(frames: list[Frame], where: str) -> None:
 def _without_copies(
     frames: list[Frame], positions: np.ndarray, where: str, same_values: Callable
 ) -> list[int]:
-    """Indices of frames with one of each place; VolumeError if different ones share a place."""
+    """Return the index of one frame per place; VolumeError if different frames share a place."""
     keep, clashes = [0], []
     for i in range(1, len(frames)):
         if np.linalg.norm(positions[i] - positions[keep[-1]]) > SAME_PLACE_MM:
@@ -154,10 +150,10 @@ def _without_copies(
 
 
 def _is_copy(first: Frame, second: Frame, same_values: Callable) -> bool:
-    """Whether two frames at one position are the same instance, stored twice.
+    """Return whether two frames at one position are the same instance, stored twice.
 
-    Copies that were given new SOPInstanceUIDs, or lost them, must agree in all else that tells
-    instances apart: a repeated scan does not.
+    Copies that got new SOPInstanceUIDs, or lost theirs, must agree in everything else that tells
+    instances apart; a repeated scan does not.
     """
     a, b = first.image, second.image
     same_instance = a.sop_uid == b.sop_uid != ""
@@ -169,17 +165,17 @@ def _is_copy(first: Frame, second: Frame, same_values: Callable) -> bool:
 
 
 def _check_phases(frames: list[Frame], where: str) -> None:
-    """Time points, echoes, ... at interleaved positions would pass for one volume."""
+    """Refuse time points, echoes, ... at interleaved positions: they would look like one volume."""
     for name in ONE_PER_VOLUME:
         values = {frame.phase.get(name) for frame in frames} - {None, b""}
-        if 1 < len(values) < len(frames):  # as many as slices: some scanners number those
+        if 1 < len(values) < len(frames):  # one per slice is allowed: some scanners number slices
             raise VolumeError(f"{where}: {len(values)} different values of {name} in one series")
 
 
 def _regular_places(
     frames: list[Frame], positions: np.ndarray, normal: np.ndarray, where: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """First position and step of the regular stack nearest to the positions (least squares)."""
+    """Return first position and step of the regular stack nearest to them (least squares)."""
     if len(frames) == 1:
         thickness = frames[0].thickness
         if not (thickness and 0 < thickness[0] < LARGEST_SPACING_MM):
@@ -225,6 +221,6 @@ def _refuse_gaps(frames: list[Frame], gaps: np.ndarray, where: str) -> None:
 
 
 def _name(frame: Frame) -> str:
-    """A frame in an error."""
+    """Return the name of a frame for an error."""
     name = frame.image.path.name
     return name if frame.image.num_frames == 1 else f"frame {frame.index + 1} of {name}"

@@ -1,4 +1,4 @@
-"""What the header of a DICOM file says of its image, and of where its frames lie in space."""
+"""The header of a DICOM file: facts about its image, and where its frames lie in space."""
 
 import math
 import re
@@ -23,7 +23,7 @@ FRAME_MACROS = (  # of the functional groups in enhanced multi-frame files (PS3.
 class Frame:
     """One slice: where it lies (DICOM's LPS+ mm) and how its stored values become real ones.
 
-    Numbers are as the header has them, unchecked; empty where absent.
+    Numbers are unchecked, as they are in the header; empty if absent.
     """
 
     image: "Image"
@@ -46,7 +46,7 @@ class Image:
     transfer_syntax: str
     sop_uid: str
     series_uid: str
-    patient: str  # to tell patients apart; never shown
+    patient: str  # only to tell patients apart; never shown
     modality: str | None
     image_type: list[str]
     instance_number: str
@@ -60,17 +60,17 @@ class Image:
     high_bit: int
     signed: bool
     has_lut: bool
-    pixels: tuple[str, int, int] | None  # keyword, offset, length; None: the file lacks some
+    pixels: tuple[str, int, int] | None  # keyword, offset, length; None if incomplete
     frames: list[Frame] = field(default_factory=list)
 
     @property
     def frame_bytes(self) -> int:
-        """Bytes of one frame's stored values, uncompressed."""
+        """Uncompressed size of one frame's stored values in bytes."""
         return self.rows * self.columns * self.bits_allocated // 8
 
 
 def read_header(path: Path) -> Image | None:
-    """The header of a DICOM file, or None for one that is no image (report, plan, DICOMDIR, ...).
+    """Read the header of a DICOM file; None if it is no image (report, plan, DICOMDIR, ...).
 
     Raises NotDicom; VolumeError if the file is DICOM, but damaged before its image begins.
     """
@@ -80,7 +80,7 @@ def read_header(path: Path) -> Image | None:
         outside, within = (_text(values, f"{w}SOPClassUID") for w in ("MediaStorage", ""))
         sop_class = within or outside
         keyword = UID(sop_class).keyword if sop_class else ""
-        if keyword and "Image" not in keyword:  # DICOM's name of every image class has the word
+        if keyword and "Image" not in keyword:  # the name of every image class has this word
             if "Image" in UID(outside).keyword:
                 raise VolumeError(f"{path}: damaged: its SOP classes disagree")
             return None
@@ -90,7 +90,7 @@ def read_header(path: Path) -> Image | None:
             return None  # a private class without an image
     except (NotDicom, OSError, VolumeError):
         raise
-    except Exception as error:  # pydicom raises many kinds on damaged files; some quote the header
+    except Exception as error:  # of many types by pydicom; no message, as it may quote the header
         raise VolumeError(f"{path}: damaged DICOM file ({type(error).__name__})") from None
     raise VolumeError(f"{path}: damaged DICOM file: it ends before its image")
 
@@ -135,7 +135,7 @@ def _image(path: Path, elements: Elements, sop_class: str) -> Image:
 
 
 def _frame(image: Image, index: int, sources: list[dict[str, bytes]]) -> Frame:
-    """One frame; each value comes from the first of the sources that has it."""
+    """Return one frame; each value comes from the first source that has it."""
     values = {}
     for source in reversed(sources):
         values.update(source)
@@ -153,7 +153,7 @@ def _frame(image: Image, index: int, sources: list[dict[str, bytes]]) -> Frame:
 
 
 def shown(uid: str) -> str:
-    """A UID in an error; what is none may be a piece of a damaged header, with a name in it."""
+    """Return a UID for an error; hide anything else, as a damaged header may put a name here."""
     return uid if _is_uid(uid) else "(no UID)"
 
 
@@ -162,12 +162,12 @@ def _is_uid(text: str) -> bool:
 
 
 def _text(values: dict[str, bytes], keyword: str) -> str:
-    """An element as text, its values separated by backslashes; "" if absent."""
+    """Return an element as text, its values separated by backslashes; "" if absent."""
     return values.get(keyword, b"").decode("latin-1").strip("\0 ")
 
 
 def _numbers(values: dict[str, bytes], keyword: str) -> list[float]:
-    """The numbers of a text element; [] if absent or empty, NaN for what is no number."""
+    """Return the numbers of a text element: [] if absent or empty, [NaN] if they are no numbers."""
     text = _text(values, keyword)
     try:
         return [float(part) for part in text.split("\\")] if text else []
@@ -176,6 +176,6 @@ def _numbers(values: dict[str, bytes], keyword: str) -> list[float]:
 
 
 def _integer(values: dict[str, bytes], keyword: str, default: int) -> int:
-    """A binary integer element."""
+    """Return a binary integer element."""
     value = values.get(keyword)
     return int.from_bytes(value, "little") if value else default

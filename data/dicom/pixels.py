@@ -1,7 +1,8 @@
-"""The stored values of DICOM frames, and how they become real ones."""
+"""Read the stored values of DICOM frames and turn them into real ones."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import groupby
 
 import numpy as np
 import pydicom
@@ -22,20 +23,20 @@ from data.dicom.elements import UNDEFINED
 from data.dicom.header import Frame, Image, shown
 from data.volume import VolumeError, rescale
 
-COLOURS = {kind.value for kind in PhotometricInterpretation}  # all that DICOM knows
+COLOURS = {kind.value for kind in PhotometricInterpretation}  # all that DICOM defines
 PLAIN = (ImplicitVRLittleEndian, ExplicitVRLittleEndian)
 DECODER_PACKAGES = {
     RLELossless: "pylibjpeg pylibjpeg-rle",
     **dict.fromkeys(JPEGLSTransferSyntaxes, "pyjpegls"),
     **dict.fromkeys(JPEG_2000, "pylibjpeg pylibjpeg-openjpeg"),
 }
-OTHER_DECODERS = "python-gdcm"  # knows the older JPEG syntaxes
+OTHER_DECODERS = "python-gdcm"  # decodes the older JPEG syntaxes
 RLE_RATIO = 64  # two bytes of run-length code give at most 128
-JPEG_RATIO, SMALL_BYTES = 1000, 4 << 20  # empty frames compress better, but are no larger
+JPEG_RATIO, SMALL_BYTES = 1000, 4 << 20  # empty frames exceed the ratio, but not the size
 
 
 def check_pixels(image: Image) -> None:
-    """Raise VolumeError, before anything is allocated, if the pixels are none we read rightly."""
+    """Raise VolumeError, before anything is allocated, if we cannot read the pixels correctly."""
     path = image.path
     if image.pixels is None:
         raise VolumeError(f"{path}: truncated: it ends before or within its pixel data")
@@ -65,7 +66,7 @@ def check_pixels(image: Image) -> None:
 
 
 def _check_bits(image: Image) -> None:
-    """The layout of a pixel's bits must be one that exists."""
+    """Raise VolumeError if the bits of a pixel have a layout that does not exist."""
     keyword = image.pixels[0]
     if keyword != "PixelData":
         ok = image.bits_allocated == (32 if keyword == "FloatPixelData" else 64)
@@ -80,7 +81,7 @@ def _check_bits(image: Image) -> None:
 
 
 def _check_length(image: Image) -> None:
-    """The file must hold the bytes that the header's sizes ask for, no fewer and hardly more."""
+    """Raise VolumeError if the file holds fewer bytes than the header needs, or many more."""
     syntax = UID(image.transfer_syntax)
     _, offset, length = image.pixels
     if (length == UNDEFINED) != syntax.is_encapsulated:
@@ -89,7 +90,7 @@ def _check_length(image: Image) -> None:
     if not syntax.is_encapsulated:
         wrong = not expected <= length < expected + max(image.frame_bytes // image.rows, 2)
     else:
-        # Roughly: the streams have sizes of their own, which are compared when they are decoded.
+        # A rough check: each stream has its own sizes, which are compared when it is decoded.
         length = image.path.stat().st_size - offset
         most = RLE_RATIO if syntax == RLELossless else JPEG_RATIO
         wrong = expected > most * length and expected > SMALL_BYTES
@@ -101,7 +102,7 @@ def _check_length(image: Image) -> None:
 
 
 def _check_decoder(image: Image) -> None:
-    """A decoder for the transfer syntax must be installed."""
+    """Raise VolumeError if no decoder for the transfer syntax is installed."""
     syntax = UID(image.transfer_syntax)
     try:
         available = get_decoder(syntax).is_available
@@ -120,30 +121,31 @@ def _check_decoder(image: Image) -> None:
 
 
 def read_frames(frames: list[Frame]) -> np.ndarray:
-    """Real values of frames of one size, (frames, rows, columns), int16 or float32.
+    """Return the real values of frames of one size, (frames, rows, columns), int16 or float32.
 
     Raises VolumeError naming the file that cannot be decoded.
     """
-    volume = None
-    for start, stop in _runs_of_one_file(frames):
-        with _open_image(frames[start].image) as stored_values:
-            for number in range(start, stop):
-                values = real_values(frames[number], stored_values)
-                if volume is None:  # only now, as a first frame of the claimed size exists
+    volume, number = None, 0
+    for image, group in groupby(frames, lambda frame: frame.image):  # each file is opened once
+        with _open_image(image) as stored_values:
+            for frame in group:
+                values = real_values(frame, stored_values)
+                if volume is None:  # only now: a frame proves that the claimed size is real
                     volume = np.empty((len(frames), *values.shape), values.dtype)
                 elif volume.dtype != values.dtype:
                     volume = volume.astype(np.float32, copy=False)
                 volume[number] = values
+                number += 1
     return volume
 
 
 def same_values(first: Frame, second: Frame) -> bool:
-    """Whether two frames show the same."""
+    """Return whether two frames have equal values."""
     return np.array_equal(read_frames([first]), read_frames([second]))
 
 
 def real_values(frame: Frame, stored_values: Callable[[int], np.ndarray]) -> np.ndarray:
-    """One decoded, rescaled frame (rows, columns), int16 or float32."""
+    """Return one decoded, rescaled frame (rows, columns), int16 or float32."""
     image = frame.image
     slope = frame.slope[0] if frame.slope else 1.0
     intercept = frame.intercept[0] if frame.intercept else 0.0
@@ -151,7 +153,7 @@ def real_values(frame: Frame, stored_values: Callable[[int], np.ndarray]) -> np.
         return rescale(stored_values(frame.index), slope, intercept)
     except (VolumeError, KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # each decoder raises its own kinds; the one for RLE Rust panics
+    except BaseException as error:  # each decoder has its own types; RLE's raises Rust panics
         hint = ""
         if image.transfer_syntax in JPEGTransferSyntaxes:
             hint = f" (pip install {OTHER_DECODERS} adds a decoder for all kinds of JPEG)"
@@ -160,18 +162,9 @@ def real_values(frame: Frame, stored_values: Callable[[int], np.ndarray]) -> np.
         ) from error
 
 
-def _runs_of_one_file(frames: list[Frame]) -> Iterator[tuple[int, int]]:
-    """(start, stop) of consecutive frames from the same file, so that it is opened once."""
-    start = 0
-    for stop in range(1, len(frames) + 1):
-        if stop == len(frames) or frames[stop].image is not frames[start].image:
-            yield start, stop
-            start = stop
-
-
 @contextmanager
 def _open_image(image: Image) -> Iterator[Callable[[int], np.ndarray]]:
-    """A function that gives the stored values of a frame, (rows, columns), by its index."""
+    """Yield a function that returns the stored values of a frame, (rows, columns), by its index."""
     keyword, offset, _ = image.pixels
     shape = image.rows, image.columns
     if image.transfer_syntax in PLAIN:
@@ -214,7 +207,7 @@ def _open_image(image: Image) -> Iterator[Callable[[int], np.ndarray]]:
 
 
 def _used_bits(stored: np.ndarray, image: Image) -> np.ndarray:
-    """Stored values without what shares their words: overlays, or anything else above or below.
+    """Return stored values without the other bits of their words, such as overlays.
 
     The value's bits are HighBit and the BitsStored - 1 below it (PS3.5 section 8.1.1).
     """

@@ -1,4 +1,4 @@
-"""DICOM series to volumes: which files of a folder belong to it, and their frames in order."""
+"""Read a DICOM series as a volume: find its files in a folder and put their frames in order."""
 
 import os
 import re
@@ -14,26 +14,24 @@ from data.volume import Volume, VolumeError, check_expansion
 
 DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
 PARTIAL_SUFFIXES = (".gz", ".bz2", ".xz", ".zip", ".part", ".crdownload", ".filepart", ".tmp")
-FEW_SLICES = 3  # at most these in a series that is taken for an accessory of a longer one
+FEW_SLICES = 3  # a series of at most this many may be an accessory of a longer one
 
 
 def read_dicom(path: Path, series_uid: str | None = None) -> Volume:
     """Read the one image series of a folder, or one multi-frame file.
 
-    series_uid: SeriesInstanceUID to pick where there are several series.
+    series_uid: SeriesInstanceUID to pick if there are several series.
 
     Returns voxels (column, row, slice) in the order of slice positions, rescaled per slice
     (CT: HU), with their affine. Values of MONOCHROME1 images are kept as stored.
 
-    Raises VolumeError where the files do not make one regular volume, or where it is not sure;
-    NotDicom for a file of another format.
+    Raises VolumeError if the files do not certainly form one regular volume; NotDicom for a file
+    of another format.
     """
-    with warnings.catch_warnings():  # of pydicom, on oddities; what matters is checked here
+    where = str(path)
+    with warnings.catch_warnings():  # pydicom warns of oddities; those that matter are checked here
         warnings.simplefilter("ignore")
-        if path.is_dir():
-            images, where = _find_images(path), str(path)
-        else:
-            images, where = [_one_image(path)], str(path)
+        images = _find_images(path) if path.is_dir() else [_one_image(path)]
         series = _choose_series(images, series_uid, where)
         for image in series:
             check_pixels(image)
@@ -54,7 +52,7 @@ def read_dicom(path: Path, series_uid: str | None = None) -> Volume:
 
 
 def _one_image(path: Path) -> Image:
-    """The image of a single file, which must be a volume of its own."""
+    """Read the image of a single file, which must be a whole volume."""
     image = read_header(path)
     if image is None:
         raise VolumeError(f"{path}: a DICOM file, but not an image")
@@ -64,13 +62,13 @@ def _one_image(path: Path) -> Image:
 
 
 def _find_images(folder: Path) -> list[Image]:
-    """Images among the files of a folder (not of its subfolders).
+    """Return the images among the files of a folder (not of its subfolders).
 
-    A slice that is damaged beyond recognition must not be mistaken for a stray file, as nothing
-    else shows that a series is short of its first or last slice. So what does not look like DICOM
-    is an error if it is named like the slices but for digits (empty or not: a download that failed
-    leaves either), if its suffix is one of a DICOM file, or if it is binary and has the suffix of
-    the slices. Other empty files are passed over.
+    A slice that is damaged beyond recognition must not be taken for an unrelated file, because
+    nothing else shows that a series lacks its first or last slice. So a file that does not look
+    like DICOM is an error if its name differs from those of the slices in digits only (even if it
+    is empty, as after a failed download), if it is not empty and has a DICOM suffix, or if it is
+    binary and has the suffix of the slices.
     """
     images, others = [], []
     subfolders = 0
@@ -110,12 +108,12 @@ def _without_digits(name: str) -> str:
 
 
 def _finished(path: Path) -> str:
-    """A file's name, without the suffix of what is packed or was not received to its end."""
+    """Return a file's name without the suffix of a packed or incomplete file."""
     return path.stem if path.suffix.lower() in PARTIAL_SUFFIXES else path.name
 
 
 def _suffix(path: Path) -> str:
-    """A file's suffix, if it is one: the last part of a UID is not."""
+    """Return a file's suffix in lower case, but "" for the last part of a UID."""
     return path.suffix.lower() if any(map(str.isalpha, path.suffix)) else ""
 
 
@@ -125,7 +123,7 @@ def _is_binary(path: Path) -> bool:
 
 
 def _choose_series(images: list[Image], series_uid: str | None, where: str) -> list[Image]:
-    """The images of the wanted series, or of the only one."""
+    """Return the images of the wanted series, or of the only one."""
     if series_uid:
         chosen = [image for image in images if image.series_uid == series_uid]
         if not chosen:
@@ -172,7 +170,7 @@ def _by_series(images: list[Image]) -> dict[str, list[Image]]:
 
 
 def _listed(series: dict[str, list[Image]]) -> str:
-    """Series in an error: SeriesInstanceUIDs and numbers of slices."""
+    """Return SeriesInstanceUIDs and numbers of slices for an error."""
     return ", ".join(
         f"{shown(uid) if uid else '(no SeriesInstanceUID)'} ({_num_slices(members)} slices)"
         for uid, members in series.items()
@@ -188,25 +186,25 @@ def _is_localizer(image: Image) -> bool:
 
 
 def _is_capture(image: Image) -> bool:
-    """Whether an image is a screenshot or scanned page, with no place in the patient."""
+    """Return whether an image is a screenshot or scanned page, with no place in the patient."""
     is_placed = any(frame.position for frame in image.frames)
     return image.sop_class.endswith("SecondaryCaptureImageStorage") and not is_placed
 
 
 def _is_accessory(images: list[Image], main: list[Image]) -> bool:
-    """Whether a series is no volume, but a scout or the like beside a much longer one."""
+    """Return whether a series is no volume, but a scout or the like beside a much longer one."""
     stacks = _orientations(images)
     if not stacks or max(stacks.values()) > FEW_SLICES:
         return False
     if not all(frame.orientation and frame.position for image in images for frame in image.frames):
-        return False  # for all that is known, a damaged slice
+        return False  # it may be a damaged slice
     if set(stacks) == set(_orientations(main)):
         return _num_slices(main) >= 4 * _num_slices(images) and not _continues(images, main)
     return _num_slices(main) >= 2 * max(stacks.values())
 
 
 def _continues(images: list[Image], main: list[Image]) -> bool:
-    """Whether slices lengthen a stack: they are its own, with a damaged or changed UID."""
+    """Return whether slices extend a stack: then they belong to it and their UID is wrong."""
     frames = [[frame for image in part for frame in image.frames] for part in (main, main + images)]
     try:
         for image in main + images:
@@ -218,6 +216,6 @@ def _continues(images: list[Image], main: list[Image]) -> bool:
 
 
 def _orientations(images: list[Image]) -> Counter:
-    """How many slices have each orientation."""
+    """Count the slices of each orientation."""
     frames = [frame for image in images for frame in image.frames]
     return Counter(tuple(round(cosine, 2) for cosine in frame.orientation) for frame in frames)

@@ -1,7 +1,7 @@
-"""The standard control: what size, spacing and mean intensity of a volume alone say of a target.
+"""The standard control: predict a target from size, spacing and mean intensity of a volume alone.
 
-A network that is no better than this may have learnt how the scans were made and cut, and nothing
-of what they show.
+A network that is no better than this may have learnt how the scans were acquired and cropped, and
+nothing of their content.
 """
 
 from collections.abc import Sequence
@@ -20,15 +20,15 @@ from data.prepare.targets import Targets
 from data.views.geometry import BODY_BLOCK
 from utils import distributed
 
-MAX_CHUNKS = 8  # of 64³ voxels, read of a volume for its mean intensity
+MAX_CHUNKS = 8  # chunks of 64³ voxels that are read for a volume's mean intensity
 
 
 def control_features(entry) -> np.ndarray:
-    """(7,): logarithms of voxels and of mm per voxel of the file along x, y, z; mean intensity.
+    """Return (7,): logarithms of the file's voxels and mm per voxel along x, y, z; mean intensity.
 
-    Sums of the logarithms are those of lengths and volumes in mm. The intensity is of the body, in
-    HU for CT, else relative to the percentiles; of a large volume it is that of a few chunks,
-    spread evenly over those that hold body.
+    Sums of the logarithms are logarithms of lengths and volumes in mm. The intensity is the body's
+    mean, in HU for CT, else relative to the percentiles. In a large volume it is taken from a few
+    chunks, spread evenly over those that hold body.
     """
     axes = io_orientation(entry.original_affine)[:, 0].astype(int)  # x, y or z of each file axis
     voxels = np.empty(3)
@@ -49,13 +49,13 @@ def control_features(entry) -> np.ndarray:
         values = values[inside[tuple(map(slice, values.shape))]]
         total, count = total + values.sum(dtype=np.float64), count + values.size
     stored = total / count if count else entry.background
-    # rounded: spacings that differ by less than 0.1 % only do so in the file's last digits
+    # rounded, as spacings that differ by less than 0.1 % differ only in the file's last digits
     lengths = np.log([*voxels, *entry.slice_spacing]).round(3)
     return np.array([*lengths, stored * entry.scale + entry.offset])
 
 
 def control_features_of(cases: Sequence[Case], cache: VolumeCache) -> np.ndarray:
-    """(N, F), see `control_features`. The cases are split over ranks; all ranks get all."""
+    """Return `control_features` (N, F). The cases are split over ranks; all ranks get all rows."""
     rank, world = distributed.rank(), distributed.world_size()
     own = [control_features(cache.get(case)) for case in cases[rank::world]]
     parts = distributed.gather_objects(own)
@@ -66,8 +66,8 @@ def control_features_of(cases: Sequence[Case], cache: VolumeCache) -> np.ndarray
 class Control:
     """Logistic regressions (ridge regressions for numbers) on standardised features.
 
-    mean, scale: (F,) of the train cases. weights, bias: {target: (outputs, F)} and (outputs,). All
-    are lists, so that a checkpoint can hold them.
+    mean, scale: (F,) of the train cases. weights: {target: (outputs, F)}; bias: {target:
+    (outputs,)}. All are lists, so that a checkpoint can hold them.
     """
 
     mean: list[float]
@@ -77,7 +77,7 @@ class Control:
 
     @classmethod
     def fit(cls, features: np.ndarray, targets: Targets, cases: Sequence[Case]) -> "Control":
-        """features: (N, F) of the train cases."""
+        """Fit the regressions on features (N, F) of the train cases."""
         scaler = StandardScaler().fit(features)
         x, labels = scaler.transform(features), [targets.encode(case) for case in cases]
         weights, bias = {}, {}
@@ -98,7 +98,7 @@ class Control:
         return asdict(self)
 
     def predict(self, features: np.ndarray, targets: Targets) -> dict[str, np.ndarray]:
-        """{target: (N, K) probabilities, or (N,) numbers in the column's units}."""
+        """Return {target: (N, K) probabilities, or (N,) numbers in the column's units}."""
         x = (np.asarray(features) - self.mean) / self.scale
         outputs = {}
         for name in targets.names:

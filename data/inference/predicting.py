@@ -1,4 +1,4 @@
-"""What trained classifiers, and the control, say of cases."""
+"""Predictions of trained classifiers, and of the control, for cases."""
 
 import itertools
 from collections.abc import Sequence
@@ -35,12 +35,13 @@ class Tested:
     """A checkpoint to be tested.
 
     Attributes:
-        cfg: its config, with OF_THE_TEST from the config at hand. cache: in its standard form.
-        targets, seen_patients: its own. weights: of the classifier.
+        cfg: its config, but with the fields OF_THE_TEST of the current config.
+        cache: a cache in its standard form.
+        targets, seen_patients: of its training. weights: of the classifier.
     """
 
     def __init__(self, path: str, cfg):
-        """cfg: the config at hand. Raises CheckpointError for a file not of classification.py."""
+        """cfg: the current config. Raises CheckpointError for a file not of classification.py."""
         saved, self.cfg = open_checkpoint(path, "classification", cfg, OF_THE_TEST)
         self.targets = Targets.from_dict(saved["classes"])
         self.cache = VolumeCache(cfg.cache_dir, standard_form(self.cfg))
@@ -48,7 +49,7 @@ class Tested:
         self._control = Control.from_dict(saved["control"])
 
     def views(self, cases: Sequence[Case]) -> tuple[ImageDataset, EpochSampler]:
-        """All fixed views of the cases, for `make_loader`."""
+        """Return all fixed views of the cases, for `make_loader`."""
         at = placements(self.cfg.test.flip, self.cfg.test.shift)
         settings = ImageSettings.from_config(self.cfg, augment=False)
         order = (0, 1, False, distributed.rank(), distributed.world_size())
@@ -56,18 +57,18 @@ class Tested:
         return ImageDataset(cases, self.cache, settings, 0, at), sampler
 
     def image(self, case: Case) -> np.ndarray:
-        """(X, Y, Z) in 0..1: the plain view."""
+        """Return the plain view of a case, (X, Y, Z) in 0..1."""
         settings = ImageSettings.from_config(self.cfg, augment=False)
         item = ImageDataset([case], self.cache, settings, 0, [PLAIN])[0, 0, 0]
         return cut_images(collate([item]), settings.size, torch.device("cpu"))[0, 0].numpy()
 
     def control(self, cases: Sequence[Case]) -> Predictions:
-        """What the control, fitted when the network was trained, says of the cases."""
+        """Return the predictions of the control that was fitted when the network was trained."""
         return self._control.predict(control_features_of(cases, self.cache), self.targets)
 
 
 def open_tested(cfg) -> list[Tested]:
-    """The checkpoints of test_ckpt. Raises CheckpointError where they do not fit each other."""
+    """Open the checkpoints of test_ckpt. Raises CheckpointError if their targets differ."""
     tested = [Tested(path, cfg) for path in cfg.test_ckpt]
     learned = [{"classes": x.targets.classes, "numbers": [*x.targets.moments]} for x in tested]
     refuse_unlike(cfg.test_ckpt, learned)
@@ -75,7 +76,7 @@ def open_tested(cfg) -> list[Tested]:
 
 
 def load_to_test(tested: Sequence[Tested], check: bool):
-    """What `load_cases` returns. The CSV need not have the columns of the targets."""
+    """Return what `load_cases` returns. The CSV need not have the columns of the targets."""
     for one in tested:  # each brings the volumes into its own cache
         cases, skipped = load_cases(
             one.cfg,
@@ -91,16 +92,15 @@ def load_to_test(tested: Sequence[Tested], check: bool):
 
 
 def average(predictions: Sequence[Predictions]) -> Predictions:
-    """The mean over several checkpoints."""
-    names = predictions[0]
-    return {name: np.mean([found[name] for found in predictions], axis=0) for name in names}
+    """Return the mean over several checkpoints."""
+    return {k: np.mean([found[k] for found in predictions], axis=0) for k in predictions[0]}
 
 
 @torch.no_grad()
 def predict(run: Run, network, loader, targets: Targets) -> dict[str, np.ndarray]:
-    """{target: (N, K) probabilities, or (N,) numbers in their units}, means over a case's views.
+    """Return predictions as `Control.predict`, means over the views of each case.
 
-    The cases of `loader` are split over ranks; all ranks get all of them, in their order.
+    The cases of `loader` are split over ranks; all ranks get all predictions, in their order.
 
     Raises:
         NotFinite: on all ranks.

@@ -1,6 +1,6 @@
 """Probes of a frozen network on the cases of a data set: windows of volumes, features, scores.
 
-A network here is anything with `backbone.encode` and `pool`, such as `models.dino.DINONetwork`.
+A network is any object with `backbone.encode` and `pool`, such as `models.dino.DINONetwork`.
 """
 
 import itertools
@@ -24,12 +24,12 @@ from utils.metrics.probes import DenseProbe, label_probes
 from utils.training.run import Run
 from utils.training.step import autocast, refuse_not_finite
 
-PROBE_WINDOWS = 8  # windows of a volume that are looked at during training
-DENSE_WINDOWS = 4  # of each of probe.dense_cases volumes; more of each where there are fewer
+PROBE_WINDOWS = 8  # windows per volume that are used during training
+DENSE_WINDOWS = 4  # windows per volume for probe.dense_cases volumes; more if there are fewer
 
 
 def windows(entry, size, limit: int, coords=None) -> list[tuple[int, int, int]]:
-    """Windows that tile a volume; at most `limit`, those with the most body, or the most coords."""
+    """Return windows that tile a volume, at most the `limit` with most body (or most coords)."""
     starts = window_starts(entry.shape, size)
 
     def content(start):
@@ -44,7 +44,7 @@ def windows(entry, size, limit: int, coords=None) -> list[tuple[int, int, int]]:
 
 @torch.no_grad()
 def embed(run: Run, network, cache, cases, limit=10**9) -> np.ndarray:
-    """(N, D) pooled features, each the mean over windows that tile the volume. Split over ranks."""
+    """Return pooled features (N, D), means over windows that tile a volume; split over ranks."""
     cfg, device, size = run.cfg, run.device, run.cfg.crops.global_size
     rank, world, own = distributed.rank(), distributed.world_size(), []
 
@@ -52,23 +52,22 @@ def embed(run: Run, network, cache, cases, limit=10**9) -> np.ndarray:
         with autocast(device, cfg.precision):
             return network.pool(network.backbone.encode(x.to(device))[-1]).float()
 
-    for case in tqdm(
-        cases[rank::world], "embedding", leave=False, disable=not distributed.is_main()
-    ):
+    share, quiet = cases[rank::world], not distributed.is_main()
+    for case in tqdm(share, "embedding", leave=False, disable=quiet):
         if run.stop:
             break
         entry, pooled = cache.get(case), 0.0
         starts = windows(entry, size, limit)
+        parts = (starts[i : i + cfg.batch_size] for i in range(0, len(starts), cfg.batch_size))
         batches = (
-            torch.stack([fixed_view(entry, start, size, cfg.data.hu_window) for start in some])
-            for i in range(0, len(starts), cfg.batch_size)
-            for some in [starts[i : i + cfg.batch_size]]
+            torch.stack([fixed_view(entry, start, size, cfg.data.hu_window) for start in part])
+            for part in parts
         )
         for _, features in in_parts(look, batches, run.say):
             pooled = pooled + features.sum(dim=0).cpu()
         own.append((pooled / len(starts)).numpy())
     run.stop.raise_if_received()
-    pairs = zip(cases[rank::world], own, strict=True)
+    pairs = zip(share, own, strict=True)
     refuse_not_finite([case.patient for case, x in pairs if not np.isfinite(x).all()])
     parts = distributed.gather_objects(own)
     return np.stack([parts[i % world][i // world] for i in range(len(cases))])
@@ -76,7 +75,7 @@ def embed(run: Run, network, cache, cases, limit=10**9) -> np.ndarray:
 
 @torch.no_grad()
 def feature_maps(run: Run, network, entry) -> tuple[np.ndarray, list[np.ndarray]]:
-    """The middle window of a volume (X, Y, Z) in 0..1, and its maps (C, x, y, z), finest first."""
+    """Return a volume's middle window (X, Y, Z) in 0..1 and its maps (C, x, y, z), finest first."""
     cfg, size = run.cfg, run.cfg.crops.global_size
     start = [max(0, (n - s) // 2) for n, s in zip(entry.shape, size, strict=True)]
     x = fixed_view(entry, start, size, cfg.data.hu_window)
@@ -91,10 +90,10 @@ def feature_maps(run: Run, network, entry) -> tuple[np.ndarray, list[np.ndarray]
 def dense_score(
     run: Run, network, cache: VolumeCache, train: Sequence[Case], val: Sequence[Case]
 ) -> float | None:
-    """Mean foreground Dice of a ridge regression from all frozen maps to the masks.
+    """Return the mean foreground Dice of a ridge regression from all frozen maps to the masks.
 
-    Fitted on probe.dense_cases of the train cases, scored on four times as many val cases, each on
-    the windows that hold most of its labels. None where there are no masks.
+    It is fitted on probe.dense_cases of the train cases and scored on four times as many val cases,
+    in each case on the windows that hold most labels. None if there are no masks.
     """
     cfg, device, stop = run.cfg, run.device, run.stop
     train = spread([c for c in train if c.seg_path], cfg.probe.dense_cases)
@@ -117,19 +116,19 @@ def dense_score(
             yield maps, torch.from_numpy(entry.read_seg(start, size)).long()
 
     def count(cases):
-        """`DenseProbe.counts` of each case."""
+        """Yield `DenseProbe.counts` of each case."""
         for case in cases:
             total = 0
             for maps, seg in labelled_windows(case, len(cases)):
                 scores = dense.scores(maps, size)
-                box = tuple(map(slice, seg.shape))  # a thin volume ends inside the window
+                box = tuple(map(slice, seg.shape))  # a thin volume may end inside the window
                 total = total + dense.counts(scores[(slice(None), *box)], seg)
             yield total
 
     dense = DenseProbe([0, *labels])
     for i, case in enumerate(train):
         if stop:
-            return None  # the caller tells the other ranks
+            return None  # the caller informs the other ranks
         for maps, seg in labelled_windows(case, len(train)):
             dense.add(maps, seg, size, seed=i)
     dense.fit()
@@ -143,7 +142,7 @@ def dense_score(
 
 
 def probe(run: Run, teacher, cache, cases) -> dict[str, float | None]:
-    """kNN, linear and dense probes of the frozen teacher, fitted on train, scored on val."""
+    """Return kNN, linear and dense probes of the frozen teacher, fitted on train, scored on val."""
     if not cases["val"]:
         return {}
     teacher.eval()
@@ -158,7 +157,7 @@ def probe(run: Run, teacher, cache, cases) -> dict[str, float | None]:
     if distributed.is_main():
         try:
             score = dense_score(run, teacher, cache, cases["train"], cases["val"])
-        except NotFinite:  # on this rank only
+        except NotFinite:  # raised on this rank only, so it must not end the run here
             score = math.nan
         row |= {} if score is None else {"probe_dense_dice": score}
     run.stop.raise_if_received()
@@ -167,21 +166,21 @@ def probe(run: Run, teacher, cache, cases) -> dict[str, float | None]:
 
 
 def probe_score(row: dict) -> float | None:
-    """Mean of the linear probes' AUC and the dense probe's Dice, as far as there are any."""
+    """Return the mean of the linear probes' AUC and the dense probe's Dice, or None without any."""
     names = [k for k in row if k.startswith("probe_") and k.endswith(("linear_auc", "dice"))]
     scores = [row[name] for name in names if row[name] is not None]
     return float(np.mean(scores)) if scores else None
 
 
 def spread(items: list, number: int) -> list:
-    """At most `number` items, evenly spaced."""
+    """Return at most `number` items, evenly spaced."""
     if len(items) <= number:
         return items
     return [items[i] for i in np.linspace(0, len(items) - 1, number).round().astype(int)]
 
 
 def write_embeddings(run: Run, network, cache, cases: dict, folder) -> None:
-    """features.npz, features.csv (row i is features[i]) and metrics.json of the test cases.
+    """Write features.npz, features.csv (row i is features[i]) and metrics.json of the test cases.
 
     Each feature is the mean over all windows of the volume; probes are fitted on the train cases.
     """
@@ -197,10 +196,8 @@ def write_embeddings(run: Run, network, cache, cases: dict, folder) -> None:
     dense = dense_score(run, network, cache, cases["train"], cases["test"])
     scores["dense"] = {"dice": dense}
     folder.mkdir(parents=True, exist_ok=True)
-    rows = [
-        {"PatientID": c.patient, "csv_line": c.row, "fold": c.fold, **c.labels}
-        for c in cases["test"]
-    ]
+    who = [{"PatientID": c.patient, "csv_line": c.row, "fold": c.fold} for c in cases["test"]]
+    rows = [one | c.labels for one, c in zip(who, cases["test"], strict=True)]
     pd.DataFrame(rows).to_csv(folder / "features.csv", index=False)
     np.savez(folder / "features.npz", features=x, csv_line=[row["csv_line"] for row in rows])
     text = json.dumps(scores, indent=2)

@@ -1,9 +1,9 @@
-"""From the standard form back to the file: predictions on the voxels that the user gave.
+"""From the standard form back to the file: predictions on the voxels of the user's volume.
 
-Probabilities are interpolated (trilinear) where the file's voxels lie, and the most probable class
-is taken there; what was cut away as air is background. The class of a voxel between eight voxels
-that agree is theirs, whatever the weights, so that only boundaries are interpolated. Slabs are
-restored as the sliding window finishes them: the probabilities of a volume are never held whole.
+Probabilities are interpolated (trilinear) at the file's voxels, and the most probable class is
+taken; air that was cut away becomes background. A voxel between eight voxels of one class gets that
+class whatever the weights, so that only boundaries are interpolated. Slabs are restored as the
+sliding window finishes them, so that the probabilities of a volume are never held as a whole.
 """
 
 import os
@@ -20,6 +20,7 @@ from torch import Tensor
 from data.cases import Case
 from data.entry import CacheEntry
 from data.inference.windows import fixed_view
+from data.nifti import is_nifti
 from data.readers import VolumeError, read_volume
 from data.views.intensity import normalise
 from data.volume import spacing_of
@@ -28,8 +29,8 @@ from utils.errors import NotFinite
 from utils.memory import attempt
 from utils.sliding_window import Predict, window_slabs
 
-MIXED = 255  # not the index of a class: neighbours disagree
-EDGE = 0.5 + 1e-3  # voxels that a volume reaches beyond the centres of its outermost voxels
+MIXED = 255  # marks voxels whose neighbours disagree; not the index of a class
+EDGE = 0.5 + 1e-3  # voxels by which a volume extends past the centres of its outermost voxels
 CHUNK = 2**21  # voxels restored at a time
 CHUNK_VALUES = 2**24  # probabilities interpolated at a time
 DTYPES = (np.uint8, np.int16, np.int32)
@@ -45,13 +46,13 @@ def predict_case(
     device: torch.device,
     log: Callable[[str], None] | None = None,
 ) -> np.ndarray:
-    """The most probable class at every voxel of the file.
+    """Predict the most probable class at every voxel of the file.
 
     Args:
         predict: (B, 1, x, y, z) in 0..1 -> probabilities (B, K, x, y, z), K <= 255.
-        entry: the case in standard form; what its mask added to the volume is not looked at.
+        entry: the case in standard form; the part that only its mask added is not used.
         roi, overlap, batch, device, log: see `utils.sliding_window.window_slabs`.
-        hu_window: CT: HU mapped to 0 and 1.
+        hu_window: HU mapped to 0 and 1 (CT only).
     Returns:
         uint8 index of the class, of entry.original_shape: in the axes of the volume as read.
     Raises:
@@ -79,15 +80,15 @@ def _finite(slab: tuple[int, Tensor]) -> tuple[int, Tensor]:
 def to_file_grid(
     slabs: Iterable[tuple[int, Tensor]], axis: int, affine, shape, original_affine, original_shape
 ) -> np.ndarray:
-    """The most probable class on another grid than the probabilities'.
+    """Return the most probable class on another grid than that of the probabilities.
 
     Args:
-        slabs: (first voxel along the axis, (K, x, y, z)), one after the other, K <= 255.
-        axis: of the slabs.
-        affine, shape: of the probabilities' grid, index -> mm; (X, Y, Z).
+        slabs: (first voxel along the axis, (K, x, y, z)), consecutive, K <= 255.
+        axis: along which the slabs follow each other.
+        affine, shape: of the grid of the probabilities, index -> mm; (X, Y, Z).
         original_affine, original_shape: of the wanted grid, in the same space.
     Returns:
-        uint8 index of the class; 0 where the probabilities' grid does not reach.
+        uint8 index of the class; 0 outside the grid of the probabilities.
     """
     to_standard = np.linalg.solve(np.asarray(affine), np.asarray(original_affine))
     out = np.zeros(original_shape, np.uint8)
@@ -102,7 +103,7 @@ def to_file_grid(
     for start, slab in slabs:
         held = slab if held is None else _joined(held, slab, 1 + axis)
         end = start + slab.shape[1 + axis]
-        del slab  # the next one is made before this name is used again
+        del slab  # else it would still be held while the next one is made
         ready = len(planes)
         if end < shape[axis]:  # a plane needs the voxels on both sides
             ready = done + int(np.searchsorted(high[planes[done:]], end - 1))
@@ -123,13 +124,13 @@ def to_file_grid(
 
 
 def _joined(one: Tensor, other: Tensor, dim: int) -> Tensor:
-    """Two tensors in one, on the second's device or, where that is full, on the CPU."""
+    """Concatenate two tensors on the second's device or, if that is full, on the CPU."""
     found = attempt(lambda: torch.cat([one.to(other.device), other], dim))
     return torch.cat([one.cpu(), other.cpu()], dim) if found is None else found
 
 
 def _restore_box(out, box, held: Tensor, axis: int, first: int, shape, to_standard) -> bool:
-    """Fill a box of the wanted grid from the slabs at hand, which start at `first`."""
+    """Fill a box of the wanted grid from the slabs that are held, which start at `first`."""
     box = [slice(*s.indices(n)) for s, n in zip(box, out.shape, strict=True)]
     step = max(1, CHUNK // max(1, int(np.prod([s.stop - s.start for s in box[1:]]))))
     classes = _agreed(held).flatten()
@@ -154,7 +155,7 @@ def _restore_box(out, box, held: Tensor, axis: int, first: int, shape, to_standa
 
 
 def _agreed(probabilities: Tensor) -> Tensor:
-    """For each voxel and its upper neighbours, a cell of up to 2^3: their class, or MIXED."""
+    """Return the class that a voxel and its upper neighbours (up to 2^3) share, or MIXED."""
     low = high = probabilities.argmax(0).to(torch.uint8)
     for axis in range(3):
         last = low.shape[axis] - 1
@@ -165,7 +166,7 @@ def _agreed(probabilities: Tensor) -> Tensor:
 
 
 def _interpolated(probabilities: Tensor, points: Tensor) -> Tensor:
-    """The most probable class (M,) uint8 at points (3, M), in voxels; trilinear, borders repeat."""
+    """Interpolate the most probable class (M,) uint8 at points (3, M) in voxels; borders repeat."""
     size = torch.tensor(probabilities.shape[1:], device=points.device)
     grid = (2 * points.T / (size - 1).clamp(min=1) - 1).flip(1).to(probabilities.dtype)
     found = []
@@ -181,9 +182,9 @@ def _interpolated(probabilities: Tensor, points: Tensor) -> Tensor:
 
 
 def read_truth(case: Case, entry: CacheEntry, classes: Classes) -> np.ndarray:
-    """The case's mask as uint8 class indices in the axes of its image, as read.
+    """Read the case's mask as uint8 class indices in the axes of its image as read.
 
-    Raises VolumeError where mask and image have different shapes.
+    Raises VolumeError if mask and image have different shapes.
     """
     mask = read_volume(case.seg_path)
     # the mask's axes in terms of the image's
@@ -197,20 +198,19 @@ def read_truth(case: Case, entry: CacheEntry, classes: Classes) -> np.ndarray:
 def write_prediction(
     path: str | Path, index: np.ndarray, classes: Classes, case: Case, entry: CacheEntry
 ) -> None:
-    """Write a prediction as NIfTI that opens on the user's image, or that nothing is left.
+    """Write a prediction as NIfTI that overlays the user's image; a failure leaves no file behind.
 
-    For NIfTI input shape, axes, sform and qform are those of the image's header, to the bit. For
+    For NIfTI input, shape, axes, sform and qform are those of the image's header, bit for bit. For
     DICOM they are those that dcm2niix gives the series: columns, rows from the last, slices.
-    The type is the mask's where there is one, else the image's; where that is no whole number that
+    The data type is that of the mask or, without one, of the image; if it is no integer type that
     holds all labels, the smallest that does. Nothing else of a header is copied.
 
     Args:
         index: uint8 class indices in the axes of the volume as read.
-        classes: whose label values are written: of a class with several, the first.
+        classes: their label values are written; of a class with several, the first.
     """
     labels = classes.to_labels(index)
-    is_nifti = case.path.lower().endswith((".nii", ".nii.gz"))
-    header = _geometry(case.path) if is_nifti else None
+    header = _geometry(case.path) if is_nifti(case.path) else None
     affine = None
     if header is None:
         affine = entry.original_affine @ np.diag([1, -1, 1, 1.0])
@@ -234,7 +234,7 @@ def write_prediction(
 
 
 def read_picture(case: Case, classes: Classes, prediction_path: str | Path) -> dict:
-    """What `utils.report.plots_segmentation.plot_overlay` needs of a case, from the files on disk.
+    """Read what `utils.report.plots_segmentation.plot_overlay` needs of a case from its files.
 
     Returns:
         {image, prediction, truth (None without a mask), spacing_mm}: arrays (X, Y, Z) in RAS+.
@@ -258,26 +258,25 @@ def read_picture(case: Case, classes: Classes, prediction_path: str | Path) -> d
 
 
 def _geometry(path: str) -> nib.Nifti1Header:
-    """A new header with the place and size of an image, and nothing else of its header."""
+    """Return a new header with the position and size of an image and nothing else of its header."""
     source = nib.load(path).header
     header = type(source)() if source.endianness == "<" else type(source)(endianness="<")
     header.set_data_shape(source.get_data_shape()[:3])
     header["pixdim"][:4] = source["pixdim"][:4]
-    for name in ("qform_code", "sform_code", "srow_x", "srow_y", "srow_z"):
+    fields = (
+        "qform_code quatern_b quatern_c quatern_d qoffset_x qoffset_y qoffset_z "
+        "sform_code srow_x srow_y srow_z xyzt_units"
+    )
+    for name in fields.split():
         header[name] = source[name]
-    for letter in "bcd":
-        header[f"quatern_{letter}"] = source[f"quatern_{letter}"]
-    for letter in "xyz":
-        header[f"qoffset_{letter}"] = source[f"qoffset_{letter}"]
-    header["xyzt_units"] = source["xyzt_units"]
     return header
 
 
 def _dtype(case: Case, highest: int) -> np.dtype:
-    """The type of the mask or the image, if it is a whole number that holds the labels."""
+    """Return the type of the mask or image if it is an integer type that holds the labels."""
     given = []
     for path in (case.seg_path, case.path):
-        if path and path.lower().endswith((".nii", ".nii.gz")):
+        if path and is_nifti(path):
             given.append(nib.load(path).get_data_dtype())
         elif path == case.path:
             given.append(np.dtype(np.int16))  # as DICOM is read

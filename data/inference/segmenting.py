@@ -1,4 +1,4 @@
-"""A segmenter over whole cases: predicted, scored, drawn."""
+"""Run a segmenter over whole cases: predict, score and draw them."""
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +25,7 @@ from utils.training.step import autocast, refuse_not_finite
 
 
 def probabilities(run: Run, networks: Sequence[nn.Module]) -> Callable:
-    """(B, 1, x, y, z) -> (B, K, x, y, z): the mean of the networks' softmax."""
+    """Return a function (B, 1, x, y, z) -> (B, K, x, y, z), the mean of the networks' softmax."""
 
     def of(network: nn.Module) -> Callable:
         def predict(x: torch.Tensor) -> torch.Tensor:
@@ -39,7 +39,7 @@ def probabilities(run: Run, networks: Sequence[nn.Module]) -> Callable:
 
 
 def segment(run: Run, predict: Callable, entry) -> np.ndarray:
-    """Class indices on the grid of the volume that was read."""
+    """Return class indices on the grid of the volume as read."""
     cfg, i = run.cfg, run.cfg.inference
     return predict_case(
         predict,
@@ -54,13 +54,13 @@ def segment(run: Run, predict: Callable, entry) -> np.ndarray:
 
 
 def own_share(run: Run, cases: Sequence[Case]) -> Iterator[Case]:
-    """This rank's cases, until a signal comes."""
+    """Yield this rank's cases until a signal comes."""
     mine = cases[distributed.rank() :: distributed.world_size()]
     return itertools.takewhile(lambda _: not run.stop, mine)
 
 
 def rows_of_all(run: Run, rows: list[dict], bad: list[str]) -> list[dict]:
-    """The rows of all ranks. Raises NotFinite on all ranks if any has bad patients."""
+    """Return the rows of all ranks. Raises NotFinite on all ranks if one has bad patients."""
     run.stop.raise_if_received()
     refuse_not_finite(bad)
     return list(itertools.chain(*distributed.gather_objects(rows)))
@@ -69,7 +69,7 @@ def rows_of_all(run: Run, rows: list[dict], bad: list[str]) -> list[dict]:
 def predict_and_score(
     run: Run, predict: Callable, case: Case, entry, classes, files: Path
 ) -> list[dict]:
-    """Predict a case, to `files`, and score it; a row per class."""
+    """Predict a case, write the prediction into `files` and score it: one row per class."""
     with explained("the test", run.cfg):
         found = segment(run, predict, entry)
     name = f"{file_name(case.patient, case.row)}.nii.gz"
@@ -85,7 +85,7 @@ def predict_and_score(
 
 
 def draw_case(path: Path, case: Case, entry, found, truth, classes: Classes) -> np.ndarray:
-    """Prediction and truth (class indices on the file's grid), outlined on the image."""
+    """Draw prediction and truth (class indices on the file's grid) as outlines on the image."""
     turn = nib.io_orientation(entry.original_affine)
     volumes = (read_volume(case.path, case.series_uid).voxels, found, truth)
     in_ras = [nib.apply_orientation(voxels, turn) for voxels in volumes]

@@ -13,17 +13,15 @@ from data.views.intensity import normalise
 
 
 def window_starts(shape: Sequence[int], size: Sequence[int]) -> list[Size]:
-    """First voxels of windows that tile a volume: side by side, the last one at its end."""
-    along = []
-    for n, s in zip(shape, size, strict=True):
-        along.append([*range(0, max(n - s, 0), s), max(n - s, 0)])
-    return list(product(*along))
+    """Return first voxels of windows that tile a volume: side by side, the last one at its end."""
+    rooms = [(max(n - s, 0), s) for n, s in zip(shape, size, strict=True)]
+    return list(product(*([*range(0, room, s), room] for room, s in rooms)))
 
 
 def fixed_view(
     entry: Any, start: Sequence[int], size: Sequence[int], hu_window: tuple[float, float]
 ) -> Tensor:
-    """A window of a cached volume as model input, (1, *size) float32 in 0..1; air past its end."""
+    """Return a window of a cached volume, (1, *size) float32 in 0..1, with air past its end."""
     region = entry.read_region(start, size)
     widths = [(0, n - m) for n, m in zip(size, region.shape[1:], strict=True)]
     region = np.pad(region, [(0, 0), *widths], constant_values=entry.background)

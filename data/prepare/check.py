@@ -1,4 +1,4 @@
-"""Every volume of the CSV read once: what cannot be read, has an odd geometry, is there twice."""
+"""Read every volume of the CSV once; report unreadable ones, odd geometry and repeated volumes."""
 
 import hashlib
 import json
@@ -12,18 +12,19 @@ import numpy as np
 from monai.transforms import Orientationd
 from tqdm import tqdm
 
-from data.cache import VolumeCache, fingerprint
+from data.cache import VolumeCache, fingerprint, hash_series
 from data.cases import Case, Problem
+from data.nifti import is_nifti
 from data.readers import VolumeError
 from data.standard import CheckMaskd, ReadVolumed
 from data.volume import spacing_of
 from utils.parallel import in_processes
 
-VERSION = 2  # of what is remembered: raise it when the readers refuse more than before
-SPACING_MM = (0.05, 20.0)  # outside, the header is in a wrong unit or the volume is a localizer
+VERSION = 2  # of the remembered facts: raise it when the readers refuse more than before
+SPACING_MM = (0.05, 20.0)  # others mean a wrong unit in the header, or a localizer
 MIN_VOXELS = 8  # along each axis
 # {"shape": of the file, "spacing": mm, "series": hash of SeriesInstanceUID or None,
-#  "labels": label values of the mask but 0}
+#  "labels": label values of the mask except 0}
 Facts = dict
 
 
@@ -39,10 +40,10 @@ def check_volumes(
 
     Args:
         cases: of `read_cases`.
-        cache: where volumes that are in it already need not be read.
-        build: put all volumes into the cache. False: read them, and remember good ones in
+        cache: volumes that are in it already are not read.
+        build: put all volumes into the cache. False: only read them, and remember good ones in
             <cache_dir>/checked.jsonl, by path, size and time of their files; it holds no names.
-        n_workers: processes; 0 reads in this one.
+        n_workers: number of processes; 0 reads in this one.
         default_modality: data.modality of the config.
     Returns:
         unreadable volumes, wrong geometry, unknown modality, one series under two patients, in the
@@ -56,7 +57,7 @@ def check_volumes(
             f"(first: line {unknown[0].row}); set data.modality or add a modality column to the CSV"
         )
         problems.append(Problem(0, "", what, "modality"))
-    # with an unknown modality nothing can be built and no run starts; the other problems still show
+    # with an unknown modality nothing can be built, but the other problems can still be found
     find = _build if build and not unknown else _read_new
     facts = {}
     for case, result in find(cases, cache, n_workers, default_modality, progress):
@@ -74,9 +75,10 @@ def check_volumes(
 
 
 def mask_labels(cases: Sequence[Case], cache: VolumeCache) -> dict[int, list[int]]:
-    """Label values but 0 in the masks of cases that `check_volumes` found good, by row.
+    """Return {row: label values except 0} of the masks of cases that `check_volumes` found good.
 
-    Nothing is read but what the cache or that check has noted; cases without a mask are left out.
+    They come from the cache or from what that check has noted; no mask is read. Cases without a
+    mask are left out.
     """
     known, found = _recall(cache.cache_dir / "checked.jsonl"), {}
     for case in cases:
@@ -88,14 +90,13 @@ def mask_labels(cases: Sequence[Case], cache: VolumeCache) -> dict[int, list[int
 
 
 def _lacks_modality(case: Case, default_modality: str) -> bool:
-    nifti = case.path.lower().endswith((".nii", ".nii.gz"))
-    return nifti and default_modality == "auto" and case.modality is None
+    return is_nifti(case.path) and default_modality == "auto" and case.modality is None
 
 
 def _build(
     cases, cache, n_workers, default_modality, progress
 ) -> Iterator[tuple[Case, Facts | VolumeError]]:
-    """All cases through the cache."""
+    """Put all cases into the cache; yield what is known of each."""
     failed = {}
     cache.build_all(cases, n_workers, lambda case, e: failed.update({case.row: e}), progress)
     for case in cases:
@@ -105,7 +106,7 @@ def _build(
 def _read_new(
     cases, cache, n_workers, default_modality, progress
 ) -> Iterator[tuple[Case, Facts | VolumeError]]:
-    """All cases: remembered, in the cache, or else read."""
+    """Read the cases that are neither remembered nor in the cache; yield what is known of each."""
     memory = cache.cache_dir / "checked.jsonl"
     memory.parent.mkdir(parents=True, exist_ok=True)
     known = _recall(memory)
@@ -125,14 +126,14 @@ def _read_new(
     with open(memory, "a", encoding="utf-8") as file:
         for case, result in bar:
             if not isinstance(result, VolumeError):
-                # one write, so that two checks at once do not mix their lines
+                # in one write, so that two checks at the same time do not mix their lines
                 file.write(json.dumps({"key": keys[case.row], **result}) + "\n")
                 file.flush()
             yield case, result
 
 
 def _read(case: Case, default_modality: str) -> Facts | VolumeError:
-    """Read the volume and its mask as the cache would, and forget the voxels."""
+    """Read the volume and its mask as the cache would, but keep no voxels."""
     fixed = None if default_modality == "auto" else default_modality
     modality = case.modality or fixed or ("OT" if _lacks_modality(case, "auto") else None)
     item = {"path": case.path, "series_uid": case.series_uid, "modality": modality}
@@ -145,39 +146,37 @@ def _read(case: Case, default_modality: str) -> Facts | VolumeError:
             raise VolumeError(f"{case.path}: every voxel is {voxels.min():g}")
         keys = ["image", "seg"] if case.seg_path else ["image"]
         CheckMaskd()(Orientationd(keys, axcodes="RAS", labels=None)(item))
-        uid = item["series_uid"]
         return {
             "shape": list(item["original_shape"]),
             "spacing": spacing_of(item["original_affine"]).tolist(),
-            "series": hashlib.sha256(uid.encode()).hexdigest()[:16] if uid else None,
+            "series": hash_series(item["series_uid"]),
             "labels": _label_values(item["seg"].numpy()) if case.seg_path else [],
         }
     except VolumeError as e:
         return e
-    except Exception as e:  # a mistake of ours, not of the volume: say at least which one it was
+    except Exception as e:  # our mistake, not the volume's: say at least which volume it was
         raise RuntimeError(f"line {case.row} of the CSV: {type(e).__name__}: {e}") from e
 
 
 def _facts_of_entry(entry) -> Facts:
-    spacing = spacing_of(entry.original_affine).tolist()
     return {
         "shape": list(entry.original_shape),
-        "spacing": spacing,
+        "spacing": spacing_of(entry.original_affine).tolist(),
         "series": entry.series_hash,
         "labels": entry.labels,
     }
 
 
 def _label_values(mask: np.ndarray) -> list[int]:
-    """Values of a mask (1, X, Y, Z) int16 but 0, ascending; none is negative."""
+    """Return the values of a mask (1, X, Y, Z) int16 except 0, ascending; none is negative."""
     seen = np.zeros(2**15, bool)
-    for plane in mask[0]:  # indexing makes int64 of what it is given
+    for plane in mask[0]:  # plane by plane, as indexing makes an int64 copy of its argument
         seen[plane] = True
     return (np.flatnonzero(seen[1:]) + 1).tolist()
 
 
 def _source_key(case: Case) -> str | None:
-    """Hash of path, size and time of all source files; None where one is gone."""
+    """Return a hash of path, size and time of all source files, or None if one is gone."""
     try:
         sources = [fingerprint(path) for path in (case.path, case.seg_path) if path]
     except VolumeError:
@@ -187,7 +186,7 @@ def _source_key(case: Case) -> str | None:
 
 
 def _recall(path: Path) -> dict[str, Facts]:
-    """What earlier checks found good. A line cut short by a crash is passed over."""
+    """Read what earlier checks found good; skip a line that a crash cut short."""
     known = {}
     lines = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     for line in lines.splitlines():
@@ -200,7 +199,7 @@ def _recall(path: Path) -> dict[str, Facts]:
 
 
 def _wrong_geometry(facts: Facts) -> str:
-    """What is odd about a volume's grid, or ''."""
+    """Say what is odd about a volume's grid, or return ''."""
     shape, spacing = facts["shape"], facts["spacing"]
     low, high = SPACING_MM
     if not all(low <= mm <= high for mm in spacing):
@@ -213,14 +212,14 @@ def _wrong_geometry(facts: Facts) -> str:
 
 
 def _shared_series(cases: Sequence[Case], facts: dict[int, Facts]) -> list[Problem]:
-    """One SeriesInstanceUID under two patients, that is two copies of a folder."""
+    """Find one SeriesInstanceUID under two patients: two copies of a folder."""
     first, problems = {}, []
     for case in cases:
         series = facts.get(case.row, {}).get("series")
         if series is None:
             continue
         earlier = first.setdefault(series, case)
-        # one path under two patients has been reported by read_cases
+        # read_cases has reported one path under two patients
         if earlier.patient != case.patient and not _same_source(earlier, case):
             what = f"same series as patient {earlier.patient}, line {earlier.row}: {case.path}"
             problems.append(Problem(case.row, case.patient, what, "repeated volumes"))

@@ -1,4 +1,4 @@
-"""From the config to cases that can be trained on: the demo, the CSV, the check, the cache."""
+"""From the config to checked cases: make the demo data, read the CSV, check it, fill the cache."""
 
 import re
 from collections.abc import Callable, Collection, Sequence
@@ -37,16 +37,16 @@ def load_cases(
     Args:
         cfg: csv_path, the three lists of folds, test_ckpt, n_workers, data.
         check: read every row, whatever its fold, and write no volumes to the cache.
-        classes: what the masks of train and val cases are to teach; None: they may be absent.
+        classes: classes that train and val masks must hold; None: masks may be absent.
         optional_columns: label columns that the CSV need not have.
-        needed: parts that must have a case; test only where test_ckpt is set.
-        find_problems: what else is wrong with the labels, those of the test rows included.
+        needed: parts that must have a case; "test" counts only if test_ckpt is set.
+        find_problems: returns further problems of the labels, those of the test rows included.
     Returns:
-        {"train": cases, "val": cases, "test": cases} in the order of the rows; test is left empty
-        unless test_ckpt is set. The problems of the cases that were left out.
+        {"train": cases, "val": cases, "test": cases} in the order of the rows, test empty unless
+        test_ckpt is set; the problems of the cases that were left out.
     Raises:
-        CasesError: with all problems, when they are more than data.max_bad_cases allows or leave a
-            needed part empty.
+        CasesError: with all problems, if there are more than data.max_bad_cases allows or a needed
+            part is left empty.
     """
     columns = (label_columns, path_columns, optional_columns)
     load = partial(_load, cfg, cache, columns, check, classes, needed, find_problems)
@@ -56,17 +56,17 @@ def load_cases(
             found = load(cfg.n_workers)
         except CasesError as e:
             error = e
-    error = distributed.gather_objects(error)[0]  # the others wait here until all is built
+    error = distributed.gather_objects(error)[0]  # other ranks wait here until all is built
     if error is not None:
         raise error
     return found or load(0)
 
 
 def _load(cfg, cache, columns, check, classes, needed, find_problems, n_workers):
-    """What `load_cases` says, on one rank."""
+    """Do the work of `load_cases` on one rank."""
     if Path(cfg.csv_path) in (DEMO / "demo.csv", DEMO / "segmentation.csv"):
         make_demo(DEMO)
-    folds = {"train": cfg.train_folds, "val": cfg.val_folds, "test": cfg.test_folds}
+    folds = _folds(cfg)
     cases, problems = read_cases(cfg.csv_path, folds, *columns)
     problems += find_problems(split(cases, cfg))
     if not check:
@@ -89,24 +89,19 @@ def _load(cfg, cache, columns, check, classes, needed, find_problems, n_workers)
 
 
 def seen_problems(cases: Sequence[Case], seen: Collection[str], by: str) -> list[Problem]:
-    """The rows of patients among the hashes (utils.checkpoint.hash_patients) that `by` has seen."""
+    """Return a problem for each row of a patient whose hash (utils.checkpoint.hash_patients) is
+    among `seen`, those that `by` has seen."""
     what = f"{by} has seen this patient in training or pre-training"
-    return [
-        Problem(
-            case.row, case.patient, what, "seen patients; allow_seen_patients=true lets them be"
-        )
-        for case in cases
-        if hash_patients([case.patient])[0] in seen
-    ]
+    kind = "seen patients; allow_seen_patients=true lets them be"
+    found = [case for case in cases if hash_patients([case.patient])[0] in seen]
+    return [Problem(case.row, case.patient, what, kind) for case in found]
 
 
 def refuse_seen(cases: Sequence[Case], seen: Collection[str], by: str, allow: bool) -> list[str]:
-    """Refuse to test on what was trained on, or say so.
+    """Refuse to test on patients that were seen, or return a warning for the report if allowed.
 
     Args:
         seen, by: see `seen_problems`. allow: allow_seen_patients of the config.
-    Returns:
-        a warning for the report, or nothing.
     Raises:
         CasesError: naming the rows.
     """
@@ -118,9 +113,12 @@ def refuse_seen(cases: Sequence[Case], seen: Collection[str], by: str, allow: bo
 
 
 def split(cases: Sequence[Case], cfg) -> Parts:
-    """Cases by the lists of folds of a config."""
-    folds = {"train": cfg.train_folds, "val": cfg.val_folds, "test": cfg.test_folds}
-    return {name: [case for case in cases if case.fold in wanted] for name, wanted in folds.items()}
+    """Split cases into train, val and test by the lists of folds of a config."""
+    return {name: [c for c in cases if c.fold in wanted] for name, wanted in _folds(cfg).items()}
+
+
+def _folds(cfg) -> dict[str, list[str]]:
+    return {"train": cfg.train_folds, "val": cfg.val_folds, "test": cfg.test_folds}
 
 
 def all_folds(cfg) -> list[str]:
@@ -128,9 +126,9 @@ def all_folds(cfg) -> list[str]:
 
 
 def load_to_train(cfg, runs: Sequence, cache: VolumeCache, check: bool, seen: Collection[str]):
-    """What `load_cases` returns, of several runs (`rotations`) all cases as "train".
+    """Return what `load_cases` returns; for several runs (`rotations`) all cases are "train".
 
-    seen: hashes of the patients that the weights to start from have seen.
+    seen: hashes of the patients that the initial weights have seen.
     """
     whole = cfg
     if len(runs) > 1:
@@ -142,9 +140,9 @@ def load_to_train(cfg, runs: Sequence, cache: VolumeCache, check: bool, seen: Co
 
 
 def rotations(cfg) -> list:
-    """A config for each run of a cross-validation over all folds that the config lists.
+    """Return a config for each run of a cross-validation over all folds that the config lists.
 
-    Run i tests fold i, chooses its best epoch by the next one in the list (after the last: the
+    Run i tests on fold i, chooses its best epoch by the next fold in the list (after the last: the
     first) and trains on the others. It writes to <results_dir>/<experiment>/fold_<name>.
     """
     folds, runs = all_folds(cfg), []
@@ -163,10 +161,10 @@ def rotations(cfg) -> list:
 
 
 def target_problems(runs: Sequence, seen: Collection[str], parts: Parts) -> list[Problem]:
-    """What is wrong with the targets of each run: what cannot be learned, or is in no train row.
-    Also test cases that were seen, and of several runs patients in two folds."""
+    """Return the problems of each run: targets that cannot be learned or are in no train row, test
+    cases that were seen and, of several runs, patients in two folds."""
     cases, found, fold_of = list(chain(*parts.values())), [], {}
-    columns = {name for case in cases for name in case.labels}  # one that is absent is no news
+    columns = {name for case in cases for name in case.labels}  # absent ones are reported elsewhere
     for run in runs:
         names = [[n for n in ns if n in columns] for ns in (run.cls_targets, run.reg_targets)]
         own = split(cases, run)

@@ -1,23 +1,23 @@
-"""Masks against their images and against the classes of the config: what is wrong with each."""
+"""Compare masks with the classes of the config and report what is wrong with them."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
 from data.cases import Case, Problem
 from utils.classes import IGNORE, Classes
 
-Labels = Mapping[int, Sequence[int]]  # row -> label values of its mask but 0
+Labels = Mapping[int, Sequence[int]]  # row -> label values of its mask except 0
 MAX_SHOWN = 50  # label values named in one message
-MAX_LABELS = 2000  # of one mask; the finest brain parcellations have about 1000
+MAX_LABELS = 2000  # in one mask; the finest brain parcellations have about 1000
 
 
 def mask_problems(
     cases: Mapping[str, Sequence[Case]], labels: Labels, classes: Classes
 ) -> list[Problem]:
-    """What keeps masks from being learned: absent ones, images in their place, absent classes.
+    """Return what prevents learning from masks: absent masks, images instead, absent classes.
 
     Args:
         cases: {"train": ..., "val": ...}; rows of "test" need no mask.
-        labels: of `data.prepare.check.mask_labels`; cases that could not be read are not in it.
+        labels: of `data.prepare.check.mask_labels`, without the cases that could not be read.
     """
     problems = []
     learned = [(name, case) for name in ("train", "val") for case in cases[name]]
@@ -43,9 +43,9 @@ def mask_problems(
 def mask_notices(
     cases: Mapping[str, Sequence[Case]], labels: Labels, classes: Classes
 ) -> list[Problem]:
-    """What is worth knowing about masks that can be used: empty ones, values of no class.
+    """Return notices about usable masks, such as empty masks and values of no class.
 
-    Args: as of `mask_problems`. Returns them as problems, for `format_problems`; none is one.
+    Args as in `mask_problems`. Notices have the form of problems, for `format_problems`.
     """
     notices = []
     for name, part in cases.items():
@@ -60,7 +60,7 @@ def mask_notices(
 
 
 def _notices_of(case: Case, found: Sequence[int] | None, classes: Classes) -> Iterator[Problem]:
-    """Of one case; found: None where it has no mask."""
+    """Yield the notices of one case. found: its label values, None if it has no mask."""
     if found is None:
         yield Problem(case.row, case.patient, "no seg_path: predicted only", "without a mask")
         return

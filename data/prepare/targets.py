@@ -1,8 +1,8 @@
 """Targets of the classifier: columns of the CSV as classes or numbers, fixed by the train cases.
 
-A class is a value's text. Classes are in sorted order, by value where all are numbers ("9" before
-"10") and by text otherwise, so that a class's index never depends on the order of the rows. Of two
-classes the last one is the positive one.
+The text of a value is its class. Classes are sorted, by value if all are numbers ("9" before "10")
+and else by text, so that a class's index never depends on the order of the rows. Of two classes the
+second is the positive one.
 """
 
 import math
@@ -18,21 +18,24 @@ from torch import Tensor
 
 from data.cases import Case, Problem
 
-# Spellings of a missing value, in whatever case.
+# Spellings of a missing value, compared without regard to case.
 MISSING = {"", "nan", "-nan", "na", "n/a", "n.a.", "#n/a", "#n/a n/a", "#na", "<na>", "nat"}
 MISSING |= {"null", "?", "."}
 DASHES = {"-", "--", "---", "–", "—"}  # missing too, unless "+" is a class
-# Missing, or a class ("none, mild, severe")? Kept as a class with a warning; among numbers refused.
+# Missing, or a class ("none, mild, severe")? A class, with a warning; refused among numbers.
 UNCLEAR = {"none", "nil", "unknown", "missing", "undefined", "not available", "not known"}
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
-LARGEST = 1e30  # number
-MANY_CLASSES = 20  # more of them than this, and than half the labelled rows, are no classes
+LARGEST = 1e30  # largest number that is accepted
+MANY_CLASSES = 20  # more than this, and than half the labelled rows: the column is refused
 
 
 @dataclass(frozen=True)
 class Targets:
-    """classes, counts: {categorical column: classes, train rows of each}; moments: {numeric column:
-    [mean, standard deviation] of the train rows}."""
+    """The targets that the train rows define.
+
+    classes, counts: {categorical column: classes, train rows of each}.
+    moments: {numeric column: [mean, standard deviation] of the train rows}.
+    """
 
     classes: dict[str, list[str]]
     counts: dict[str, list[int]]
@@ -42,13 +45,13 @@ class Targets:
     def fit(
         cls, cases: Sequence[Case], cls_targets: Sequence[str], reg_targets: Sequence[str] = ()
     ) -> tuple["Targets", list[Problem]]:
-        """Classes and moments of the train cases.
+        """Determine classes and moments from the train cases.
 
         Args:
             cases: of the train folds, with the targets as labels.
             cls_targets, reg_targets: columns that hold classes and numbers.
         Returns:
-            the targets, without those columns that cannot be used; what is wrong with these.
+            the targets, without columns that cannot be used; the problems of those columns.
         """
         targets, problems = cls({}, {}, {}), []
         for name in cls_targets:
@@ -75,7 +78,7 @@ class Targets:
         return cls(**values)
 
     def to_dict(self) -> dict:
-        """JSON, for the checkpoint."""
+        """Return JSON for the checkpoint."""
         return asdict(self)
 
     @property
@@ -84,11 +87,11 @@ class Targets:
 
     @property
     def num_outputs(self) -> dict[str, int]:
-        """Outputs of each head: one per class, one for a number."""
+        """Number of outputs of each head: one per class, one for a number."""
         return {name: len(self.classes.get(name, " ")) for name in self.names}
 
     def check(self, cases: Sequence[Case]) -> list[Problem]:
-        """What the val and test cases have that the train cases do not allow: a row each."""
+        """Return a problem for each val or test row with a value that the train rows rule out."""
         problems = []
         for name, classes in self.classes.items():
             for case in cases:
@@ -101,8 +104,8 @@ class Targets:
         return problems
 
     def encode(self, case: Case) -> dict[str, int | float]:
-        """{target: index of the class, -1 where missing; or the number, standardised, nan where
-        missing}. The case must have passed `check`, or been among the train cases."""
+        """Return {target: index of the class, -1 if missing; or standardised number, nan if
+        missing}. The case must be a train case or have passed `check`."""
         values = {}
         for name, classes in self.classes.items():
             text = case.labels.get(name, "")
@@ -113,8 +116,7 @@ class Targets:
         return values
 
     def truth(self, cases: Sequence[Case]) -> dict[str, np.ndarray]:
-        """{target: (N,) index of the class, -1 where missing; or the number as the CSV has it, nan
-        where missing}."""
+        """Return {target: (N,)} as `encode`, but with numbers as the CSV has them."""
         labels, found = [self.encode(case) for case in cases], {}
         for name in self.classes:
             found[name] = np.array([label[name] for label in labels], int)
@@ -124,19 +126,19 @@ class Targets:
         return found
 
     def to_units(self, name: str, values: np.ndarray) -> np.ndarray:
-        """Standardised numbers in the column's own units."""
+        """Convert standardised numbers to the column's own units."""
         mean, std = self.moments[name]
         return np.asarray(values, np.float64) * std + mean
 
     def class_weights(self) -> dict[str, list[float]]:
-        """Inverse to the classes' train rows; the mean over these rows is 1."""
+        """Return weights inverse to the train rows of each class; their mean over rows is 1."""
         return {
             name: [sum(counts) / (len(counts) * n) for n in counts]
             for name, counts in self.counts.items()
         }
 
     def notes(self, cases: Sequence[Case]) -> list[str]:
-        """Lines for the log: labels of each class, what was taken as missing in `cases`."""
+        """Return lines for the log: rows of each class, values taken as missing in `cases`."""
         lines = []
         for name, classes in self.classes.items():
             counts = zip(classes, self.counts[name], strict=True)
@@ -165,30 +167,30 @@ class Targets:
 
 
 def is_missing(text: str, classes: Collection[str]) -> bool:
-    """Whether a cell of a categorical column with such `classes` holds no value."""
+    """Return whether a cell of a categorical column with these `classes` holds no value."""
     return text.casefold() in MISSING or (text in DASHES and "+" not in classes)
 
 
 def is_missing_number(text: str) -> bool:
-    """Whether a cell of a numeric column holds no value."""
+    """Return whether a cell of a numeric column holds no value."""
     return text.casefold() in MISSING | DASHES | UNCLEAR
 
 
 def number(text: str) -> float | None:
-    """A decimal number; None for all else that Python would take ("inf", "1_0"), and for what is
-    too large to compute with."""
+    """Return a decimal number; None for other text, even if Python accepts it ("inf", "1_0"), and
+    for numbers too large to compute with."""
     return float(text) if NUMBER.fullmatch(text) and abs(float(text)) <= LARGEST else None
 
 
 def sorted_classes(texts: Collection[str]) -> list[str]:
-    """By value where all are numbers, else by text."""
+    """Sort by value if all are numbers, else by text."""
     if all(number(text) is not None for text in texts):
         return sorted(texts, key=lambda text: (number(text), text))
     return sorted(texts)
 
 
 def _check_classes(name: str, cases: Sequence[Case], counts: Counter) -> list[Problem]:
-    """What keeps a column of the train cases from being a categorical target."""
+    """Return what prevents a column of the train cases from being a categorical target."""
     labelled = [case for case in cases if case.labels.get(name, "") in counts]
     if len(counts) < 2:
         only = f"all {len(labelled)} train rows with a value are {next(iter(counts), '')!r}"
@@ -222,7 +224,7 @@ def _check_classes(name: str, cases: Sequence[Case], counts: Counter) -> list[Pr
 
 
 def _not_numbers(name: str, cases: Sequence[Case]) -> list[Problem]:
-    """The rows of a numeric target that hold something else."""
+    """Return the rows of a numeric target that hold no number."""
     problems = []
     for case in cases:
         text = case.labels.get(name, "")
@@ -242,7 +244,7 @@ def _texts(cases: Sequence[Case], name: str) -> list[str]:
 
 
 def _same_as(text: str, classes: Sequence[str]) -> str:
-    """What a class that train lacks should have been, or the classes that there are."""
+    """Return the train class that a text was probably meant to be, or all of them."""
     for same in classes:
         same_number = number(text) is not None and number(text) == number(same)
         if same_number or _folded(same) == _folded(text):
@@ -257,7 +259,7 @@ def _folded(text: str) -> str:
 
 
 def _groups(items: Sequence[str], key) -> list[list[str]]:
-    """Those items that share a key with another."""
+    """Return the groups of two or more items with the same key."""
     groups = defaultdict(list)
     for item in items:
         groups[key(item)].append(item)
@@ -270,20 +272,16 @@ def _and(items: Sequence[str], quote: bool = True) -> str:
 
 
 def label_tensors(targets: Targets, cases: Sequence[Case]) -> dict[str, Tensor]:
-    """{target: (N,) int64 class indices, -1 where missing; or float32 standardised numbers, nan
-    where missing}."""
-    labels = [targets.encode(case) for case in cases]
-    dtypes = {
-        name: torch.int64 if name in targets.classes else torch.float32 for name in targets.names
-    }
-    return {
-        name: torch.tensor([label[name] for label in labels], dtype=dtype)
-        for name, dtype in dtypes.items()
-    }
+    """Return {target: (N,)} as `Targets.encode`: int64 class indices or float32 numbers."""
+    labels, tensors = [targets.encode(case) for case in cases], {}
+    for name in targets.names:
+        dtype = torch.int64 if name in targets.classes else torch.float32
+        tensors[name] = torch.tensor([label[name] for label in labels], dtype=dtype)
+    return tensors
 
 
 def balance_weights(targets: Targets, cases: Sequence[Case], name: str) -> np.ndarray:
-    """(N,) how often to draw each case, relative to the others, so that the classes of a target
+    """Return (N,) relative frequencies at which to draw the cases, so that the classes of a target
     come equally often; cases without a label come as often as before."""
     y = label_tensors(targets, cases)[name].numpy()
     counts = np.bincount(y[y >= 0], minlength=len(targets.classes[name]))

@@ -1,7 +1,6 @@
 """Views: the random global and local crops of one region, sampled on the CPU, cut on any device.
 
-Axes are (X, Y, Z) of the region. Voxel i is centred at i, so a region of n voxels reaches from
--1/2 to n - 1/2 and its physical extent is n x spacing.
+Axes and coordinates are those of `data.views.geometry`.
 """
 
 from __future__ import annotations
@@ -14,20 +13,19 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from monai.data import Dataset
-from monai.transforms import Compose, Transform
 from torch import Tensor
 
-from data.loading import Key
+from data.loading import Key, generator_of
 from data.views.geometry import Size, body_fraction, sample_rotation, sampling_grid, view_matrix
 from data.views.intensity import IntensitySettings, apply_intensity, sample_intensity
 
 NUM_GLOBAL = 2
-MAX_TRIES = 10  # for a region, and for each view, that holds enough body
+MAX_TRIES = 10  # draws for a region, and for each view, until it holds enough body
 
 
 @dataclass(frozen=True)
 class ViewSettings:
-    """The crops: and augment: sections of dino_config.yaml and data.hu_window; units as there."""
+    """The sections crops and augment of dino_config.yaml, in their units, and data.hu_window."""
 
     region_size: Size
     global_size: Size
@@ -45,7 +43,7 @@ class ViewSettings:
     def from_config(
         cls, crops: Mapping[str, Any], augment: Mapping[str, Any], hu_window: tuple[float, float]
     ) -> ViewSettings:
-        """From the two sections of the config and data.hu_window."""
+        """Build the settings from the two sections of the config and data.hu_window."""
         fields = {key: value for key, value in crops.items() if key != "regions_per_case"}
         fields |= {key: augment[key] for key in ("flip", "rotate")}
         fields = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
@@ -55,7 +53,7 @@ class ViewSettings:
 def sample_region(
     rng: np.random.Generator, entry: Any, settings: ViewSettings
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Where a random region that holds body starts, and its shape: region_size or the volume's."""
+    """Draw the start of a region that holds body; return it and the shape, cut to the volume's."""
     shape = np.minimum(settings.region_size, entry.shape)
     best, start = -1.0, np.zeros(3, int)
     for _ in range(MAX_TRIES):
@@ -82,9 +80,9 @@ def sample_views(
         entry: a cache entry (spacing in mm, through_plane, slice_spacing, body, kind).
         start, shape: the region, in voxels of the cached volume.
     Returns:
-        {"global": params, "local": params}: per view v the matrix (V, 3, 4) that takes an output
-        voxel to a voxel of the region, body (V,) the fraction of the crop's box that is body, and
-        the intensity changes of `sample_intensity`. Tensors on the CPU.
+        {"global": params, "local": params}, tensors on the CPU for V views: matrix (V, 3, 4) from
+        output voxels to voxels of the region, body (V,) the fraction of body in the crop's box, and
+        the intensity changes of `sample_intensity`.
     """
     views = {}
     for name, num, size, zoom in (
@@ -105,7 +103,7 @@ def sample_views(
 
 
 def sample_fov(rng, size, zoom, aspect, through_plane: int, shape) -> np.ndarray:
-    """Field of view in region voxels: size x zoom, stretched through-plane at the same volume."""
+    """Draw a field of view in region voxels: size x zoom, stretched through-plane, same volume."""
     factor = np.exp(rng.uniform(*np.log(zoom)))
     stretch = np.exp(rng.uniform(-1, 1) * np.log(aspect))  # through-plane over in-plane, in mm
     stretches = np.full(3, stretch ** (-1 / 3))
@@ -114,7 +112,7 @@ def sample_fov(rng, size, zoom, aspect, through_plane: int, shape) -> np.ndarray
 
 
 def sample_centre(rng, fov, body, start, shape, min_body: float) -> tuple[np.ndarray, float]:
-    """A centre that keeps the box inside the region, drawn again while it holds little body."""
+    """Draw a centre that keeps the box inside the region; redraw while it holds too little body."""
     best, centre = -1.0, np.zeros(3)
     for _ in range(MAX_TRIES):
         low = rng.random(3) * (shape - fov)
@@ -134,8 +132,8 @@ def apply_views(
     Args:
         regions: (B, 1, X, Y, Z) int16, on the device where the views are wanted.
         scale, offset: (B,) value = stored * scale + offset.
-        params: stacked "global" or "local" of `sample_views`, (B, V, ...). Leave them on the CPU.
-        size: of the views, voxels.
+        params: stacked "global" or "local" of `sample_views`, (B, V, ...), on the CPU.
+        size: voxels of a view.
     Returns:
         (V * B, 1, *size) float32 in 0..1: all cases of view 0, then of view 1, ...
     """
@@ -148,58 +146,31 @@ def apply_views(
         return apply_intensity(x, scale.cpu().repeat(num), offset.cpu().repeat(num), flat)
 
 
-class ReadRegiond(Transform):
-    """{"entry", "rng"} -> adds region (1, *region_size) int16, scale, offset, start, shape."""
-
-    def __init__(self, settings: ViewSettings):
-        self.settings = settings
-
-    def __call__(self, data: dict[str, Any]) -> dict[str, Any]:
-        entry = data["entry"]
-        start, shape = sample_region(data["rng"], entry, self.settings)
-        region = entry.read_region(start, shape)
-        # Repeating the last voxels is what the views' resampling does outside a region, so the
-        # volume's upper and lower ends look the same and the padding never shows as a dark wedge.
-        widths = [(0, n - m) for n, m in zip(self.settings.region_size, shape, strict=True)]
-        region = np.pad(region, [(0, 0), *widths], mode="edge")
-        return data | {
-            "region": torch.from_numpy(np.ascontiguousarray(region)),
-            "scale": torch.tensor(entry.scale, dtype=torch.float32),
-            "offset": torch.tensor(entry.offset, dtype=torch.float32),
-            "start": start,
-            "shape": shape,
-        }
-
-
-class SampleViewsd(Transform):
-    """Adds "global" and "local": the parameters of the region's views (see `sample_views`)."""
-
-    def __init__(self, settings: ViewSettings):
-        self.settings = settings
-
-    def __call__(self, data: dict[str, Any]) -> dict[str, Any]:
-        views = sample_views(
-            data["rng"], data["entry"], data["start"], data["shape"], self.settings
-        )
-        return data | views
-
-
 class RegionDataset(Dataset):
     """One region of a case and its view parameters per (epoch, index, draw) key.
 
     Items: region (1, *region_size) int16; scale, offset (value = stored * scale + offset); global
-    and local (see `sample_views`); index of the case; key. They are a function of seed and key
-    alone. Raises what cache.get raises for a case that cannot be read.
+    and local (see `sample_views`); index of the case; key. They depend on seed and key alone.
+    Raises what cache.get raises for a case that cannot be read.
     """
 
     def __init__(self, cases: Sequence[Any], cache: Any, settings: ViewSettings, seed: int):
-        super().__init__(cases, Compose([ReadRegiond(settings), SampleViewsd(settings)]))
-        self.cache = cache
-        self.seed = seed
+        super().__init__(cases)
+        self.cache, self.settings, self.seed = cache, settings, seed
 
     def __getitem__(self, key: Key) -> dict[str, Any]:
-        epoch, index, draw = key
-        rng = np.random.Generator(np.random.PCG64([self.seed, epoch, index, draw]))
-        item = self.transform({"entry": self.cache.get(self.data[index]), "rng": rng})
-        kept = {name: item[name] for name in ("region", "scale", "offset", "global", "local")}
-        return kept | {"index": index, "key": torch.tensor(key)}
+        rng, entry = generator_of(self.seed, key), self.cache.get(self.data[key[1]])
+        start, shape = sample_region(rng, entry, self.settings)
+        region = entry.read_region(start, shape)
+        # Outside a region the views' resampling repeats the last voxels. Padding does the same, so
+        # that the volume's upper and lower ends look alike and no dark wedge shows.
+        widths = [(0, n - m) for n, m in zip(self.settings.region_size, shape, strict=True)]
+        region = np.pad(region, [(0, 0), *widths], mode="edge")
+        return {
+            "region": torch.from_numpy(np.ascontiguousarray(region)),
+            "scale": torch.tensor(entry.scale, dtype=torch.float32),
+            "offset": torch.tensor(entry.offset, dtype=torch.float32),
+            **sample_views(rng, entry, start, shape, self.settings),
+            "index": key[1],
+            "key": torch.tensor(key),
+        }

@@ -1,4 +1,4 @@
-"""Where voxels of a crop lie in a volume: boxes, matrices, turns, bends, grids to sample on.
+"""Where the voxels of a crop lie in a volume: boxes, matrices, rotations, splines, sampling grids.
 
 Axes are (X, Y, Z) of the region. Voxel i is centred at i, so a region of n voxels reaches from
 -1/2 to n - 1/2 and its physical extent is n x spacing.
@@ -13,14 +13,14 @@ from torch import Tensor
 
 BODY_BLOCK = 8  # voxels along each side of a block of the cache's body map
 THICK_SLICES = 3.0  # slices thicker than this many pixels are turned only in their own plane
-CELLS = 4  # of the elastic deformation's control grid, along each axis of a patch
-EXACT = 1e-5  # voxels; matrices that differ less from whole numbers copy voxels
+CELLS = 4  # cells of the elastic deformation's control grid along each axis of a patch
+EXACT = 1e-5  # voxels; a matrix that differs less from whole numbers copies voxels
 
 Size = tuple[int, int, int]
 
 
 def sample_rotation(rng, entry, limits) -> np.ndarray:
-    """Angles about x, y, z in degrees; thick slices turn only about their normal."""
+    """Draw angles about x, y, z in degrees; thick slices turn only about their normal."""
     degrees = rng.uniform(-1, 1, 3) * limits
     in_plane = np.delete(entry.slice_spacing, entry.through_plane).mean()
     if entry.slice_spacing[entry.through_plane] > THICK_SLICES * in_plane:
@@ -29,8 +29,8 @@ def sample_rotation(rng, entry, limits) -> np.ndarray:
 
 
 def view_matrix(size, fov, centre, flips, degrees, spacing) -> np.ndarray:
-    """(3, 4) from output voxels to region voxels: the box of `fov` voxels about `centre`, flipped,
-    then turned in mm by Rz Ry Rx."""
+    """Return the matrix (3, 4) from output voxels to region voxels: the box of `fov` voxels about
+    `centre`, flipped, then turned in mm by Rz Ry Rx."""
     turn = np.eye(3)
     for axis, angle in enumerate(np.deg2rad(degrees)):
         one, two = (axis + 1) % 3, (axis + 2) % 3
@@ -44,11 +44,11 @@ def view_matrix(size, fov, centre, flips, degrees, spacing) -> np.ndarray:
 
 
 def body_fraction(body: np.ndarray, low: np.ndarray, high: np.ndarray) -> float:
-    """Fraction of body (0..1) in the box low..high, in voxels from the volume's outer face."""
+    """Return the fraction of body (0..1) in the box low..high (voxels from the volume's face)."""
     first = np.floor(low / BODY_BLOCK).astype(int)
     last = np.minimum(np.ceil(high / BODY_BLOCK).astype(int), body.shape)
     blocks = body[tuple(slice(a, b) for a, b in zip(first, last, strict=True))] / 255.0
-    for axis in (2, 1, 0):  # mean over the last axis, weighted by how much of each block is inside
+    for axis in (2, 1, 0):  # mean over the last axis, weighted by the part of each block inside
         edges = np.arange(first[axis], last[axis] + 1) * BODY_BLOCK
         overlap = np.diff(np.clip(edges, low[axis], high[axis]))
         blocks = blocks @ (overlap / overlap.sum())
@@ -56,12 +56,12 @@ def body_fraction(body: np.ndarray, low: np.ndarray, high: np.ndarray) -> float:
 
 
 def sampling_grid(matrix: Tensor, size: Size, shape: Size) -> Tensor:
-    """Matrices (B, V, 3, 4) -> grid (B, V * x, y, z, 3) of F.grid_sample(align_corners=True).
+    """Return the grid (B, V * x, y, z, 3) that F.grid_sample needs for matrices (B, V, 3, 4).
 
-    The views of a case follow each other along the first axis, so that one call cuts them all
-    without repeating the region.
+    The grid is for align_corners=True. The views of a case follow each other along x, so that one
+    call cuts them all without repeating the region.
     """
-    # grid_sample wants -1..1 between the centres of the first and last voxel, and the axes z, y, x
+    # grid_sample needs -1..1 between the centres of the first and last voxel, and axes z, y, x
     steps = torch.tensor([max(n - 1, 1) for n in shape], device=matrix.device)
     matrix = matrix * (2.0 / steps)[:, None]
     matrix[..., 3] -= 1
@@ -76,7 +76,7 @@ def sampling_grid(matrix: Tensor, size: Size, shape: Size) -> Tensor:
 
 
 def covered_box(matrix, displacement, size) -> tuple[np.ndarray, np.ndarray]:
-    """First voxel and end (3,) of the box with all voxels that the patch is interpolated from."""
+    """Return first voxel and end (3,) of the box of all voxels the patch is interpolated from."""
     corners = np.stack(np.meshgrid(*[(0, n - 1) for n in size], [1])).reshape(4, -1)
     at = matrix @ corners
     # a B-spline stays between the least and the largest of its control points
@@ -86,19 +86,17 @@ def covered_box(matrix, displacement, size) -> tuple[np.ndarray, np.ndarray]:
 
 
 def interpolate_labels(labels: Tensor, grid: Tensor) -> Tensor:
-    """The label that has most weight among the 8 voxels around each point, weighted as linear
-    interpolation does: the argmax of the interpolated one-hot labels, at a cost that does not grow
-    with their number. Balls of 10 voxels radius keep a Dice of 0.98, with nearest voxels 0.96.
+    """Return the argmax of linearly interpolated one-hot labels, at a cost that does not grow with
+    the number of labels. Balls of 10 voxels radius keep a Dice of 0.98, with nearest voxels 0.96.
 
     Args:
         labels: (X, Y, Z) uint8, two voxels or more along each axis.
-        grid: (x, y, z, 3) as `F.grid_sample(align_corners=True)` takes it; beyond -1..1 the border
-            is repeated.
+        grid: (x, y, z, 3) of `F.grid_sample(align_corners=True)`; the border is repeated outside.
     """
     last = torch.tensor(labels.shape, device=grid.device, dtype=torch.int32) - 1
     at = (grid.flip(-1).flatten(0, 2) + 1) * (last / 2)
     at = torch.minimum(at.clamp_(min=0), last.float())
-    first = torch.minimum(at.int(), last - 1)  # of the 8 voxels
+    first = torch.minimum(at.int(), last - 1)  # the lowest of the 8 voxels around each point
     steps = labels.shape[1] * labels.shape[2], labels.shape[2], 1
     corner = sum(first[:, axis] * step for axis, step in enumerate(steps))
     low = high = labels
@@ -125,14 +123,14 @@ def interpolate_labels(labels: Tensor, grid: Tensor) -> Tensor:
 
 
 def spline_field(control: Tensor, size: Size) -> Tensor:
-    """Uniform cubic B-spline of control points (3, CELLS + 3, ...) over a patch: (3, *size)."""
+    """Return (3, *size): the uniform cubic B-spline of control points (3, CELLS + 3, ...)."""
     for axis, spec in ((0, "xi,cijk->cxjk"), (1, "yj,cxjk->cxyk"), (2, "zk,cxyk->cxyz")):
         control = torch.einsum(spec, spline_weights(size[axis], control.device), control)
     return control
 
 
 def spline_weights(n: int, device: torch.device) -> Tensor:
-    """(n, CELLS + 3) weights of the control points at the voxels of one axis."""
+    """Return the weights (n, CELLS + 3) of the control points at the voxels of one axis."""
     at = (torch.arange(n, device=device) + 0.5) * (CELLS / n)  # cells from the patch's face
     distance = (at[:, None] - torch.arange(-1, CELLS + 2, device=device)).abs()
     near = 2 / 3 - distance**2 + distance**3 / 2

@@ -1,8 +1,8 @@
 """The classifier's input: one image per case, cut from the cached volume in a single resampling.
 
 An image is the window of `size` voxels about the volume's centre (with image.fit: resize the cached
-volume has that size already). Beyond the volume its outermost voxels are repeated, as in the views
-of pre-training. In training the window is moved, zoomed, turned and its intensities changed.
+volume has that size already). Outside the volume its outermost voxels are repeated, as in the views
+of pre-training. In training the window is moved, zoomed and turned, and its intensities change.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from monai.data import Dataset
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from data.loading import Key
+from data.loading import Key, generator_of
 from data.standard import StandardForm
 from data.views.crops import apply_views
 from data.views.geometry import Size, sample_rotation, view_matrix
@@ -30,8 +30,8 @@ PLAIN: Placement = ((1.0, 1.0, 1.0), (0.0, 0.0, 0.0))
 
 @dataclass(frozen=True)
 class ImageSettings:
-    """image.size and the augment: section of classification_config.yaml; units as there. As they
-    start, the last ones change nothing."""
+    """image.size, data.hu_window and the section augment of classification_config.yaml, in their
+    units. The defaults change nothing."""
 
     size: Size
     intensity: IntensitySettings
@@ -42,7 +42,7 @@ class ImageSettings:
 
     @classmethod
     def from_config(cls, cfg, augment: bool) -> ImageSettings:
-        """From a ClassificationConfig; without augmentation: the fixed view."""
+        """Build the settings from a ClassificationConfig; without augmentation, the fixed view."""
         a = cfg.augment
         if not augment:
             return cls(cfg.image.size, IntensitySettings(hu_window=cfg.data.hu_window))
@@ -51,17 +51,17 @@ class ImageSettings:
 
 
 def standard_form(cfg) -> StandardForm:
-    """The standard form of a ClassificationConfig: image.fit says what the cache holds."""
+    """Return the standard form for a ClassificationConfig: image.fit sets what the cache holds."""
     form = StandardForm.from_config(cfg.data)
     return replace(form, spacing=None, size=cfg.image.size) if cfg.image.fit == "resize" else form
 
 
 def placements(flips: Sequence[bool], shift: float) -> list[Placement]:
-    """Where the fixed views of a case are cut, to be averaged at test time; the plain one first.
+    """Return where the views averaged at test time are cut; the plain view comes first.
 
     Args:
-        flips: axes x, y, z along which it is also seen mirrored, in every combination.
-        shift: fraction of the size by which it is also seen moved, both ways along each axis.
+        flips: axes x, y, z along which views are also mirrored, in every combination.
+        shift: fraction of the size by which views are also moved, both ways along each axis.
     """
     mirrored = list(product(*[(1.0, -1.0) if flip else (1.0,) for flip in flips]))
     moves = [(0.0, 0.0, 0.0)]
@@ -71,10 +71,10 @@ def placements(flips: Sequence[bool], shift: float) -> list[Placement]:
 
 
 class ImageDataset(Dataset):
-    """The views of a case per (epoch, index, draw) key: one random one, or one per placement.
+    """The views of a case per (epoch, index, draw) key: a random one, or one per placement.
 
-    Items: region (1, x, y, z) int16, as much of the volume as the views touch; scale, offset (value
-    = stored * scale + offset); views (see `apply_views`); index of the case. They are a function of
+    Items: region (1, x, y, z) int16, the part of the volume that the views touch; scale, offset
+    (value = stored * scale + offset); views (see `apply_views`); index of the case. They depend on
     seed and key alone. Raises what cache.get raises for a case that cannot be read.
 
     Args:
@@ -93,31 +93,29 @@ class ImageDataset(Dataset):
         self.cache, self.settings, self.seed, self.placements = cache, settings, seed, placements
 
     def __getitem__(self, key: Key) -> dict[str, Any]:
-        epoch, index, draw = key
-        rng = np.random.Generator(np.random.PCG64([self.seed, epoch, index, draw]))
-        entry = self.cache.get(self.data[index])
+        rng, entry = generator_of(self.seed, key), self.cache.get(self.data[key[1]])
+        size = self.settings.size
         if self.placements is None:
             matrices = random_matrix(rng, entry, self.settings)[None]
         else:
-            matrices = [fixed_matrix(entry, self.settings.size, *at) for at in self.placements]
-            matrices = np.stack(matrices)
-        low, high = touched(matrices, self.settings.size, entry.shape)
+            matrices = np.stack([fixed_matrix(entry, size, *at) for at in self.placements])
+        low, high = touched(matrices, size, entry.shape)
         matrices[:, :, 3] -= low
         views = {"matrix": torch.from_numpy(matrices.astype(np.float32))}
+        views |= sample_intensity(rng, len(matrices), entry.kind, self.settings.intensity)
         return {
             "region": entry.read_region(low, high - low),
             "scale": torch.tensor(entry.scale, dtype=torch.float32),
             "offset": torch.tensor(entry.offset, dtype=torch.float32),
-            "views": views
-            | sample_intensity(rng, len(matrices), entry.kind, self.settings.intensity),
-            "index": index,
+            "views": views,
+            "index": key[1],
         }
 
 
 def fixed_matrix(entry: Any, size: Size, flips: Sequence[float], moved: Sequence[float]):
-    """(3, 4) from voxels of the image to those of the volume: whole voxels, nothing interpolated.
+    """Return the matrix (3, 4) from voxels of the image to whole voxels of the volume.
 
-    moved: by this fraction of the size, per axis.
+    moved: shift of the window along each axis as a fraction of the size.
     """
     start = np.subtract(entry.shape, size) // 2 + np.rint(np.multiply(moved, size))
     centre = start + (np.asarray(size) - 1) / 2
@@ -125,7 +123,7 @@ def fixed_matrix(entry: Any, size: Size, flips: Sequence[float], moved: Sequence
 
 
 def random_matrix(rng: np.random.Generator, entry: Any, settings: ImageSettings) -> np.ndarray:
-    """(3, 4) as `fixed_matrix`, of a window moved, zoomed, turned and perhaps mirrored."""
+    """Draw a matrix as of `fixed_matrix` for a window moved, zoomed, turned, perhaps mirrored."""
     size = np.asarray(settings.size)
     fov = size * np.exp(rng.uniform(*np.log(settings.zoom)))
     move = rng.uniform(-1, 1, 3) * settings.translate * size
@@ -136,7 +134,7 @@ def random_matrix(rng: np.random.Generator, entry: Any, settings: ImageSettings)
 
 
 def touched(matrices: np.ndarray, size: Size, shape: Size) -> tuple[np.ndarray, np.ndarray]:
-    """First and last + 1 voxel of the part of the volume that the views (V, 3, 4) are cut from."""
+    """Return first voxel and end (3,) of the part of the volume that the views are cut from."""
     corners = np.array([(*corner, 1) for corner in product(*[(0, n - 1) for n in size])])
     at = matrices @ corners.T  # (V, 3, 8)
     low = np.clip(np.floor(at.min(axis=(0, 2))), 0, np.subtract(shape, 1)).astype(int)
@@ -145,8 +143,8 @@ def touched(matrices: np.ndarray, size: Size, shape: Size) -> tuple[np.ndarray, 
 
 
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
-    """A batch; regions are brought to one shape by repeating their last voxels, as cutting the
-    views does anyway beyond their end."""
+    """Return a batch. Smaller regions are padded to one shape by repeating their last voxels, which
+    is also what cutting the views does outside a region."""
     shapes = [item["region"].shape for item in items]
     regions = []
     for item, shape in zip(items, shapes, strict=True):
@@ -156,6 +154,6 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def cut_images(batch: Mapping[str, Any], size: Size, device: torch.device) -> Tensor:
-    """(V * B, 1, *size) float32 in 0..1: all cases of view 0, then of view 1, ..."""
+    """Return images (V * B, 1, *size) float32 in 0..1: all cases of view 0, then of view 1, ..."""
     region = batch["region"].to(device, non_blocking=True)
     return apply_views(region, batch["scale"], batch["offset"], batch["views"], size)

@@ -10,23 +10,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# How often a view gets each change. DINO jitters colour with 0.8 and blurs its views with 1.0, 0.1
-# and 0.5 (Caron et al. 2021, appendix E); nnU-Net uses 0.3 for gamma, 0.2 for blur, 0.1 for noise.
+# Probability of each change per view. DINO jitters colour with 0.8 and blurs its views with 1.0,
+# 0.1 and 0.5 (Caron et al. 2021, appendix E); nnU-Net: gamma 0.3, blur 0.2, noise 0.1.
 PROB_SCALE_SHIFT = 0.8
 PROB_GAMMA = 0.5
 PROB_BLUR = 0.3
 PROB_NOISE = 0.3
 
-# A random CT window is at least this wide and holds soft tissue, as the usual ones do (level/width:
-# mediastinum 40/400, lung -600/1500, bone 400/1800); others show most crops as one flat value.
+# A random CT window is at least this wide and includes soft tissue, as the usual ones do (level/
+# width: mediastinum 40/400, lung -600/1500, bone 400/1800); others show most crops as one value.
 MIN_WINDOW_HU = 300.0
 SOFT_TISSUE_HU = 40.0
+
+# Products of matrices (N, i, j) with one axis of (N, C, X, Y, Z).
+ALONG_AXES = ((2, "nij,ncjyz->nciyz"), (3, "nij,ncxjz->ncxiz"), (4, "nij,ncxyj->ncxyi"))
 
 
 @dataclass(frozen=True)
 class IntensitySettings:
-    """The intensity changes of an augment: section, and data.hu_window; units as there. As they
-    start they change nothing."""
+    """The intensity changes of a section augment, in its units, and data.hu_window. The defaults
+    change nothing."""
 
     scale: float = 0.0
     shift: float = 0.0
@@ -40,7 +43,7 @@ class IntensitySettings:
     def from_config(
         cls, augment: Mapping[str, Any], hu_window: tuple[float, float]
     ) -> IntensitySettings:
-        """augment: the section, whose other keys are passed over; {} for no changes."""
+        """Build the settings. augment: the section, other keys are ignored; {} for no changes."""
         names = ("scale", "shift", "gamma", "noise", "blur")
         fields = {name: augment[name] for name in names if name in augment}
         fields |= {"window_prob": augment.get("hu_window", 0.0), "hu_window": hu_window}
@@ -48,14 +51,14 @@ class IntensitySettings:
 
 
 def base_window(kind: str, hu_window: tuple[float, float]) -> tuple[float, float]:
-    """The values mapped to 0 and 1: HU for CT; all else was mapped by its percentiles already."""
+    """Return the values mapped to 0 and 1: HU for CT; others have been mapped by percentiles."""
     return (float(hu_window[0]), float(hu_window[1])) if kind == "CT" else (0.0, 1.0)
 
 
 def normalise(
     voxels: Tensor, scale: float, offset: float, kind: str, hu_window: tuple[float, float]
 ) -> Tensor:
-    """Stored int16 voxels of any shape -> float32 in 0..1, without augmentation."""
+    """Map stored int16 voxels of any shape to float32 in 0..1, without augmentation."""
     low, high = base_window(kind, hu_window)
     return ((voxels.float() * scale + (offset - low)) / (high - low)).clamp_(0, 1)
 
@@ -63,7 +66,7 @@ def normalise(
 def random_window(
     rng: np.random.Generator, low: float, high: float, min_width: float = MIN_WINDOW_HU
 ) -> tuple[float, float]:
-    """A window of log-uniform width inside low..high that holds soft tissue."""
+    """Draw a window of log-uniform width inside low..high that includes soft tissue."""
     full = high - low
     width = np.exp(rng.uniform(np.log(min(min_width, full)), np.log(full)))
     inside = min(max(SOFT_TISSUE_HU, low), high)
@@ -106,13 +109,13 @@ def sample_intensity(
 def apply_intensity(
     x: Tensor, scale: Tensor, offset: Tensor, params: Mapping[str, Tensor]
 ) -> Tensor:
-    """Window, gamma, scale and shift, blur, noise.
+    """Apply window, gamma, scale and shift, blur and noise, in this order.
 
     Args:
         x: (N, 1, X, Y, Z) float32 in stored units, on any device; changed in place.
         scale, offset: (N,) value = x * scale + offset, in HU for CT.
-        params: what `sample_intensity` returns for N views. On the CPU: which views a change
-            applies to is then known without waiting for the device.
+        params: of `sample_intensity` for N views, on the CPU, so that choosing the views of a
+            change need not wait for the device.
     Returns:
         (N, 1, X, Y, Z) float32 in 0..1.
     """
@@ -143,12 +146,12 @@ def apply_intensity(
 
 
 def blur(x: Tensor, sigma: Tensor) -> Tensor:
-    """Gaussian blur of (N, 1, X, Y, Z) with one sigma (N,) in voxels per view.
+    """Blur (N, 1, X, Y, Z) by a Gaussian with one sigma (N,) in voxels per view.
 
-    One product per axis with a matrix of Gaussian weights; each output voxel's weights sum to 1, so
-    that the border needs no padding.
+    Each axis is multiplied by a matrix of Gaussian weights. The weights of each output voxel sum to
+    1, so that the border needs no padding.
     """
-    for axis, spec in ((2, "nij,ncjyz->nciyz"), (3, "nij,ncxjz->ncxiz"), (4, "nij,ncxyj->ncxyi")):
+    for axis, spec in ALONG_AXES:
         index = torch.arange(x.shape[axis], device=x.device, dtype=torch.float32)
         distance = (index[:, None] - index[None]) / sigma.view(-1, 1, 1)
         weights = torch.exp(-0.5 * distance**2)
@@ -157,19 +160,19 @@ def blur(x: Tensor, sigma: Tensor) -> Tensor:
 
 
 def lower_resolution(x: Tensor, factors: Tensor) -> Tensor:
-    """(N, 1, X, Y, Z) averaged over voxels `factors` (N, 3) times as large, interpolated back.
+    """Average (N, 1, X, Y, Z) over voxels `factors` (N, 3) times as large and interpolate back.
 
-    One product per axis with a matrix for both steps, as in `blur`.
+    Each axis is multiplied by one matrix for both steps, as in `blur`.
     """
-    for axis, spec in ((2, "nij,ncjyz->nciyz"), (3, "nij,ncxjz->ncxiz"), (4, "nij,ncxyj->ncxyi")):
+    for axis, spec in ALONG_AXES:
         n, factor = x.shape[axis], factors[:, axis - 2, None, None]
         index = torch.arange(n, device=x.device, dtype=torch.float32)
-        # averages: coarse voxel j holds the fine voxels of j * factor .. (j + 1) * factor
+        # averages: coarse voxel j covers the fine voxels from j * factor to (j + 1) * factor
         face = index[:, None] * factor
         overlap = torch.minimum(face + factor, index + 1) - torch.maximum(face, index)
         average = overlap.clamp(min=0)
         average = average / average.sum(2, keepdim=True).clamp(min=1e-6)
-        # back: linear between the two nearest coarse voxels, of which there are ceil(n / factor)
+        # back: linear between the two nearest of the ceil(n / factor) coarse voxels
         last = torch.ceil(n / factor - 1e-5) - 1
         at = torch.minimum(((index[:, None] + 0.5) / factor - 0.5).clamp(min=0), last)
         linear = (1 - (at - index).abs()).clamp(min=0)

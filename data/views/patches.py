@@ -1,8 +1,8 @@
 """Patches: one random transform of image and mask, drawn on the CPU, applied on any device.
 
 A patch is cut from the region of the volume that it covers. Outside the volume the image is air and
-the target IGNORE: nothing is known there, and a loss must not reward guesses about what lies beyond
-the scanner's field of view. Axes are (X, Y, Z); voxel i is centred at i.
+the target IGNORE: nothing is known there, and a loss must not reward guesses about tissue outside
+the scanner's field of view. Axes and coordinates are those of `data.views.geometry`.
 """
 
 from __future__ import annotations
@@ -15,12 +15,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from monai.data import Dataset
-from monai.transforms import Compose, Transform
 from torch import Tensor
 from torch.utils.data import default_collate
 
 from data.cases import Case
-from data.loading import Key
+from data.loading import Key, generator_of
 from data.views.geometry import (
     CELLS,
     EXACT,
@@ -40,8 +39,8 @@ from data.views.intensity import (
 )
 from utils.classes import IGNORE, Classes
 
-# How often a patch gets each change: nnU-Net's (Isensee et al. 2021, supplement 4), whose elastic
-# deformation is that of its version 1. Gamma, noise and so on: data/views/intensity.py.
+# Probability of each change per patch, as in nnU-Net (Isensee et al. 2021, supplement 4; elastic
+# deformation as in its version 1). Gamma, noise and so on: data/views/intensity.py.
 PROB_ROTATE = 0.2
 PROB_ZOOM = 0.2
 PROB_ELASTIC = 0.2
@@ -53,7 +52,7 @@ MAX_ELASTIC = 0.4  # cells
 
 @dataclass(frozen=True)
 class PatchSettings:
-    """Size of the patches, the augment: section of segmentation_config.yaml, data.hu_window."""
+    """Size of the patches, the section augment of segmentation_config.yaml, data.hu_window."""
 
     patch_size: Size
     rotate: tuple[float, float, float] = (0.0, 0.0, 0.0)
@@ -68,7 +67,7 @@ class PatchSettings:
     def from_config(
         cls, patch_size: Size, augment: Mapping[str, Any], hu_window: tuple[float, float]
     ) -> PatchSettings:
-        """From the size, the augment section of the config ({}: no changes) and data.hu_window."""
+        """Build the settings from size, section augment ({}: no changes) and data.hu_window."""
         names = ("rotate", "zoom", "stretch", "elastic", "flip", "low_res")
         fields = {key: augment[key] for key in names if key in augment}
         fields = {key: tuple(v) if isinstance(v, list) else v for key, v in fields.items()}
@@ -84,7 +83,7 @@ def sample_patch(
 ) -> tuple[np.ndarray, np.ndarray, dict[str, Tensor]]:
     """Draw a patch and its changes.
 
-    The patch is centred on the point, or as near to that as its box fits into the volume, then
+    The patch is centred on the point, or as close to it as the box fits into the volume, then
     turned about its centre; the point always lies in it.
 
     Args:
@@ -92,10 +91,10 @@ def sample_patch(
         entry: a cache entry (shape, spacing in mm, through_plane, slice_spacing, kind, ...).
         point: (3,) voxel of the volume; None for a random place.
     Returns:
-        start and size of the smallest region of the volume with all that the patch shows; the
-        parameters, tensors on the CPU: matrix (3, 4) from patch voxels to voxels of the region,
-        displacement (3, CELLS + 3, ...) of the control points in voxels of the region, flip (3,)
-        bool, low_res (3,) factors, background, scale, offset, and those of `sample_intensity` (1,).
+        start and size of the smallest region of the volume that covers the patch; the parameters,
+        tensors on the CPU: matrix (3, 4) from patch voxels to voxels of the region, displacement
+        (3, CELLS + 3, ...) of the control points in voxels of the region, flip (3,) bool, low_res
+        (3,) factors, background, scale, offset, and intensity, of `sample_intensity` for 1 view.
     """
     size, shape = np.array(settings.patch_size), np.array(entry.shape)
     fov = sample_fov(rng, settings)
@@ -105,7 +104,7 @@ def sample_patch(
         low = rng.uniform(least - 0.5, most + 0.5)
     else:
         low = np.asarray(point) + 0.5 - fov / 2
-    # whole voxels, so that a patch that is neither zoomed nor turned is a copy
+    # whole voxels, so that a patch that is neither zoomed nor turned copies voxels
     low = np.clip(np.round(low), least, most)
     centre = low + fov / 2 - 0.5
     if point is None:
@@ -115,7 +114,7 @@ def sample_patch(
     turn = sample_rotation(rng, entry, settings.rotate) * (rng.random() < PROB_ROTATE)
     signs = np.where(flip, -1.0, 1.0)
     matrix = view_matrix(size, fov, centre, signs, turn, entry.spacing)
-    # a point near the volume's border is off centre and may have been turned out of the patch
+    # a point near the volume's border is off centre, and the rotation may have moved it outside
     at = np.linalg.solve(matrix[:, :3], point - matrix[:, 3])
     matrix[:, 3] += matrix[:, :3] @ (at - np.clip(at, 0, size - 1))
     displacement = sample_elastic(rng, matrix, fov * entry.spacing, settings)
@@ -137,7 +136,7 @@ def sample_patch(
 
 
 def sample_fov(rng: np.random.Generator, settings: PatchSettings) -> np.ndarray:
-    """Field of view in voxels of the volume: zoomed, then each axis stretched by itself."""
+    """Draw a field of view in voxels of the volume: zoomed, then each axis stretched by itself."""
     factor = np.exp(rng.uniform(*np.log(settings.zoom)))
     stretch = np.exp(rng.uniform(-1, 1, 3) * np.log(settings.stretch))
     changed = rng.random() < PROB_ZOOM
@@ -145,18 +144,18 @@ def sample_fov(rng: np.random.Generator, settings: PatchSettings) -> np.ndarray:
 
 
 def sample_elastic(rng, matrix, extent_mm, settings: PatchSettings) -> np.ndarray:
-    """Displacements (3, n, n, n) of the control points, in voxels of the region."""
+    """Draw displacements (3, n, n, n) of the control points, in voxels of the region."""
     most = np.minimum(settings.elastic, MAX_ELASTIC * extent_mm / CELLS) * rng.random()
     moves = rng.uniform(-1, 1, (3, *[CELLS + 3] * 3)) * most[:, None, None, None]  # mm
     if rng.random() >= PROB_ELASTIC:
         return np.zeros_like(moves)
-    # drawn along the patch's axes, as the condition against folding wants it
+    # drawn along the patch's axes, for which the condition against folding holds
     per_mm = np.array(settings.patch_size) / extent_mm
     return np.einsum("ij,jxyz->ixyz", matrix[:, :3] * per_mm, moves)
 
 
 def sample_low_res(rng, through_plane: int, most: float) -> np.ndarray:
-    """Factors (3,) by which the resolution is lowered: along all axes, or as by thicker slices."""
+    """Draw factors (3,) of lower resolution: along all axes, or like thicker slices."""
     factors = np.full(3, rng.uniform(1, most))
     if rng.random() < 0.5:
         factors[np.arange(3) != through_plane] = 1
@@ -172,9 +171,8 @@ def apply_patches(
     """Cut the patches of a batch, image and mask alike, then change intensities.
 
     Args:
-        batch: of `data.views.patches.collate_patches`: regions and masks as lists, parameters of
-            `sample_patch` stacked; on the CPU. Only what is cut from travels to the device.
-        size: of the patches, voxels.
+        batch: of `collate_patches`, on the CPU; what is needed is copied to the device.
+        size: voxels of a patch.
     Returns:
         images (B, 1, *size) float32 in 0..1; targets (B, *size) uint8: 0, 1..K, IGNORE.
     """
@@ -206,7 +204,7 @@ def apply_patches(
 def cut_patch(
     region: Tensor, mask: Tensor, matrix: Tensor, displacement: Tensor, background: float, size
 ) -> tuple[Tensor, Tensor]:
-    """One patch: image trilinear, mask likewise, copies where nothing is turned or zoomed.
+    """Cut one patch, interpolating image and mask linearly, or copying voxels where none is moved.
 
     Args:
         region: (X, Y, Z) int16; mask: (X, Y, Z) uint8; on the device of the result.
@@ -220,7 +218,7 @@ def cut_patch(
     if still and (matrix - whole).abs().max() < EXACT and whole[:, :3].abs().equal(torch.eye(3)):
         image = _copy(region, whole.int(), size, background).float()
         return image, _copy(mask, whole.int(), size, IGNORE)
-    # one voxel of what is outside all around: past it, grid_sample repeats that
+    # a border of one outside voxel, which grid_sample repeats
     image = F.pad(region.float()[None, None], [1] * 6, value=background)
     labels = F.pad(mask, [1] * 6, value=IGNORE)
     shape = image.shape[2:]
@@ -236,7 +234,7 @@ def cut_patch(
 
 
 def _copy(source: Tensor, matrix: Tensor, size: Size, outside: float) -> Tensor:
-    """The voxels that a matrix of 1, -1 and whole shifts shows."""
+    """Copy the voxels selected by a matrix of 1, -1 and whole shifts."""
     out = source.new_full(size, outside)
     signs, shifts = matrix[:, :3].diagonal().tolist(), matrix[:, 3].tolist()
     into, take, flipped = [], [], []
@@ -253,44 +251,14 @@ def _copy(source: Tensor, matrix: Tensor, size: Size, outside: float) -> Tensor:
 # ---------------------------------------------------------------------------------- data set
 
 
-class SamplePatchd(Transform):
-    """{"entry", "rng"} -> adds the parameters of `sample_patch`, start, size, and foreground: the
-    class on which the patch is centred, 0 where its place is random."""
-
-    def __init__(self, classes: Classes, settings: PatchSettings, foreground: float):
-        self.classes, self.settings, self.foreground = classes, settings, foreground
-
-    def __call__(self, data: dict[str, Any]) -> dict[str, Any]:
-        rng, entry, index, point = data["rng"], data["entry"], 0, None
-        if rng.random() < self.foreground:
-            index, point = sample_foreground(rng, entry.class_coords, self.classes)
-        start, size, params = sample_patch(rng, entry, point, self.settings)
-        return data | params | {"start": start, "size": size, "foreground": index}
-
-
-class ReadPatchd(Transform):
-    """Adds region (X, Y, Z) int16 and mask (X, Y, Z) uint8 indices, left and right swapped where
-    the patch is flipped along x."""
-
-    def __init__(self, classes: Classes, mirror_pairs: Sequence[Sequence[str]]):
-        table = classes.table()
-        self.tables = table, classes.mirror_table(mirror_pairs)[table]
-
-    def __call__(self, data: dict[str, Any]) -> dict[str, Any]:
-        box = data["start"], data["size"]
-        labels = data["entry"].read_seg(*box)
-        # negative values count from the table's end
-        mask = np.take(self.tables[bool(data["flip"][0])], labels, mode="wrap")
-        region = np.ascontiguousarray(data["entry"].read_region(*box)[0])
-        return data | {"region": torch.from_numpy(region), "mask": torch.from_numpy(mask)}
-
-
 class PatchDataset(Dataset):
-    """One patch of a case per (epoch, index, draw) key, with what `apply_patches` needs to cut it.
+    """One patch of a case per (epoch, index, draw) key, as `apply_patches` needs it.
 
-    Items: region and mask that the patch is cut from; the parameters of `sample_patch`; foreground,
-    index of the class it is centred on or 0; index of the case; key. They are a function of seed
-    and key alone. Raises what cache.get raises for a case that cannot be read.
+    Items: region (X, Y, Z) int16 and mask (X, Y, Z) uint8 class indices that the patch is cut from,
+    left and right swapped in the mask if the patch is flipped along x; the parameters of
+    `sample_patch`; foreground, index of the class it is centred on, 0 for a random place; index of
+    the case; key. They depend on seed and key alone. Raises what cache.get raises for a case that
+    cannot be read.
     """
 
     def __init__(
@@ -304,21 +272,32 @@ class PatchDataset(Dataset):
         seed: int,
     ):
         """foreground: share of patches centred on a voxel of a class."""
-        steps = [SamplePatchd(classes, settings, foreground), ReadPatchd(classes, mirror_pairs)]
-        super().__init__(cases, Compose(steps))
-        self.cache, self.seed = cache, seed
+        super().__init__(cases)
+        self.cache, self.classes, self.settings, self.seed = cache, classes, settings, seed
+        self.foreground, table = foreground, classes.table()
+        self.tables = table, classes.mirror_table(mirror_pairs)[table]
 
     def __getitem__(self, key: Key) -> dict[str, Any]:
-        epoch, index, draw = key
-        rng = np.random.Generator(np.random.PCG64([self.seed, epoch, index, draw]))
-        item = self.transform({"entry": self.cache.get(self.data[index]), "rng": rng})
-        for name in ("entry", "rng", "start", "size"):
-            del item[name]
-        return item | {"index": index, "key": torch.tensor(key)}
+        rng, entry = generator_of(self.seed, key), self.cache.get(self.data[key[1]])
+        foreground, point = 0, None
+        if rng.random() < self.foreground:
+            foreground, point = sample_foreground(rng, entry.class_coords, self.classes)
+        start, size, params = sample_patch(rng, entry, point, self.settings)
+        table = self.tables[bool(params["flip"][0])]
+        # negative values count from the table's end
+        mask = np.take(table, entry.read_seg(start, size), mode="wrap")
+        region = np.ascontiguousarray(entry.read_region(start, size)[0])
+        return params | {
+            "region": torch.from_numpy(region),
+            "mask": torch.from_numpy(mask),
+            "foreground": foreground,
+            "index": key[1],
+            "key": torch.tensor(key),
+        }
 
 
 def collate_patches(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Stack all but region and mask, whose sizes differ: those are lists."""
+    """Return a batch: region and mask as lists, since their sizes differ, and the rest stacked."""
     lists = {name: [item[name] for item in items] for name in ("region", "mask")}
     rest = [{k: v for k, v in item.items() if k not in lists} for item in items]
     return default_collate(rest) | lists
@@ -327,10 +306,11 @@ def collate_patches(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def sample_foreground(
     rng: np.random.Generator, coords: Mapping[int, np.ndarray], classes: Classes
 ) -> tuple[int, np.ndarray | None]:
-    """A class of those in the volume, each as likely, and one of its voxels; (0, None) if none.
+    """Draw a class of those in the volume, all equally likely, and one of its voxels (3,); return
+    (0, None) if there is none.
 
     Args:
-        coords: label value -> (n, 3) voxels, of the cache entry.
+        coords: {label value: (n, 3) voxels} of the cache entry.
     """
     found: dict[int, list[np.ndarray]] = {}
     for value, voxels in coords.items():
