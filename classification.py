@@ -65,7 +65,7 @@ SELECT_BY = ("val_auc", "val_loss")  # the first that is defined, else the train
 def train_step(
     run: Run[ClassificationConfig], state: State, batches, values: dict, truth, class_weights
 ) -> dict:
-    """One optimizer step over the accumulated batches, unless it is not finite.
+    """Take one optimizer step over the accumulated batches; one that is not finite changes nothing.
 
     The loss of a target is a mean over the labels of the whole step, those of all batches and
     ranks, so that it is the same however they are divided.
@@ -112,7 +112,7 @@ def train_step(
 
 
 def make_loaders(run: Run[ClassificationConfig], cases: dict, targets: Targets, cache) -> dict:
-    """Random views of the train cases, the fixed one of the val cases."""
+    """Build the loaders: random views of the train cases, the fixed view of the val cases."""
     cfg, balance, loaders = run.cfg, run.cfg.finetune.balance, {}
     ranks = {"rank": distributed.rank(), "world_size": distributed.world_size()}
     weights = balance_weights(targets, cases["train"], balance) if balance else None
@@ -130,9 +130,11 @@ def make_loaders(run: Run[ClassificationConfig], cases: dict, targets: Targets, 
 def validate(
     run: Run[ClassificationConfig], state: State, loader, targets: Targets, truth, class_weights
 ) -> dict[str, float | None]:
-    """Losses, AUC and the like on the fixed view of the val cases. None: undefined.
+    """Return losses, AUC and the like on the fixed view of the val cases; None: undefined.
 
-    truth, class_weights: of the val cases, as for `train_step`. Raises NotFinite on all ranks.
+    Raise NotFinite on all ranks if an output is not finite.
+
+    truth, class_weights: of the val cases, as for `train_step`.
     """
     found = predict(run, state.bare("classifier"), loader, targets)
     outputs = {n: torch.from_numpy(found[n]).clamp(min=1e-12).log() for n in targets.classes}
@@ -152,7 +154,7 @@ def validate(
 
 
 def assess(run, state, loaders, targets, truth, class_weights) -> dict[str, float | None]:
-    """Of metrics.csv: what the validation finds."""
+    """Return what the validation adds to the row of metrics.csv."""
     if "val" not in loaders:
         return {}
     try:
@@ -164,14 +166,17 @@ def assess(run, state, loaders, targets, truth, class_weights) -> dict[str, floa
 
 
 def mean_of(row: dict, names: list[str]) -> float | None:
-    """Mean of those that are defined."""
+    """Return the mean of the values that are defined."""
     values = [row[name] for name in names if row[name] is not None]
     return float(np.mean(values)) if values else None
 
 
 def score_of(row: dict, select_by: str) -> list[float] | float | None:
-    """Higher is better: mean val AUC, of equal ones by the val loss; where the AUC is undefined the
-    val loss, without val cases the train loss. None: not known; NaN: not finite."""
+    """Return what is compared in order to find the best epoch, higher being better.
+
+    These are the mean val AUC, then minus the val loss. Where the AUC is undefined it is minus the
+    val loss, and without val cases minus the train loss. None: not known. NaN: not finite.
+    """
     losses = [row.get("val_loss" if select_by == "val_auc" else select_by)]
     aucs = [row.get("val_auc")] if select_by == "val_auc" else []
     if any(x is not None and math.isnan(x) for x in aucs + losses):
@@ -185,7 +190,7 @@ def stopped_early(state: State, cfg: ClassificationConfig) -> bool:
 
 
 def draw_inputs(run: Run[ClassificationConfig], loaders: dict) -> None:
-    """plots/inputs.png: what the network sees of some train cases, and of some val cases."""
+    """Draw plots/inputs.png: what the network sees of some train cases and some val cases."""
     views, size = {}, run.cfg.image.size
     for name, loader in loaders.items():
         items = [loader.dataset[key] for key in loader.sampler.global_keys()[:3]]
@@ -194,7 +199,7 @@ def draw_inputs(run: Run[ClassificationConfig], loaders: dict) -> None:
 
 
 def draw_progress(run: Run, state: State) -> None:
-    """plots/curves.png and report.html from what has been logged so far."""
+    """Renew plots/curves.png and report.html from what has been logged so far."""
     plot_curves(run.folder / "plots" / "curves.png", run.log.rows)
     write_report(run, state, f"Classification: {run.cfg.experiment}", PICTURES)
 
@@ -203,7 +208,7 @@ def draw_progress(run: Run, state: State) -> None:
 
 
 def settings_to_match(cfg: ClassificationConfig, targets: Targets) -> dict:
-    """What a checkpoint and the config must agree on: the network, what it is fed and to learn."""
+    """Return what a checkpoint and the config must agree on: network, input and targets."""
     learned = {"classes": targets.classes, "moments": targets.moments}
     image = {"pooling": cfg.head.pooling, "image": cfg.image.model_dump(mode="json")}
     data = ("spacing", "hu_window", "percentiles", "crop_background")
@@ -211,13 +216,13 @@ def settings_to_match(cfg: ClassificationConfig, targets: Targets) -> dict:
 
 
 def build(cfg: ClassificationConfig, targets: Targets) -> Classifier:
-    """The classifier with random weights."""
+    """Build the classifier with random weights."""
     backbone = from_config(cfg, decoder=False)
     return Classifier(backbone, targets.num_outputs, cfg.head.pooling, cfg.head.dropout)
 
 
 def build_state(run: Run[ClassificationConfig], classifier: Classifier, loader, about) -> State:
-    """The classifier with the weights it starts from, and its optimizer."""
+    """Load the weights that the classifier starts from and build its optimizer."""
     cfg, f = run.cfg, run.cfg.finetune
     weights = load_weights(run, classifier.backbone)
     groups = optimizer_groups(classifier, f.backbone_lr, f.layer_decay)
@@ -235,7 +240,7 @@ def build_state(run: Run[ClassificationConfig], classifier: Classifier, loader, 
 
 
 def train(run: Run[ClassificationConfig], cache, cases: dict, skipped) -> int:
-    """Fine-tune on the train cases; returns the exit code."""
+    """Fine-tune on the train cases; return the exit code."""
     cfg, f = run.cfg, run.cfg.finetune
     step.seed_everything(cfg.seed)
     # ---- data
@@ -302,7 +307,7 @@ def train(run: Run[ClassificationConfig], cache, cases: dict, skipped) -> int:
 
 
 def test(run: Run[ClassificationConfig], tested: list[Tested], cases: list) -> dict:
-    """Predict and score the cases, to test/; returns what `write_test_report` is given."""
+    """Predict and score the cases, to test/; return what `write_test_report` was given."""
     cfg, folder, targets = run.cfg, run.folder / "test", tested[0].targets
     seen = set().union(*(one.seen_patients for one in tested))
     notes = refuse_seen(cases, seen, "test_ckpt", cfg.allow_seen_patients)
@@ -327,7 +332,7 @@ def test(run: Run[ClassificationConfig], tested: list[Tested], cases: list) -> d
 
 
 def cross_validate(run: Run, folds: list[Run], cache, cases: list, skipped) -> int:
-    """A run and a test for each fold, then all tests as one; returns the exit code."""
+    """Train and test each fold, then report all tests as one; return the exit code."""
     tests = []
     for fold in folds:
         parts = split(cases, fold.cfg)

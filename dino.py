@@ -54,7 +54,7 @@ PICTURES = {
 
 
 def cut_views(run: Run, batch: dict) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Global (2 B, 1, X, Y, Z) and local (num_local B, 1, x, y, z) crops in 0..1."""
+    """Cut global (2 B, 1, X, Y, Z) and local (num_local B, 1, x, y, z) crops, in 0..1."""
     crops = run.cfg.crops
     source = (batch["region"].to(run.device, non_blocking=True), batch["scale"], batch["offset"])
     global_crops = apply_views(*source, batch["global"], crops.global_size)
@@ -66,7 +66,7 @@ def cut_views(run: Run, batch: dict) -> tuple[torch.Tensor, torch.Tensor | None]
 def forward(
     run: Run[DinoConfig], student, teacher, targets, batch: dict, teacher_temp: float
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Both networks and the losses on one batch.
+    """Run both networks and the losses on one batch.
 
     Returns:
         {"loss": ..., what it is made of and its health: scalars}; the teacher's pooled features of
@@ -115,7 +115,9 @@ def forward(
 
 
 def train_step(run: Run[DinoConfig], state: State, batches: list[dict], values: dict) -> dict:
-    """One optimizer step over the accumulated batches; then teacher and center, unless not finite.
+    """Take one optimizer step over the accumulated batches, then move teacher and center.
+
+    A step that is not finite changes nothing.
 
     Args:
         values: this step's lr, weight_decay, momentum, teacher_temp, prototypes_move (0 or 1).
@@ -154,7 +156,7 @@ def train_step(run: Run[DinoConfig], state: State, batches: list[dict], values: 
 
 
 def build_schedule(cfg: DinoConfig, steps_per_epoch: int) -> dict[str, np.ndarray]:
-    """Values per optimizer step (DINO, section 3 and appendix A)."""
+    """Return the values of every optimizer step (DINO, section 3 and appendix A)."""
     d, num_steps = cfg.dino, cfg.n_epochs * steps_per_epoch
     lr = cfg.learning_rate * cfg.batch_size * cfg.accumulate * distributed.world_size() / 256
     warmup, ramp, frozen = (
@@ -176,9 +178,9 @@ def build_schedule(cfg: DinoConfig, steps_per_epoch: int) -> dict[str, np.ndarra
 
 @torch.no_grad()
 def validate(run: Run[DinoConfig], state: State, loader, teacher_temp: float) -> dict[str, float]:
-    """Losses on fixed views of the val cases, spread and rank of the teacher's features.
+    """Return the losses on fixed views of the val cases, spread and rank of the teacher's features.
 
-    Raises NotFinite on all ranks.
+    Raise NotFinite on all ranks if an output is not finite.
     """
     networks = [state.bare(name).eval() for name in state.modules]  # DDP would wait for other ranks
     sums, features, bad = {}, [], []
@@ -215,7 +217,7 @@ def validate(run: Run[DinoConfig], state: State, loader, teacher_temp: float) ->
 
 
 def assess(run, state, loaders, cache, cases, teacher_temp: float, probing: bool = True) -> dict:
-    """Of metrics.csv: what the validation, and where wanted the probes, find."""
+    """Return what the validation and the probes add to the row of metrics.csv."""
     row, teacher = {}, state.modules["teacher"]
     try:
         if "val" in loaders:
@@ -229,14 +231,14 @@ def assess(run, state, loaders, cache, cases, teacher_temp: float, probing: bool
 
 
 def score_of(row: dict, select_by: str) -> float | None:
-    """Higher is better; None: not known of this epoch; NaN: its validation failed."""
+    """Return the epoch's score, higher being better; None: not known, NaN: validation failed."""
     if math.isnan(row.get("val_loss", 0.0)):
         return math.nan
     return probe_score(row) if select_by == "probe" else -row.get(select_by, math.inf)
 
 
 def draw_crops(run: Run[DinoConfig], batch: dict) -> None:
-    """plots/crops.png: what the networks see of the first batch."""
+    """Draw plots/crops.png: what the networks see of the first batch."""
     views = {}
     for name, crops in zip(("global", "local"), cut_views(run, batch), strict=True):
         if crops is not None:
@@ -246,7 +248,7 @@ def draw_crops(run: Run[DinoConfig], batch: dict) -> None:
 
 
 def draw_progress(run: Run[DinoConfig], state: State, entry) -> None:
-    """plots/features.png, plots/curves.png and report.html from what has been logged so far."""
+    """Renew plots/features.png, plots/curves.png and report.html."""
     plots, teacher, d = run.folder / "plots", state.modules["teacher"], run.cfg.dino
     volume, maps = feature_maps(run, teacher, entry)
     names = [f"stride {stride}" for stride in teacher.backbone.strides]
@@ -260,7 +262,7 @@ def draw_progress(run: Run[DinoConfig], state: State, entry) -> None:
 
 
 def settings_to_match(cfg: DinoConfig) -> dict:
-    """What a checkpoint and the config must agree on: the networks and what they are fed."""
+    """Return what a checkpoint and the config must agree on: networks and input."""
     head = "pooling out_dim head_hidden head_bottleneck head_batchnorm norm_last_layer".split()
     head += ["patch_level", "patch_out_dim"] if cfg.dino.patch_weight > 0 else []
     d = cfg.dino.model_dump(mode="json")
@@ -269,7 +271,7 @@ def settings_to_match(cfg: DinoConfig) -> dict:
 
 
 def make_loaders(run: Run[DinoConfig], cache: VolumeCache, cases: dict) -> dict:
-    """Random views of the train cases, fixed ones of the val cases."""
+    """Build the loaders: random views of the train cases, fixed ones of the val cases."""
     cfg, loaders = run.cfg, {}
     ranks = {"rank": distributed.rank(), "world_size": distributed.world_size()}
     views = ViewSettings.from_config(
@@ -285,7 +287,7 @@ def make_loaders(run: Run[DinoConfig], cache: VolumeCache, cases: dict) -> dict:
 
 
 def build_modules(run: Run[DinoConfig]) -> tuple[dict[str, nn.Module], dict | None]:
-    """Student, teacher and the teacher's targets; the report of the weights it starts from."""
+    """Build student, teacher and targets; return also the report of the weights they start from."""
     cfg, d = run.cfg, run.cfg.dino
     student = build_network(cfg).to(run.device)
     weights = load_weights(run, student.backbone)
@@ -302,7 +304,7 @@ def build_modules(run: Run[DinoConfig]) -> tuple[dict[str, nn.Module], dict | No
 
 
 def train(run: Run[DinoConfig], cache: VolumeCache, cases: dict, skipped) -> int:
-    """Pre-train on the train cases; returns the exit code."""
+    """Pre-train on the train cases; return the exit code."""
     cfg, device = run.cfg, run.device
     # ---- data
     loaders = make_loaders(run, cache, cases)
@@ -357,7 +359,7 @@ def train(run: Run[DinoConfig], cache: VolumeCache, cases: dict, skipped) -> int
 
 
 def test(run: Run[DinoConfig], cache: VolumeCache, cases: dict) -> None:
-    """test/: embeddings of test_folds; probes fitted on train_folds and scored on test_folds."""
+    """Write test/: embeddings of test_folds, and probes fitted on train_folds."""
     cfg = run.cfg
     saved = checkpoint.load(cfg.test_ckpt)
     checkpoint.check_settings(cfg.test_ckpt, saved, settings_to_match(cfg))

@@ -74,7 +74,7 @@ PICTURES = {
 def train_step(
     run: Run[SegmentationConfig], state: State, batches: list[dict], values: dict
 ) -> dict:
-    """One optimizer step over the accumulated batches, unless it is not finite.
+    """Take one optimizer step over the accumulated batches; one that is not finite changes nothing.
 
     Args:
         values: this step's lr.
@@ -106,8 +106,8 @@ def train_step(
 # ---------------------------------------------------------------------------------- optimization
 
 
-def set_frozen(state: State, cfg) -> None:
-    """Freeze or free the encoder for the epoch to come; DDP must know what gets gradients."""
+def set_frozen(state: State, cfg: SegmentationConfig) -> None:
+    """Freeze or free the encoder for the coming epoch; DDP must know what gets gradients."""
     bare, frozen = state.bare("segmenter"), state.epoch < cfg.finetune.freeze_epochs
     ready = state.modules["segmenter"] is not bare or distributed.world_size() == 1
     if bare.frozen == frozen and ready:
@@ -117,15 +117,15 @@ def set_frozen(state: State, cfg) -> None:
         state.modules["segmenter"] = DistributedDataParallel(bare, broadcast_buffers=False)
 
 
-def build_schedule(cfg, steps_per_epoch: int) -> dict[str, np.ndarray]:
-    """Learning rate per optimizer step."""
+def build_schedule(cfg: SegmentationConfig, steps_per_epoch: int) -> dict[str, np.ndarray]:
+    """Return the learning rate of every optimizer step."""
     rates = (cfg.learning_rate, min(cfg.min_learning_rate, cfg.learning_rate))
     steps = (cfg.n_epochs * steps_per_epoch, cfg.warmup_epochs * steps_per_epoch)
     shape = {"adamw": schedules.cosine, "sgd": schedules.poly}[cfg.optimizer]
     return {"lr": shape(*rates, *steps)}
 
 
-def build_optimizer(segmenter: Segmenter, cfg) -> torch.optim.Optimizer:
+def build_optimizer(segmenter: Segmenter, cfg: SegmentationConfig) -> torch.optim.Optimizer:
     groups = optimizer_groups(segmenter, cfg.finetune.encoder_lr)
     options = {"lr": 0.0, "weight_decay": cfg.weight_decay}
     if cfg.optimizer == "adamw":
@@ -137,9 +137,9 @@ def build_optimizer(segmenter: Segmenter, cfg) -> torch.optim.Optimizer:
 
 
 def validate(run: Run, state: State, cases: Sequence[Case], cache, classes: Classes) -> dict:
-    """Dice of the val cases, mean and of each class. None: a class that is in no case, nor found.
+    """Return the Dice of the val cases: the mean, and of each class (None: nowhere, nor found).
 
-    Draws the first cases to plots/. Raises NotFinite on all ranks.
+    Draw the first cases to plots/. Raise NotFinite on all ranks if an output is not finite.
     """
     segmenter, rows, bad = state.bare("segmenter"), [], []
     softmax = probabilities(run, [segmenter])
@@ -173,7 +173,7 @@ def validate(run: Run, state: State, cases: Sequence[Case], cache, classes: Clas
 
 
 def assess(run: Run, state: State, cases: Sequence[Case], cache, classes: Classes) -> dict:
-    """Of metrics.csv: what the validation finds."""
+    """Return what the validation adds to the row of metrics.csv."""
     try:
         with explained("the validation", run.cfg):
             return validate(run, state, cases, cache, classes)
@@ -183,13 +183,13 @@ def assess(run: Run, state: State, cases: Sequence[Case], cache, classes: Classe
 
 
 def score_of(row: dict, select_by: str) -> float | None:
-    """Higher is better: the mean val Dice, without val cases the train loss; None: not known."""
+    """Return the mean val Dice or, without val cases, minus the train loss; None if not known."""
     value = row.get(select_by)
     return value if value is None or select_by == "val_dice" else -value
 
 
 def draw_patches(run: Run[SegmentationConfig], batch: dict) -> None:
-    """plots/patches.png: what the network sees of the first batch, and what it is to answer."""
+    """Draw plots/patches.png: the patches of the first batch, and what is to be answered."""
     images, targets = apply_patches(batch, run.cfg.patches.size, run.device)
     targets = torch.where(targets == IGNORE, 0, targets).float() / len(run.cfg.classes)
     views = {"image": images[:, 0].cpu().numpy(), "target": targets.cpu().numpy()}
@@ -197,7 +197,7 @@ def draw_patches(run: Run[SegmentationConfig], batch: dict) -> None:
 
 
 def draw_progress(run: Run, state: State) -> None:
-    """plots/curves.png and report.html from what has been logged so far."""
+    """Renew plots/curves.png and report.html from what has been logged so far."""
     plot_curves(run.folder / "plots" / "curves.png", run.log.rows)
     write_report(run, state, f"Segmentation: {run.cfg.experiment}", PICTURES)
 
@@ -206,20 +206,20 @@ def draw_progress(run: Run, state: State) -> None:
 
 
 def settings_to_match(cfg: SegmentationConfig, classes: Classes) -> dict:
-    """What a checkpoint and the config must agree on: the network, what it is fed and to learn."""
+    """Return what a checkpoint and the config must agree on: network, input and classes."""
     learned = {"deep_supervision": cfg.loss.deep_supervision, "classes": classes.to_dict()}
     data = ("spacing", "hu_window", "percentiles", "crop_background")
     return checkpoint.settings_of(cfg, "segmentation", data, **learned)
 
 
 def build(cfg: SegmentationConfig, classes: Classes) -> Segmenter:
-    """The segmenter with random weights."""
+    """Build the segmenter with random weights."""
     backbone = from_config(cfg, decoder=True)
     return Segmenter(backbone, classes.num_outputs, cfg.loss.deep_supervision)
 
 
 def make_train_loader(run: Run[SegmentationConfig], cases, cache, classes: Classes) -> DataLoader:
-    """Random patches of the train cases."""
+    """Build the loader of random patches of the train cases."""
     cfg, changes = run.cfg, run.cfg.augment
     settings = PatchSettings.from_config(cfg.patches.size, changes.model_dump(), cfg.data.hu_window)
     content = {"foreground": cfg.patches.foreground, "mirror_pairs": changes.mirror_pairs}
@@ -233,7 +233,7 @@ def make_train_loader(run: Run[SegmentationConfig], cases, cache, classes: Class
 
 
 def train(run: Run[SegmentationConfig], cache, cases: dict, skipped, notices) -> int:
-    """Fine-tune on the train cases; returns the exit code."""
+    """Fine-tune on the train cases; return the exit code."""
     cfg, device = run.cfg, run.device
     # ---- data
     classes = Classes.from_config(cfg.classes, cfg.ignore_labels)
@@ -300,7 +300,7 @@ def train(run: Run[SegmentationConfig], cache, cases: dict, skipped, notices) ->
 
 
 def open_all(cfg) -> list[tuple[dict, SegmentationConfig]]:
-    """The checkpoints of test_ckpt, each with its own config, but for what the test is about."""
+    """Open the checkpoints of test_ckpt, each with its own config except for keys of the test."""
     opened = [open_tested(path, "segmentation", cfg, OF_THE_TEST) for path in cfg.test_ckpt]
     alike = [
         {"classes": saved["classes"], "data": own.data, "patches.size": own.patches.size}
@@ -311,7 +311,10 @@ def open_all(cfg) -> list[tuple[dict, SegmentationConfig]]:
 
 
 def build_tested(run: Run, opened, classes: Classes, notes: list[str]) -> Callable:
-    """`probabilities` of the checkpoints' networks and of mirror images. notes: gets warnings."""
+    """Return what predicts probabilities: the mean over networks and mirror images.
+
+    notes: warnings for the report are added to it.
+    """
     cfg, networks = run.cfg, [build(own, classes).to(run.device) for _, own in opened]
     for path, network, (saved, _) in zip(cfg.test_ckpt, networks, opened, strict=True):
         checkpoint.put_into(network, saved["modules"]["segmenter"], path)
