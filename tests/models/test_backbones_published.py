@@ -22,17 +22,6 @@ from tests.places import SHARED
 needs_shared = pytest.mark.skipif(
     not (SHARED / "references").exists(), reason="no reference outputs in ../shared/references"
 )
-# name of the references: backbone, its options, merge order, output layer of the published network
-PUBLISHED = {
-    "suprem_swinunetr": ("swinunetr", {}, "published", None),
-    "suprem_unet": ("unet", {}, None, None),
-    "suprem_segresnet": ("segresnet", {}, None, "conv_final.2.conv"),
-    "voco_swinunetr_v2": ("swinunetr", {"use_v2": True}, "published", "out.conv.conv"),
-    "openmind_resencl": ("resunet", {}, None, "decoder.seg_layers.4"),
-    "ctfm_segresnetds": ("segresnet", {"variant": "ds"}, None, "up_layers.3.head"),
-    "monai_swinunetr": ("swinunetr", {}, "monai1.5", "out.conv.conv"),
-    "monai_swinunetr_v2": ("swinunetr", {"use_v2": True}, "monai1.5", "out.conv.conv"),
-}
 # manifest: the file's prefix, after it what begins the names of other parts, backbone, options
 MANIFESTS = {
     "suprem_unet": ("module.backbone.", (), "unet", {}),
@@ -65,30 +54,23 @@ def shapes(backbone):
 
 # ---- numbers of the published networks
 @needs_shared
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_outputs_are_the_published_networks(name, formula):
-    reference = np.load(SHARED / "references" / f"{name}.npz")
-    kind, options, order, output_layer = PUBLISHED[name]
-    backbone = formula.fill(build_backbone(kind, **options)).eval()
-    if order is not None:
-        backbone.merge_order = order
+@pytest.mark.parametrize("use_v2", [False, True])
+def test_swinunetr_with_todays_merging_has_the_reference_outputs(use_v2, formula):
+    """Those of the older merging, and of all other networks: tests/utils/weights."""
+    reference = np.load(SHARED / "references" / f"monai_swinunetr{'_v2' if use_v2 else ''}.npz")
+    backbone = formula.fill(build_backbone("swinunetr", use_v2=use_v2)).eval()
     x = formula.volume()
-    with torch.set_grad_enabled(name == "monai_swinunetr"):  # its attention differs with gradients
+    with torch.set_grad_enabled(not use_v2):  # attention takes another way with gradients
         maps = backbone.encode(x)
     with torch.no_grad():
         decoded = backbone.decode(x, maps)[..., ::8, ::8, ::8]
-        if kind == "swinunetr":
-            assert_agrees(maps[-1], reference["encoder"])
-            assert_agrees(backbone.encoder10(maps[-1]), reference["bottleneck"])
-        else:
-            assert_agrees(maps[-1], reference["bottleneck"])
-    if "decoder" in reference:
-        assert_agrees(decoded, reference["decoder"])
-    if "logits" in reference:
-        shape = (reference["logits"].shape[1], decoded.shape[1], 1, 1, 1)
-        weight = torch.from_numpy(formula.weight(f"{output_layer}.weight", shape))
-        bias = torch.from_numpy(formula.weight(f"{output_layer}.bias", shape[:1]))
-        assert_agrees(F.conv3d(decoded, weight.float(), bias.float()), reference["logits"])
+        assert_agrees(maps[-1], reference["encoder"])
+        assert_agrees(backbone.encoder10(maps[-1]), reference["bottleneck"])
+    assert_agrees(decoded, reference["decoder"])
+    shape = (reference["logits"].shape[1], decoded.shape[1], 1, 1, 1)
+    weight = torch.from_numpy(formula.weight("out.conv.conv.weight", shape))
+    bias = torch.from_numpy(formula.weight("out.conv.conv.bias", shape[:1]))
+    assert_agrees(F.conv3d(decoded, weight.float(), bias.float()), reference["logits"])
 
 
 @needs_shared
