@@ -32,12 +32,12 @@ demo: $(VENV)/.installed
 	$(BIN)/python classification.py experiment=demo_classification $(SMALL) n_epochs=60 \
 	  batch_size=4 accumulate=1 learning_rate=2e-3 image.size=[48,40,40] \
 	  dino_weights=results/demo_dino/checkpoints/backbone.pt
-	$(BIN)/python classification.py experiment=demo_classification n_workers=1 precision=fp32 \
+	$(BIN)/python classification.py experiment=demo_classification n_workers=0 precision=fp32 \
 	  test_ckpt=results/demo_classification/checkpoints/best.pt
-	$(BIN)/python segmentation.py experiment=demo_segmentation $(SMALL) n_epochs=10 val_every=5 \
+	$(BIN)/python segmentation.py experiment=demo_segmentation $(SMALL) n_epochs=10 val_every=10 \
 	  batch_size=2 learning_rate=3e-3 patches.size=[32,32,32] patches.per_case=8 \
 	  dino_weights=results/demo_dino/checkpoints/backbone.pt
-	$(BIN)/python segmentation.py experiment=demo_segmentation n_workers=1 precision=fp32 \
+	$(BIN)/python segmentation.py experiment=demo_segmentation n_workers=0 precision=fp32 \
 	  test_ckpt=results/demo_segmentation/checkpoints/best.pt
 	@echo "Reports: results/demo_*/report.html, results/demo_*/test/report.html"
 
