@@ -1,8 +1,10 @@
-"""Linting and formatting, where ruff is installed."""
+"""Linting and formatting, where ruff is installed; the sizes of files, functions and folders."""
 
+import ast
 import importlib.util
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 
@@ -16,3 +18,19 @@ def test_ruff(command):
         [sys.executable, "-m", "ruff", *command, "."], cwd=ROOT, capture_output=True, text=True
     )
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_sizes():
+    """A person reads a script, a function, a folder and the README at one sitting."""
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout
+    code = [ROOT / name for name in files.split() if name.endswith(".py")] or pytest.skip("no git")
+    lines = {path: path.read_text(encoding="utf-8").splitlines() for path in code}
+    large = [path.name for path in code if path.parent == ROOT and len(lines[path]) > 400]
+    for path in code:
+        for node in ast.walk(ast.parse("\n".join(lines[path]))):
+            if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= 75:
+                large.append(f"{path.name}: {node.name}")
+    folders = Counter(path.parent for path in code if path.name != "__init__.py")
+    large += [str(folder) for folder, count in folders.items() if count > 15]
+    large += ["README"] * (len((ROOT / "README.md").read_text("utf-8").splitlines()) > 260)
+    assert not large, large
