@@ -56,10 +56,14 @@ lock: $(VENV)/.installed
 	$(BIN)/uv pip compile requirements.txt --output-file .ci/requirements.lock --universal \
 	  --generate-hashes --python-version 3.11 --custom-compile-command "make lock" --quiet
 
+# --no-compile: what is never imported, most of it, need not be compiled (half of pip's time); the
+# rest is at its first import, whose result Python must then be allowed to keep.
+unexport PYTHONDONTWRITEBYTECODE
+
 # The second way serves Pythons without ensurepip (Debian's without python3-venv).
 $(VENV)/.installed: $(REQUIREMENTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, $(PYTHON) is %d.%d. Name another: make PYTHON=python3.12" % sys.version_info[:2])'
 	@$(PYTHON) -m venv $(VENV) >/dev/null 2>&1 || { $(PYTHON) -m venv --clear --without-pip $(VENV) && \
 	  $(PYTHON) -m pip install -q --target "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" pip; }
-	$(BIN)/python -m pip install -q --disable-pip-version-check -r $(REQUIREMENTS)
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-compile -r $(REQUIREMENTS)
 	@touch $@
