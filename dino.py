@@ -1,4 +1,4 @@
-"""Self-supervised pre-training of a 3D backbone on unlabeled CT or MR: DINO and an iBOT patch loss.
+"""Self-supervised pre-training of a 3D backbone on unlabeled CT or MR: DINO, iBOT, reconstruction.
 
 Edit dino_config.yaml, then `python dino.py`. Results go to <results_dir>/<experiment>/, the
 backbone for the other stages to checkpoints/backbone.pt there. docs/pretraining.md says the rest.
@@ -27,12 +27,12 @@ from data.standard import StandardForm
 from data.views.crops import NUM_GLOBAL, RegionDataset, ViewSettings, apply_views
 from models.backbones import facts_of
 from models.common import parameter_groups
-from models.dino import build_network, sample_masks, update_teacher
-from models.losses import TeacherTargets, dino_loss, koleo_loss, patch_loss
+from models.dino import build_network, reconstruct, sample_masks, update_teacher
+from models.losses import TeacherTargets, dino_loss, koleo_loss, patch_loss, reconstruction_loss
 from utils import checkpoint, distributed
 from utils.config.command_line import parse_command_line
 from utils.config.dino import DinoConfig, impossible_dino
-from utils.errors import NotFinite
+from utils.errors import InputError, NotFinite
 from utils.memory import explained, in_parts
 from utils.report.plots import plot_crops, plot_curves, plot_feature_pca
 from utils.signals import StopSignal
@@ -43,9 +43,11 @@ from utils.training.state import State, note_best, resume, save
 from utils.weights import load_backbone
 
 CONFIG = Path(__file__).with_name("dino_config.yaml")
+LOSSES = ("dino", "patch", "recon", "koleo")  # each has its weight in the config
 PICTURES = {
     "curves.png": "Each epoch; epoch 0 is before training.",
     "crops.png": "Crops of the first batch.",
+    "reconstruction.png": "A val case, what the student sees of it, and what it makes of that.",
     "features.png": "Principal components of the teacher's feature maps as colours.",
 }
 
@@ -58,7 +60,7 @@ def cut_views(run: Run, batch: dict) -> tuple[torch.Tensor, torch.Tensor | None]
     crops = run.cfg.crops
     source = (batch["region"].to(run.device, non_blocking=True), batch["scale"], batch["offset"])
     global_crops = apply_views(*source, batch["global"], crops.global_size)
-    if crops.num_local == 0:
+    if crops.num_local == 0 or run.cfg.dino.dino_weight == 0:  # only that loss looks at them
         return global_crops, None
     return global_crops, apply_views(*source, batch["local"], crops.local_size)
 
@@ -75,42 +77,40 @@ def forward(
     cfg, d = run.cfg, run.cfg.dino
     global_crops, local_crops = cut_views(run, batch)
     mask = None
-    if d.patch_weight > 0:
-        stride = teacher.backbone.strides[d.patch_level]
-        grid = tuple(n // stride for n in cfg.crops.global_size)
-        keys, hide = batch["key"].tolist(), {"prob": d.mask_prob, "ratio": d.mask_ratio}
-        mask = sample_masks(keys, cfg.seed, NUM_GLOBAL, grid, **hide).to(run.device)
+    if d.patch_weight > 0 or d.recon_weight > 0:
+        mask = sample_masks(cfg, teacher.backbone, NUM_GLOBAL, batch["key"].tolist())
+        mask = mask.to(run.device)
     with step.autocast(run.device, cfg.precision):
         with torch.no_grad():
             t = teacher(global_crops, mask=mask)  # sees the two global crops, whole
         s = student(global_crops, local_crops, mask=mask, hide=True)  # sees all, partly hidden
 
-    views = (-1, len(batch["index"]))  # (views * B, K) -> (views, B, K)
-    q = targets["dino"](t["logits"], teacher_temp)
-    loss = dino_loss(q.unflatten(0, views), s["logits"].unflatten(0, views), d.student_temp)
-    out = {"dino_loss": loss}
-    if mask is not None:
-        q_patch = targets["patch"](t["patch_logits"], teacher_temp)
-        out["patch_loss"] = patch_loss(
-            q_patch, s["patch_logits"], mask.flatten(1), d.student_temp, over_ranks=student.training
-        )
-        out["patch_teacher_entropy"] = collapse.entropy(q_patch)
-        out["patch_target_usage"] = collapse.usage(q_patch, student.training)
-        loss = loss + d.patch_weight * out["patch_loss"]
-        if not student.training:
-            out["masked_crops"] = mask.flatten(1).any(dim=1).sum()
-    if d.koleo_weight > 0 and student.training:  # it compares the samples of all ranks
+    views, together = (-1, len(batch["index"])), student.training  # whether all ranks are here
+    body = torch.cat([batch["global"]["body"], batch["local"]["body"]], dim=1)
+    out = {"body_fraction": body.mean().to(run.device)}
+    if d.dino_weight > 0:  # (views * B, K) -> (views, B, K)
+        q = targets["dino"](t["logits"], teacher_temp)
+        pair = q.unflatten(0, views), s["logits"].unflatten(0, views)
+        out["dino_loss"] = dino_loss(*pair, d.student_temp)
+        out["teacher_entropy"] = collapse.entropy(q)
+        out["target_usage"] = collapse.usage(q, together)
+        out["center_norm"] = targets["dino"].center.norm()
+    if d.patch_weight > 0:
+        q = targets["patch"](t["patch_logits"], teacher_temp)
+        pair = q, s["patch_logits"]
+        out["patch_loss"] = patch_loss(*pair, mask.flatten(1), d.student_temp, together)
+        out["patch_teacher_entropy"] = collapse.entropy(q)
+        out["patch_target_usage"] = collapse.usage(q, together)
+    if d.recon_weight > 0:
+        pair = s["reconstruction"], global_crops
+        out["recon_loss"] = reconstruction_loss(*pair, s["hidden"], together)
+    if d.koleo_weight > 0 and together:  # it compares the samples of all ranks
         global_views = s["pooled"].unflatten(0, views)[:NUM_GLOBAL]
         out["koleo_loss"] = torch.stack([koleo_loss(view) for view in global_views]).mean()
-        loss = loss + d.koleo_weight * out["koleo_loss"]
-    body = torch.cat([batch["global"]["body"], batch["local"]["body"]], dim=1)
-    out |= {
-        "loss": loss,
-        "teacher_entropy": collapse.entropy(q),
-        "target_usage": collapse.usage(q, student.training),
-        "center_norm": targets["dino"].center.norm(),
-        "body_fraction": body.mean().to(run.device),
-    }
+    if mask is not None and not together:
+        out["masked_crops"] = mask.flatten(1).any(dim=1).sum()
+    parts = [getattr(d, f"{k}_weight") * out[f"{k}_loss"] for k in LOSSES if f"{k}_loss" in out]
+    out["loss"] = torch.stack(parts).sum()
     return out, t["pooled"].unflatten(0, views)[0]
 
 
@@ -158,7 +158,8 @@ def train_step(run: Run[DinoConfig], state: State, batches: list[dict], values: 
 def build_schedule(cfg: DinoConfig, steps_per_epoch: int) -> dict[str, np.ndarray]:
     """Return the values of every optimizer step (DINO, section 3 and appendix A)."""
     d, num_steps = cfg.dino, cfg.n_epochs * steps_per_epoch
-    lr = cfg.learning_rate * cfg.batch_size * cfg.accumulate * distributed.world_size() / 256
+    total = cfg.batch_size * cfg.accumulate * distributed.world_size()
+    lr = cfg.learning_rate * math.sqrt(total / 256)  # DINOv2's rule
     warmup, ramp, frozen = (
         epochs * steps_per_epoch
         for epochs in (cfg.warmup_epochs, d.teacher_temp_warmup_epochs, d.freeze_prototypes_epochs)
@@ -193,11 +194,12 @@ def validate(run: Run[DinoConfig], state: State, loader, teacher_temp: float) ->
         if not (out["loss"].isfinite() and pooled.isfinite().all()):
             bad += [loader.dataset.data[i].patient for i in batch["index"].tolist()]
         # means over samples and over masked crops, however they are divided into batches
+        masked = int(out.get("masked_crops", 0))
         counts = {"dino_loss": len(pooled), "teacher_entropy": len(pooled)}
-        counts |= {"patch_loss": int(out["masked_crops"])} if "patch_loss" in out else {}
-        for name, count in counts.items():
+        counts |= {"patch_loss": masked, "recon_loss": masked}
+        for name in out.keys() & counts:
             total, known = sums.get(name, (0.0, 0))
-            sums[name] = total + float(out[name]) * count, known + count
+            sums[name] = total + float(out[name]) * counts[name], known + counts[name]
     for network in networks:
         network.train()
     run.stop.raise_if_received()
@@ -208,8 +210,9 @@ def validate(run: Run[DinoConfig], state: State, loader, teacher_temp: float) ->
     for name in gathered[0][0]:
         totals, counts = zip(*[sums[name] for sums, _ in gathered], strict=True)
         means[f"val_{name}"] = sum(totals) / max(sum(counts), 1)
-    patch = means.get("val_patch_loss", 0.0)
-    row = {"val_loss": means["val_dino_loss"] + run.cfg.dino.patch_weight * patch, **means}
+    d = run.cfg.dino
+    parts = [getattr(d, f"{k}_weight") * means.get(f"val_{k}_loss", 0) for k in LOSSES]
+    row = {"val_loss": sum(parts), **means}
     if len(features) > 1:
         row["val_feature_std"] = float(collapse.feature_std(features))
         row["rankme"] = collapse.rankme(features)
@@ -230,13 +233,6 @@ def assess(run, state, loaders, cache, cases, teacher_temp: float, probing: bool
         return row | {"val_loss": math.nan}
 
 
-def score_of(row: dict, select_by: str) -> float | None:
-    """Return the epoch's score, higher being better; None: not known, NaN: validation failed."""
-    if math.isnan(row.get("val_loss", 0.0)):
-        return math.nan
-    return probe_score(row) if select_by == "probe" else -row.get(select_by, math.inf)
-
-
 def draw_crops(run: Run[DinoConfig], batch: dict) -> None:
     """Draw plots/crops.png: what the networks see of the first batch."""
     views = {}
@@ -254,6 +250,10 @@ def draw_progress(run: Run[DinoConfig], state: State, entry) -> None:
     names = [f"stride {stride}" for stride in teacher.backbone.strides]
     picture = plot_feature_pca(plots / "features.png", volume, maps, names)
     run.log.image("features", picture, state.step)
+    if d.recon_weight > 0:
+        views = reconstruct(state.bare("student"), volume, run.cfg)
+        picture = plot_crops(plots / "reconstruction.png", views)
+        run.log.image("reconstruction", picture, state.step)
     plot_curves(plots / "curves.png", run.log.rows, d.out_dim, d.patch_out_dim)
     write_report(run, state, f"DINO pre-training: {run.cfg.experiment}", PICTURES)
 
@@ -267,7 +267,9 @@ def settings_to_match(cfg: DinoConfig) -> dict:
     head += ["patch_level", "patch_out_dim"] if cfg.dino.patch_weight > 0 else []
     d = cfg.dino.model_dump(mode="json")
     data = ("spacing", "hu_window", "percentiles")
-    return checkpoint.settings_of(cfg, "dino", data, dino={name: d[name] for name in head})
+    decoder = {"decoder": True} if cfg.dino.recon_weight > 0 else {}
+    about = {name: d[name] for name in head} | decoder
+    return checkpoint.settings_of(cfg, "dino", data, dino=about)
 
 
 def make_loaders(run: Run[DinoConfig], cache: VolumeCache, cases: dict) -> dict:
@@ -292,9 +294,10 @@ def build_modules(run: Run[DinoConfig]) -> tuple[dict[str, nn.Module], dict | No
     student = build_network(cfg).to(run.device)
     weights = load_weights(run, student.backbone)
     teacher = copy.deepcopy(student).requires_grad_(False)
-    targets = nn.ModuleDict({"dino": TeacherTargets(d.out_dim, d.centering, d.center_momentum)})
-    if d.patch_weight > 0:
-        targets["patch"] = TeacherTargets(d.patch_out_dim, d.centering, d.center_momentum)
+    prototypes = {"dino": d.out_dim} if d.dino_weight > 0 else {}
+    prototypes |= {"patch": d.patch_out_dim} if d.patch_weight > 0 else {}
+    how = (d.centering, d.center_momentum)
+    targets = nn.ModuleDict({k: TeacherTargets(n, *how) for k, n in prototypes.items()})
     if cfg.compile:  # once per crop size: dynamic shapes take minutes to trace
         for network in (student, teacher):
             network.backbone.encode = torch.compile(network.backbone.encode, dynamic=False)
@@ -319,6 +322,8 @@ def train(run: Run[DinoConfig], cache: VolumeCache, cases: dict, skipped) -> int
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.precision == "fp16")
     schedule = build_schedule(cfg, steps_per_epoch)
     about = checkpoint.describe(cfg, settings_to_match(cfg), cases["train"])
+    if cfg.probe.choose:
+        about["chosen_by"] = [*cfg.probe_targets, "seg_path"]
     state = State(modules, optimizer, scaler, steps_per_epoch, about, weights=weights)
 
     # ---- resume
@@ -330,8 +335,8 @@ def train(run: Run[DinoConfig], cache: VolumeCache, cases: dict, skipped) -> int
     with until_stopped(run, state):
         if state.step == 0:
             row = assess(run, state, loaders, cache, cases, cfg.dino.teacher_temp_start)
-            has_probes = probe_score(row) is not None
-            state.select_by = "probe" if has_probes else "val_loss" if "val" in loaders else "loss"
+            if cfg.probe.choose and probe_score(row) is None:
+                raise InputError("probe.choose: no probe_targets and no masks to choose by")
             run.log.epoch({"epoch": 0, "step": 0} | row, 0)
         while state.epoch < cfg.n_epochs:
             epoch = Epoch(run, state, loaders["train"], schedule)
@@ -347,9 +352,8 @@ def train(run: Run[DinoConfig], cache: VolumeCache, cases: dict, skipped) -> int
             state.epoch, state.averages, state.first = row["epoch"], {}, state.first or row
             run.log.epoch(row, state.step)
             collapse.note(run, state, row)
-            score = score_of(row, state.select_by)
-            best = {"backbone": teacher.backbone} if note_best(state, score, state.epoch) else None
-            save(state, run.checkpoints, best)
+            chosen = not cfg.probe.choose or note_best(state, probe_score(row), state.epoch)
+            save(state, run.checkpoints, {"backbone": teacher.backbone} if chosen else None)
             if probing and distributed.is_main():
                 draw_progress(run, state, cache.get((cases["val"] or cases["train"])[0]))
         if run.report_is_old():

@@ -1,4 +1,4 @@
-"""The student and teacher of DINO: a backbone, pooling and projection heads."""
+"""The student and teacher of DINO: a backbone, pooling, projection heads, reconstruction."""
 
 import numpy as np
 import torch
@@ -25,12 +25,14 @@ class BatchNorm(nn.Module):
         x = x.float()
         mean, var = self.running_mean, self.running_var
         if self.training:
-            count = sum_over_ranks(x.new_tensor([float(len(x))])).clamp(min=1)
+            total = sum_over_ranks(x.new_tensor([float(len(x))]))
+            count = total.clamp(min=1)
             mean = sum_over_ranks(x.sum(dim=0)) / count
             var = sum_over_ranks((x - mean).square().sum(dim=0)) / count
             unbiased = var * count / (count - 1).clamp(min=1)
-            self.running_mean.lerp_(mean.detach(), self.momentum)
-            self.running_var.lerp_(unbiased.detach(), self.momentum)
+            momentum = self.momentum * (total > 0).float()  # no sample says nothing, not 0
+            self.running_mean.lerp_(mean.detach(), momentum)
+            self.running_var.lerp_(unbiased.detach(), momentum)
         return (x - mean) * torch.rsqrt(var + self.eps)
 
 
@@ -105,27 +107,31 @@ POOLINGS = {  # (B, C, x, y, z) -> (B, C), or (B, 2 C) for meanmax
 
 
 class DINONetwork(nn.Module):
-    """A backbone's encoder, pooling of its deepest map, a DINO head and an optional patch head.
+    """A backbone, pooling of its deepest map, and what its losses need.
 
     Args:
-        backbone: made by `build_backbone(..., decoder=False)`.
+        backbone: made by `build_backbone`.
         pooling: a key of POOLINGS.
-        head: the DINOHead on the pooled features.
+        head: the DINOHead on the pooled features, or None.
         patch_head: the DINOHead on the positions of feature map `patch_level`, or None.
+        reconstructing: reconstruct what is hidden, by the decoder that the backbone then needs.
     """
 
     def __init__(
         self,
         backbone: nn.Module,
         pooling: str,
-        head: DINOHead,
+        head: DINOHead | None,
         patch_head: DINOHead | None = None,
         patch_level: int = 0,
+        reconstructing: bool = False,
     ):
         super().__init__()
         self.backbone, self.pool = backbone, POOLINGS[pooling]
         self.head, self.patch_head, self.patch_level = head, patch_head, patch_level
-        self.mask_value = nn.Parameter(torch.zeros(())) if patch_head is not None else None
+        self.output = nn.Conv3d(backbone.decoder_channels[0], 1, 1) if reconstructing else None
+        masking = reconstructing or patch_head is not None
+        self.mask_value = nn.Parameter(torch.zeros(())) if masking else None
 
     def prototype_parameters(self) -> list[nn.Parameter]:
         heads = [head for head in (self.head, self.patch_head) if head is not None]
@@ -145,18 +151,26 @@ class DINONetwork(nn.Module):
             mask: (N, px, py, pz) bool on the grid of feature map `patch_level`, or None.
             hide: fill the masked parts of the input, as for the student; the teacher sees them.
         Returns:
-            pooled (N + L, D), logits (N + L, K) and, with a mask, patch_logits (mask.sum(), K')
-            at the masked positions.
+            pooled (N + L, D); logits (N + L, K); with a mask patch_logits (mask.sum(), K') at the
+            masked positions and, if they are hidden, `hidden` and the standardised
+            `reconstruction`, both (N, 1, X, Y, Z). What there is no head for is left out.
         """
+        out = {}
         if hide and mask is not None:
             hidden = F.interpolate(mask[:, None].float(), size=global_crops.shape[2:]) > 0.5
+            out["hidden"] = hidden
             global_crops = torch.where(hidden, self.mask_value.to(global_crops.dtype), global_crops)
         features = self.backbone.encode(global_crops)
         pooled = self.pool(features[-1])
         if local_crops is not None:
             pooled = torch.cat([pooled, self.pool(self.backbone.encode(local_crops)[-1])])
-        out = {"pooled": pooled, "logits": self.head(pooled)}
-        if mask is not None:
+        out["pooled"] = pooled
+        if self.head is not None:
+            out["logits"] = self.head(pooled)
+        if self.output is not None and "hidden" in out:
+            decoded = self.backbone.decode(global_crops, features)
+            out["reconstruction"] = self.output(decoded)
+        if self.patch_head is not None and mask is not None:
             positions = features[self.patch_level].movedim(1, -1)[mask]  # (M, C)
             out["patch_logits"] = self.patch_head(positions)
         return out
@@ -164,8 +178,8 @@ class DINONetwork(nn.Module):
 
 def build_network(cfg) -> DINONetwork:
     """Build the network that a dino_config describes."""
-    backbone = from_config(cfg, decoder=False)
     d = cfg.dino
+    backbone = from_config(cfg, decoder=d.recon_weight > 0)
     head = {
         "hidden": d.head_hidden,
         "bottleneck": d.head_bottleneck,
@@ -173,10 +187,26 @@ def build_network(cfg) -> DINONetwork:
         "norm_last_layer": d.norm_last_layer,
     }
     width = backbone.feature_channels[-1] * (2 if d.pooling == "meanmax" else 1)
-    dino_head, patch_head = DINOHead(width, d.out_dim, **head), None
-    if d.patch_weight > 0:
-        patch_head = DINOHead(backbone.feature_channels[d.patch_level], d.patch_out_dim, **head)
-    return DINONetwork(backbone, d.pooling, dino_head, patch_head, d.patch_level)
+    dino_head = DINOHead(width, d.out_dim, **head) if d.dino_weight > 0 else None
+    width = backbone.feature_channels[d.patch_level]
+    patch_head = DINOHead(width, d.patch_out_dim, **head) if d.patch_weight > 0 else None
+    heads = (dino_head, patch_head, d.patch_level)
+    return DINONetwork(backbone, d.pooling, *heads, reconstructing=d.recon_weight > 0)
+
+
+@torch.no_grad()
+def reconstruct(network: DINONetwork, image: np.ndarray, cfg) -> dict[str, np.ndarray]:
+    """Return what is drawn of an image (X, Y, Z) in 0..1: {name: (1, X, Y, Z) array}."""
+    rng, grid = np.random.default_rng(0), mask_grid(network.backbone, cfg)
+    x = torch.from_numpy(image)[None, None].to(network.mask_value.device)
+    mask = random_masks(rng, 1, grid, 1.0, cfg.dino.mask_ratio).to(x.device)
+    network.eval()
+    out = network(x, mask=mask, hide=True)
+    network.train()
+    std, mean = torch.std_mean(x)
+    made = out["reconstruction"].float() * std.clamp(min=0.01) + mean
+    views = {"image": x, "seen": torch.where(out["hidden"], 0, x), "reconstruction": made}
+    return {name: view[:, 0].clamp(0, 1).cpu().numpy() for name, view in views.items()}
 
 
 def random_masks(
@@ -205,16 +235,24 @@ def random_masks(
     return masks
 
 
-def sample_masks(
-    keys, seed: int, num_crops: int, grid: tuple[int, ...], prob: float, ratio: tuple[float, float]
-) -> torch.Tensor:
-    """Draw the masks of a batch, (num_crops * B, *grid) bool, from the seed and each case's key.
+def mask_grid(backbone: nn.Module, cfg) -> tuple[int, ...]:
+    """Return the shape of feature map dino.patch_level of a global crop."""
+    stride = backbone.strides[cfg.dino.patch_level]
+    return tuple(n // stride for n in cfg.crops.global_size)
 
-    keys: (epoch, case, draw) of each case. The other arguments are those of `random_masks`.
+
+def sample_masks(cfg, backbone: nn.Module, num_crops: int, keys) -> torch.Tensor:
+    """Draw what is hidden of a batch's global crops, from the seed and each case's key.
+
+    Args:
+        cfg: a dino_config. num_crops: of each case. keys: (epoch, case, draw) of each case.
+    Returns:
+        (num_crops * B, px, py, pz) bool, view-major, on the grid of feature map dino.patch_level.
     """
+    grid, how = mask_grid(backbone, cfg), (cfg.dino.mask_prob, cfg.dino.mask_ratio)
     # The 1 makes this another stream of random numbers than that of the views.
-    rngs = [np.random.Generator(np.random.PCG64([seed, *key, 1])) for key in keys]
-    masks = [random_masks(rng, num_crops, grid, prob, ratio) for rng in rngs]
+    rngs = [np.random.Generator(np.random.PCG64([cfg.seed, *key, 1])) for key in keys]
+    masks = [random_masks(rng, num_crops, grid, *how) for rng in rngs]
     return torch.stack(masks, dim=1).flatten(0, 1)
 
 

@@ -2,7 +2,8 @@
 
 DINO: Caron et al. 2021, arXiv:2104.14294. iBOT: Zhou et al. 2021, arXiv:2111.07832.
 Sinkhorn-Knopp: SwAV, Caron et al. 2020, arXiv:2006.09882, as in DINOv2, arXiv:2304.07193.
-KoLeo: Sablayrolles et al. 2018, arXiv:1806.03198.
+KoLeo: Sablayrolles et al. 2018, arXiv:1806.03198. Reconstruction: MAE, He et al. 2021,
+arXiv:2111.06377, in 3D as in nnssl, arXiv:2410.23132.
 """
 
 import torch
@@ -110,6 +111,35 @@ def patch_loss(
     if over_ranks:
         num_masked = all_reduce(num_masked, "mean")  # DDP then averages the gradients over ranks
     return (loss * weight[:, None].expand_as(mask)[mask]).sum() / num_masked.clamp(min=1e-6)
+
+
+def reconstruction_loss(
+    output: torch.Tensor, images: torch.Tensor, hidden: torch.Tensor, over_ranks: bool = True
+) -> torch.Tensor:
+    """Return the mean squared error of hidden voxels; all crops with a hidden part weigh the same.
+
+    The target is the crop standardised by its own mean and standard deviation (MAE, section 4.1),
+    which is at least 0.01, so that the noise of a crop of air is not blown up.
+
+    Args:
+        output: (N, 1, X, Y, Z). images: the same shape, in 0..1. hidden: the same shape, bool.
+        over_ranks: as in `patch_loss`.
+    Returns:
+        a scalar; 1 is what the mean of a crop gives, 0 is perfect. 0 if nothing is hidden.
+    """
+    error = (output.float() - standardised(images)).square() * hidden
+    per_crop = error.flatten(1).sum(dim=1) / hidden.flatten(1).sum(dim=1).clamp(min=1)
+    num_masked = hidden.flatten(1).any(dim=1).sum().float()
+    if over_ranks:
+        num_masked = all_reduce(num_masked, "mean")
+    return per_crop.sum() / num_masked.clamp(min=1e-6)
+
+
+def standardised(images: torch.Tensor) -> torch.Tensor:
+    """Return images (N, 1, X, Y, Z) as the target of `reconstruction_loss`."""
+    dims = {"dim": (1, 2, 3, 4), "keepdim": True}
+    images = images.float()
+    return (images - images.mean(**dims)) / images.std(**dims).clamp(min=0.01)
 
 
 def koleo_loss(features: torch.Tensor, eps: float = 1e-8) -> torch.Tensor:

@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from models.backbones import build_backbone
 from models.dino import (
     POOLINGS,
     BatchNorm,
@@ -14,6 +15,7 @@ from models.dino import (
     random_masks,
     update_teacher,
 )
+from tests.conftest import equal
 
 
 class TinyBackbone(torch.nn.Module):
@@ -42,6 +44,14 @@ def test_batchnorm_agrees_with_torch():
     torch.testing.assert_close(ours.running_var, theirs.running_var)
     ours.eval(), theirs.eval()
     torch.testing.assert_close(ours(x), theirs(x))
+
+
+def test_batchnorm_learns_nothing_from_no_samples():
+    norm = BatchNorm(5)
+    norm(torch.randn(7, 5) * 3 + 1)
+    before = copy.deepcopy(norm.state_dict())
+    norm(torch.zeros(0, 5))
+    assert equal(norm.state_dict(), before)
 
 
 def test_prototypes_agree_with_torchs_weight_norm():
@@ -115,6 +125,32 @@ def test_hidden_voxels_do_not_reach_the_student_but_the_teacher_sees_them():
     torch.testing.assert_close(*hidden)
     seen = [network(x, mask=mask)["patch_logits"] for x in (a, b)]
     assert not torch.allclose(*seen)
+
+
+@pytest.mark.parametrize("name", ["resunet", "swinunetr", "unet", "segresnet"])
+def test_hidden_voxels_do_not_reach_the_reconstruction(name):
+    """Neither by skips, nor by a decoder that looks at the image."""
+    torch.manual_seed(0)
+    options = {
+        "resunet": {"features": [4, 8], "blocks": [1, 1]},
+        "swinunetr": {"feature_size": 12},
+        "unet": {"feature_size": 4},
+        "segresnet": {"feature_size": 8, "blocks": [1, 1]},
+    }
+    backbone = build_backbone(name, **options[name])
+    network = DINONetwork(backbone, "max", None, reconstructing=True).eval()
+    side = 64 if name == "swinunetr" else 16
+    x = torch.rand(1, 1, side, side, side)
+    mask = torch.zeros(1, *network.backbone.encode(x)[0].shape[2:], dtype=torch.bool)
+    mask[0, 2:6, 4:8, 4:8] = True
+    out = network(x, mask=mask, hide=True)
+    assert out["hidden"].shape == out["reconstruction"].shape == x.shape
+    assert torch.equal(out["hidden"], F.interpolate(mask[:, None].float(), x.shape[2:]) > 0)
+    other = network(x + out["hidden"], mask=mask, hide=True)
+    torch.testing.assert_close(other["reconstruction"], out["reconstruction"])
+    other = network(x + ~out["hidden"] * torch.rand_like(x), mask=mask, hide=True)
+    assert not torch.allclose(other["reconstruction"], out["reconstruction"], atol=1e-3)
+    assert "logits" not in out and "reconstruction" not in network(x, mask=mask)
 
 
 def test_every_parameter_gets_a_gradient_even_without_a_masked_crop():

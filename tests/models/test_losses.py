@@ -7,7 +7,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models.losses import TeacherTargets, dino_loss, koleo_loss, patch_loss, sinkhorn_knopp
+from models.losses import (
+    TeacherTargets,
+    dino_loss,
+    koleo_loss,
+    patch_loss,
+    reconstruction_loss,
+    sinkhorn_knopp,
+)
 
 
 @pytest.mark.parametrize("num_student", [2, 5])
@@ -101,6 +108,29 @@ def test_patch_loss_without_masks_is_zero_with_a_gradient():
     loss = patch_loss(torch.zeros(0, 8), logits, torch.zeros(2, 4, dtype=torch.bool), 0.1)
     loss.backward()
     assert loss.item() == 0
+
+
+def test_reconstruction_is_the_error_of_hidden_voxels_alone_and_weighs_crops_equally():
+    torch.manual_seed(0)
+    images, output = torch.rand(3, 1, 4, 4, 4), torch.randn(3, 1, 4, 4, 4)
+    hidden = torch.zeros(3, 1, 4, 4, 4, dtype=torch.bool)
+    hidden[0, 0, :2], hidden[2, 0, 1, 1, 1] = True, True  # nothing of the second
+    errors = []
+    for i in (0, 2):
+        x, where = images[i].double().numpy(), hidden[i].numpy()
+        target = (x - x.mean()) / x.std(ddof=1)
+        errors.append(((output[i].double().numpy() - target)[where] ** 2).mean())
+    expected = torch.tensor(sum(errors) / 2, dtype=torch.float32)
+    torch.testing.assert_close(reconstruction_loss(output, images, hidden), expected)
+
+
+def test_reconstruction_of_air_is_easy_and_without_masks_zero_with_a_gradient():
+    output = torch.zeros(2, 1, 4, 4, 4, requires_grad=True)
+    air = 1e-4 * torch.randn(2, 1, 4, 4, 4)
+    assert reconstruction_loss(output, air, torch.ones_like(air, dtype=torch.bool)) < 1e-3
+    loss = reconstruction_loss(output, air, torch.zeros_like(air, dtype=torch.bool))
+    loss.backward()
+    assert loss.item() == 0 and output.grad is not None
 
 
 def test_koleo_is_minus_log_distance_to_the_nearest_other():

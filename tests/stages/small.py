@@ -205,7 +205,7 @@ def load(experiment: Path, name: str = "last") -> dict:
     return checkpoint.load(experiment / "checkpoints" / f"{name}.pt")
 
 
-def encoder(network: dict) -> dict:
+def backbone(network: dict) -> dict:
     """The tensors of a network's backbone, by their names in it."""
     prefix = "backbone."
     return {k.removeprefix(prefix): x for k, x in network.items() if k.startswith(prefix)}

@@ -145,7 +145,7 @@ def test_a_linear_probe_of_dino_weights_leaves_them_as_they_are(pretrained, run,
     assert run(f"dino_weights={pretrained}", frozen) == 0
     weights = checkpoint.load(pretrained)["backbone"]
     found = small.load(folder)["modules"]["classifier"]
-    assert equal(small.encoder(found), weights)
+    assert equal(small.backbone(found), weights)
     assert all(found[f"heads.{i}.weight"].abs().sum() > 0 for i in range(3))
     shown = capsys.readouterr().out
     assert "data.hu_window is [-1000, 1000], but these weights" in shown

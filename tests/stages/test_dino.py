@@ -13,8 +13,8 @@ from data.cases import CasesError
 from models.backbones import build_backbone
 from tests.conftest import CANARY, equal
 from tests.stages import small
-from tests.stages.small import encoder
 from utils.checkpoint import hash_patients
+from utils.errors import InputError
 from utils.weights import load_backbone
 
 
@@ -41,10 +41,44 @@ def test_metrics_begin_before_training_and_hold_the_probes(trained):
     assert [line["step"] for line in small.steps(trained)] == list(range(8))
 
 
-def test_the_backbone_file_is_the_best_teachers_encoder(trained):
-    best, backbone = small.load(trained, "best"), small.load(trained, "backbone")
-    assert equal(backbone["backbone"], encoder(best["modules"]["teacher"]))
-    assert backbone["settings"]["backbone"] == "resunet" and backbone["step"] == best["step"]
+def test_the_backbone_file_is_the_last_teachers(trained):
+    last, backbone = small.load(trained, "last"), small.load(trained, "backbone")
+    assert equal(backbone["backbone"], small.backbone(last["modules"]["teacher"]))
+    assert backbone["settings"]["backbone"] == "resunet" and backbone["step"] == last["step"] == 8
+    assert equal(small.load(trained, "best")["modules"], last["modules"])
+    assert "chosen_by" not in backbone
+
+
+def test_probes_choose_only_if_asked_and_the_file_says_which_labels(run, folder, monkeypatch):
+    scores = iter([0.5, 0.9, 0.7])  # before training, then two epochs
+    monkeypatch.setattr(dino, "probe", lambda *args: {"probe_dense_dice": next(scores)})
+    assert run("probe.choose=true probe.every=1") == 0
+    backbone, last = small.load(folder, "backbone"), small.load(folder)
+    assert backbone["step"] == 4 and last["step"] == 8
+    assert backbone["chosen_by"] == ["lesion", "seg_path"]
+    report = load_backbone(
+        build_backbone("resunet", features=(4, 8, 8), blocks=(1, 1, 1)),
+        folder / "checkpoints" / "backbone.pt",
+    )
+    assert "chosen by the labels lesion, seg_path" in report.origin
+
+
+def test_probes_cannot_choose_without_labels(run):
+    with pytest.raises(InputError, match="probe.choose"):
+        run("probe.choose=true probe_targets=[] probe.dense_cases=0")
+
+
+def test_a_masked_autoencoder_alone(run, folder):
+    """No head, no prototype; what it learned, decoder and all, goes on."""
+    alone = "dino.dino_weight=0 dino.patch_weight=0 dino.koleo_weight=0 dino.mask_prob=1"
+    assert run(alone, "n_epochs=6 train_folds=[0,1]", pictures=True) == 0
+    rows, last = small.epochs(folder), small.load(folder)
+    assert "dino_loss" not in rows and rows["val_recon_loss"].iloc[-1] < rows["val_recon_loss"][0]
+    assert not [name for name in last["modules"]["student"] if "head" in name]
+    assert (folder / "plots" / "reconstruction.png").exists()
+    backbone = build_backbone("resunet", features=(4, 8, 8), blocks=(1, 1, 1))
+    report = load_backbone(backbone, folder / "checkpoints" / "backbone.pt")
+    assert report.decoder[0] == report.decoder[1] > 0
 
 
 @pytest.mark.parametrize(
@@ -60,11 +94,13 @@ def test_other_backbones_train(backbone, size, options, run, folder):
     network = [f"{backbone}.{key}={json.dumps(value)}" for key, value in options.items()]
     crops = "crops.region_size=[32,32,32] crops.global_size=[32,32,32] crops.num_local=1 "
     crops += f"crops.local_size=[{size},{size},{size}]"
-    few = "train_folds=[2] val_folds=[] n_epochs=1 grad_checkpointing=true"
+    few = "train_folds=[2] val_folds=[] n_epochs=1 grad_checkpointing=true "
+    few += "dino.recon_weight=0" if backbone == "swinunetr" else ""  # its decoder needs 64 voxels
     assert run(f"backbone={backbone}", *network, crops, few) == 0
     saved = small.load(folder, "backbone")
     assert saved["settings"][backbone] == options
-    build_backbone(backbone, decoder=False, **options).load_state_dict(saved["backbone"])
+    decoder = backbone != "swinunetr"
+    build_backbone(backbone, decoder=decoder, **options).load_state_dict(saved["backbone"])
 
 
 def test_without_val_folds_labels_masks_and_local_crops(run, folder):
@@ -163,14 +199,15 @@ def weights(first):
 
 
 @pytest.mark.parametrize("name", ["backbone", "best", "last"])
-def test_the_teachers_encoder_is_handed_over_bit_for_bit(name, first):
+def test_the_teacher_is_handed_over_bit_for_bit(name, first):
     backbone = build_backbone("resunet", features=(4, 8, 8), blocks=(1, 1, 1))
     report = load_backbone(backbone, first / "checkpoints" / f"{name}.pt")
-    whole = small.load(first, "last" if name == "last" else "best")
-    teacher = encoder(whole["modules"]["teacher"])
+    whole = small.load(first)
+    teacher = small.backbone(whole["modules"]["teacher"])
     assert equal({k: backbone.state_dict()[k] for k in teacher}, teacher)
-    assert not equal(encoder(whole["modules"]["student"]), teacher)
-    assert report.encoder == (len(teacher), len(teacher))
+    assert not equal(small.backbone(whole["modules"]["student"]), teacher)
+    assert report.encoder[0] == report.encoder[1] and report.decoder[0] == report.decoder[1]
+    assert report.encoder[0] + report.decoder[0] == len(teacher)
     assert report.origin.startswith("this repository: dino run 'a'")
     assert report.seen_patients == whole["seen_patients"]
     assert report.expected_input["hu_window"] == [-1000, 1000]
@@ -182,8 +219,8 @@ def test_a_run_starts_from_weights_and_says_so(first, weights, run, tmp_path):
     overrides = f"experiment=b suprem_weights={weights} data.hu_window=[-900,900]"
     assert run(overrides, still, pictures=True) == 0
     given, last = small.load(first, "backbone"), small.load(tmp_path / "b")
-    assert equal(encoder(last["modules"]["student"]), given["backbone"])
-    for name, x in encoder(last["modules"]["teacher"]).items():  # averaged with itself
+    assert equal(small.backbone(last["modules"]["student"]), given["backbone"])
+    for name, x in small.backbone(last["modules"]["teacher"]).items():  # averaged with itself
         torch.testing.assert_close(x, given["backbone"][name])
 
     own = hash_patients(f"{CANARY}{i}" for i in (1, 4, 7))  # fold 1
@@ -194,7 +231,7 @@ def test_a_run_starts_from_weights_and_says_so(first, weights, run, tmp_path):
 
     saved = json.loads((tmp_path / "b" / "weights.json").read_text())
     assert saved == last["weights"] == backbone["weights"]
-    assert saved["encoder"][0] == saved["encoder"][1] == len(given["backbone"])
+    assert saved["encoder"][0] + saved["decoder"][0] == len(given["backbone"])
     for file in ("log.txt", "report.html"):
         text = (tmp_path / "b" / file).read_text()
         assert "dino run &#x27;a&#x27;" in text or "dino run 'a'" in text
@@ -224,7 +261,7 @@ def test_the_order_of_patch_merging_survives_a_run(run, tmp_path):
     torch.save({"net": suprem}, tmp_path / "suprem.pth")
     few = "n_epochs=1 train_folds=[0] val_folds=[] probe_targets=[] probe.dense_cases=0"
     swin = "backbone=swinunetr swinunetr.feature_size=12 dino.patch_level=2 crops.num_local=0 "
-    swin += "crops.global_size=[32,32,32] crops.region_size=[32,32,32]"
+    swin += "crops.global_size=[32,32,32] crops.region_size=[32,32,32] dino.recon_weight=0"
     assert run(f"experiment=swin suprem_weights={tmp_path / 'suprem.pth'}", few, swin) == 0
     for file in ("backbone.pt", "last.pt"):
         backbone = build_backbone("swinunetr", feature_size=12)

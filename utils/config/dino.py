@@ -40,7 +40,9 @@ class Dino(f.Section):
     teacher_temp_start: f.AboveZero
     teacher_temp_warmup_epochs: f.Count
     momentum: f.Fraction
+    dino_weight: f.NotNegative
     koleo_weight: f.NotNegative
+    recon_weight: f.NotNegative
     patch_weight: f.NotNegative
     patch_level: f.Count
     patch_out_dim: Annotated[int, Field(ge=2)]
@@ -50,6 +52,7 @@ class Dino(f.Section):
 
 class Probe(f.Section):
     every: f.Positive
+    choose: bool
     max_cases: f.Positive
     dense_cases: f.Count
 
@@ -67,7 +70,11 @@ def impossible_dino(values: schema.Values, facts_of: schema.FactsOf) -> schema.W
     """Find values that contradict each other or that the backbone cannot take."""
     yield from schema.impossible_run(values)
     yield from schema.longer_than_run("dino.teacher_temp_warmup_epochs", values)
+    weights = [values.get(f"dino.{name}_weight", 1) for name in ("dino", "patch", "recon")]
+    if not any(weights):
+        yield "dino.dino_weight", "0, as are patch_weight and recon_weight: nothing to learn from"
     level, facts = values.get("dino.patch_level"), facts_of(values, False)
+    decoded = facts_of(values, True) if values.get("dino.recon_weight") else facts
     if level is not None and facts is not None and level >= (num := len(facts.strides)):
         what = f"{level}: {values['backbone']} has {num} feature maps; nearest: {num - 1}"
         yield "dino.patch_level", what
@@ -78,4 +85,5 @@ def impossible_dino(values: schema.Values, facts_of: schema.FactsOf) -> schema.W
             continue
         if any(n > m for n, m in zip(size, region, strict=True)):
             yield key, f"{size}: larger than crops.region_size {region}"
-        yield from schema.impossible_size(key, values, facts, region)
+        needed = decoded if key == "crops.global_size" else facts  # what is decoded
+        yield from schema.impossible_size(key, values, needed, region)

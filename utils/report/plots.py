@@ -33,6 +33,7 @@ PANELS = [  # (title, columns of metrics.csv); a column is drawn in the first pa
     ("loss", ["loss", "train_loss", "val_loss"]),
     ("DINO loss", ["*dino_loss"]),
     ("patch loss", ["*patch_loss"]),
+    ("reconstruction loss", ["*recon_loss"]),
     ("other losses", ["*loss"]),
     ("patch teacher entropy (nats)", ["*patch*entropy", "patch_target_usage"]),
     ("teacher entropy (nats)", ["*entropy", "*target_usage"]),

@@ -172,6 +172,8 @@ def _describe_ours(report: LoadReport, content: Any) -> bool:
         return False
     data, seen = config.get("data", {}), content.get("seen_patients", [])
     run = f"{settings.get('stage')} run {config.get('experiment')!r}, step {content.get('step')}"
+    if labels := content.get("chosen_by"):
+        run += f", an epoch chosen by the labels {', '.join(labels)}"
     report.origin = f"this repository: {run}"
     report.seen_patients = list(seen)
     keys = ("spacing", "hu_window", "percentiles")
