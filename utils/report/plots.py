@@ -85,7 +85,7 @@ def plot_crops(path, views: dict[str, np.ndarray], max_cases: int = 3) -> np.nda
     width, top = max(side * columns + 0.7, 6), 0.95
     height = side * rows + top + 0.1
     fig = figure(width, height)
-    fig.suptitle("Crops of the first batch: middle slices", y=1 - 0.1 / height, va="top")
+    fig.suptitle("Middle slices of the crops", y=1 - 0.1 / height, va="top")
     note = (
         "R L A P S I: patient's right, left, front, back, head, feet (if the crop is not flipped)"
     )
