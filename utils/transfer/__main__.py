@@ -42,7 +42,7 @@ STAGES = {
     "segmentation": (SegmentationConfig, impossible_segmentation),
     "classification": (ClassificationConfig, impossible_classification),
 }
-FREE = ("keep_files",)  # keys of the study that may change between starts
+FREE = ("keep_files", "n_workers", "cache_dir")  # keys that may change between starts
 
 
 def stage_config(cfg: TransferConfig):
@@ -83,21 +83,27 @@ def load(stage, name: str) -> tuple[dict[str, list[Case]], dict[str, set[str]]]:
         columns = [*stage.cls_targets, *stage.reg_targets]
         cases, skipped = load_cases(whole, cache, columns, PATH_COLUMNS, False)
         targets, _ = Targets.fit(cases["train"], stage.cls_targets)
-        encoded = {case.row: targets.encode(case) for case in cases["train"]}
-        has = {
-            row: {f"{n} {targets.classes[n][k]}" for n, k in found.items() if k >= 0}
-            for row, found in encoded.items()
-        }
+        has = {}
+        for case in cases["train"]:
+            known = {n: k for n, k in targets.encode(case).items() if k >= 0}
+            if known:  # a row without labels teaches nothing
+                has[case.row] = {f"{n} {targets.classes[n][k]}" for n, k in known.items()}
     if skipped:
         print(format_problems(skipped))
     pool: dict[str, set[str]] = {}
     for case in cases["train"]:
-        pool.setdefault(case.patient, set()).update(has.get(case.row, set()) - {None})
-    return cases, {patient: found for patient, found in pool.items() if found}
+        if case.row in has:
+            pool.setdefault(case.patient, set()).update(has[case.row] - {None})
+    return cases, pool
 
 
-def open_arms(cfg: TransferConfig, stage, tested: list[Case]) -> tuple[dict, list[str]]:
+def open_arms(cfg: TransferConfig, stage, tested, started: bool) -> tuple[dict, list[str]]:
     """Copy the encoder of each file into the study; return {arm: copy or None} and warnings.
+
+    If the study has started before, the copy counts, so that all runs have the same weights.
+
+    Args:
+        tested: cases of the test folds.
 
     Raises:
         WeightsError: a file does not fit. InputError: one has seen patients of the test folds.
@@ -107,8 +113,7 @@ def open_arms(cfg: TransferConfig, stage, tested: list[Case]) -> tuple[dict, lis
         path = Path(cfg.out).absolute() / "weights" / f"{name}.pt"
         files[name] = path if source else None
         if source:
-            # on a later start the copy, so that all runs have the same weights
-            found = copy_encoder(from_config(stage, False), path if path.exists() else source, path)
+            found = copy_encoder(from_config(stage, False), path if started else source, path)
             print(f"{name}: {found}")
             notes += [f"{name}: {text}" for text in [*found.warnings, *compare_input(found, stage)]]
             seen += seen_problems(tested, found.seen_patients, f"{name} ({source})")
@@ -121,29 +126,31 @@ def open_arms(cfg: TransferConfig, stage, tested: list[Case]) -> tuple[dict, lis
     return files, list(dict.fromkeys(notes))
 
 
-def refuse_another_plan(cfg: TransferConfig, stage) -> None:
-    """Write the settings to <out>, or compare them with those of an earlier start.
+def has_started(cfg: TransferConfig, stage) -> bool:
+    """Return whether <out> holds an earlier start of this study.
 
     Raises:
-        InputError: they differ. What a test has shown must not lead to another plan for the same
-            test, so that takes another folder.
+        InputError: it holds another one. What a test has shown must not lead to another plan for
+            the same test, so that takes another folder.
     """
-    for name, config, free in (("study", cfg, FREE), ("stage", stage, ("n_workers", "cache_dir"))):
+    keys = []
+    for name, config in (("study", cfg), ("stage", stage)):
         path = Path(cfg.out) / f"{name}.yaml"
         if not path.exists():
-            save_resolved(config, path)
-            continue
+            return False
         now, before = config.model_dump(mode="json"), read_yaml(path)[0]
-        keys = [k for k in {**now, **before} if k not in free and now.get(k) != before.get(k)]
-        if keys:
-            what = f"another study, with other {', '.join(keys)}"
-            raise InputError(f"{cfg.out}: holds {what}; give this one another folder (out)")
+        keys += [k for k in {**now, **before} if k not in FREE and now.get(k) != before.get(k)]
+    if keys:
+        what = f"another study, with other {', '.join(keys)}"
+        raise InputError(f"{cfg.out}: holds {what}; give this one another folder (out)")
+    return True
 
 
 def prepare(cfg: TransferConfig, stage, stop: StopSignal) -> tuple[Study, list[str]]:
     """Check scans and weights, draw the patients; return the study and warnings."""
+    started = has_started(cfg, stage)
     cases, pool = load(stage, cfg.stage)
-    files, notes = open_arms(cfg, stage, cases["test"])
+    files, notes = open_arms(cfg, stage, cases["test"], started)
     if cases["val"]:
         tuned_on = list(dict.fromkeys(case.patient for case in cases["val"]))
     else:
@@ -175,20 +182,21 @@ def main(argv: list[str], start: Start = start) -> int:
     cfg, check_only = parse_command_line(argv, CONFIG, TransferConfig, impossible_transfer)
     stage, stop = stage_config(cfg), StopSignal([*SIGNALS, signal.SIGINT])
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
-    refuse_another_plan(cfg, stage)
     study, notes = prepare(cfg, stage, stop)
 
     # ---- plan
     tuning, compared = plan.tuning_runs(cfg), plan.compared_runs(cfg, {})
-    trained = [run for run in [*tuning, *compared] if run.steps]
+    trained = [job for job in [*tuning, *compared] if job.steps]
     probes = len(tuning) + len(compared) - len(trained)
     print(
         f"{len(tuning)} runs to tune learning rates, {len(trained) - len(tuning)} to compare, "
-        f"{probes} probes; {sum(run.steps for run in trained)} steps; on {', '.join(devices())}. "
+        f"{probes} probes; {sum(job.steps for job in trained)} steps; on {', '.join(devices())}. "
         f"With {cfg.draws} draws no p is below {2 / 2**cfg.draws:.2g}"
     )
     if check_only:
         return 0
+    save_resolved(cfg, Path(cfg.out) / "study.yaml")
+    save_resolved(stage, Path(cfg.out) / "stage.yaml")
     stop.immediate = False
 
     # ---- run

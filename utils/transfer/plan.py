@@ -15,7 +15,7 @@ Pool = Mapping[str, frozenset[str]]  # {patient: what of the classes the labels 
 
 
 @dataclass(frozen=True)
-class Run:
+class Job:
     """One training with its test, or one probe.
 
     part: tuning, runs or probes: the folder in which it is.
@@ -121,21 +121,21 @@ def all_draws(cfg: TransferConfig, pool: Pool) -> dict[tuple[int, int], list[str
     }
 
 
-def tuning_runs(cfg: TransferConfig) -> list[Run]:
+def tuning_runs(cfg: TransferConfig) -> list[Job]:
     """Return the runs by which learning rates are chosen; none if there is no choice."""
     rates = cfg.tuning.learning_rates
     if "fine_tune" not in cfg.methods or len(rates) == 1:
         return []
     count = cfg.tuning.label_count or middle(cfg.label_counts)
     return [
-        Run("tuning", arm, count, d, steps=cfg.steps, rate=rate)
+        Job("tuning", arm, count, d, steps=cfg.steps, rate=rate)
         for d in range(cfg.tuning.draws)
         for arm in arms_of(cfg)
         for rate in rates
     ]
 
 
-def compared_runs(cfg: TransferConfig, rates: Mapping[str, float]) -> list[Run]:
+def compared_runs(cfg: TransferConfig, rates: Mapping[str, float]) -> list[Job]:
     """Return the runs that are tested, draw by draw, so that early results show all arms.
 
     rates: {arm: learning rate}; an arm without one is left without.
@@ -147,8 +147,8 @@ def compared_runs(cfg: TransferConfig, rates: Mapping[str, float]) -> list[Run]:
     lengths += [(count, steps) for steps in cfg.convergence.steps]
     for d, s in numbers:
         if "probe" in cfg.methods:
-            runs += [Run("probes", arm, n, d, s) for n in cfg.label_counts for arm in arms]
+            runs += [Job("probes", arm, n, d, s) for n in cfg.label_counts for arm in arms]
         if "fine_tune" in cfg.methods:
-            tuned = [Run("runs", arm, n, d, s, t) for n, t in lengths for arm in arms]
-            runs += [replace(run, rate=rates.get(run.arm)) for run in dict.fromkeys(tuned)]
+            tuned = [Job("runs", arm, n, d, s, t) for n, t in lengths for arm in arms]
+            runs += [replace(job, rate=rates.get(job.arm)) for job in dict.fromkeys(tuned)]
     return runs

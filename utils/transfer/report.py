@@ -11,7 +11,6 @@ from utils.files import replacing
 from utils.report.page import Section, write_report
 from utils.report.plots import figure, line_style, save
 from utils.transfer import plan, tables
-from utils.transfer.statistics import t_interval
 
 METHODS = {"fine_tune": "Fine-tuned", "probe": "Frozen encoder, ridge regression"}
 SCORES = {"segmentation": "test Dice", "classification": "test AUC"}
@@ -62,10 +61,10 @@ def write(
         {"arm": arm, **rates["scores"].get(arm, {}), "chosen": rate}
         for arm, rate in rates["chosen"].items()
     ]
-    pictures = [(out / "label_curve.png", "Mean over draws, 95 % interval; a point is a draw.")]
+    pictures = [(out / "label_curve.png", "Means over draws; a point is a draw.")]
     plot_labels(pictures[0][0], compared, arms, SCORES[cfg.stage])
     if lengths:
-        caption = f"Runs of different lengths on {count} labelled patients, mean over draws."
+        caption = f"Runs of different lengths on {count} labelled patients: means over draws."
         pictures.append((out / "convergence.png", caption))
         plot_steps(pictures[1][0], lengths, arms, baseline, SCORES[cfg.stage])
     notes = [*notes, *edges(cfg, rates)] + [f"{len(lost)} runs failed"] * bool(lost)
@@ -165,28 +164,18 @@ def plot_steps(path: Path, rows, arms: Sequence[str], baseline: str, score: str)
 
 
 def draw_arms(ax, rows: Sequence[dict], x: str, arms: Sequence[str]) -> None:
-    """Draw a line for each arm: means over draws with their interval; draws as points beside it."""
+    """Draw a line through the means of each arm, and its draws as points."""
     values = sorted({row[x] for row in rows})
     for i, arm in enumerate(arms):
-        by_value = {v: mean_by_draw_of(rows, arm, x, v) for v in values}
-        by_value = {v: found for v, found in by_value.items() if found}
-        means = {v: float(np.mean(found)) for v, found in by_value.items()}
-        beside = 1.03 ** (i - (len(arms) - 1) / 2)
-        at = [v * beside for v in means]
-        half = [
-            (t_interval(found) or (means[v], means[v]))[1] - means[v]
-            for v, found in by_value.items()
-        ]
-        ax.errorbar(at, [*means.values()], half, marker="o", ms=4, label=arm, **line_style(i))
-        for v, found in by_value.items():
-            color = line_style(i)["color"]
-            ax.plot([v * beside] * len(found), found, ".", ms=3, color=color, alpha=0.5)
+        found = {v: [*tables.mean_by_draw(rows, arm=arm, **{x: v}).values()] for v in values}
+        beside = 1.02 ** (i - (len(arms) - 1) / 2)  # so that points of several arms are seen
+        at = {v * beside: scores for v, scores in found.items() if scores}
+        ax.plot([*at], [np.mean(scores) for scores in at.values()], label=arm, **line_style(i))
+        points = [(where, score) for where, scores in at.items() for score in scores]
+        if points:
+            ax.plot(*zip(*points, strict=True), "o", ms=4, alpha=0.6, color=line_style(i)["color"])
     ax.set_xscale("log")
     ax.set_xticks(values, [str(v) for v in values], minor=False)
     ax.set_xticks([], minor=True)
     ax.grid(color="#dddddd", lw=0.6)
     ax.spines[["top", "right"]].set_visible(False)
-
-
-def mean_by_draw_of(rows: Sequence[dict], arm: str, x: str, value) -> list[float]:
-    return [*tables.mean_by_draw(rows, arm=arm, **{x: value}).values()]

@@ -22,7 +22,7 @@ from utils.config.transfer import EPOCHS, TransferConfig
 from utils.errors import RunError
 from utils.files import replacing
 from utils.signals import Stopped
-from utils.transfer.plan import Run
+from utils.transfer.plan import Job
 from utils.transfer.weights import permute
 
 ROOT = Path(__file__).parents[2]
@@ -59,21 +59,21 @@ class Study:
 
 
 # ---- one run
-def settings_of(study: Study, run: Run, folder: Path) -> list[str]:
+def settings_of(study: Study, job: Job, folder: Path) -> list[str]:
     """Return the arguments that training, probe and test of a run share."""
     cfg = study.cfg
     values = {**cfg.settings, "suprem_weights": None, "dino_weights": None, "test_ckpt": None}
     values |= {"experiment": folder.name, "results_dir": str(folder.parent), "val_folds": []}
-    values |= {"csv_path": str(folder / "cases.csv"), "seed": run.random_seed}
+    values |= {"csv_path": str(folder / "cases.csv"), "seed": job.random_seed}
     values |= {"allow_seen_patients": False, "resume_training_from": None}
     if cfg.stage == "classification":
         values |= {"report_by": [], "finetune.early_stopping": 0}
     return values
 
 
-def length_of(study: Study, run: Run, num_cases: int) -> dict:
+def length_of(study: Study, job: Job, num_cases: int) -> dict:
     """Return the settings by which a run takes so many steps, whatever the number of cases."""
-    steps = run.steps // EPOCHS
+    steps = job.steps // EPOCHS
     # one line once all scripts have the key: return {"n_epochs": ..., "steps_per_epoch": steps}
     if "steps_per_epoch" in schema_keys(SegmentationConfig):
         length = {"n_epochs": EPOCHS, "steps_per_epoch": steps}
@@ -82,22 +82,22 @@ def length_of(study: Study, run: Run, num_cases: int) -> dict:
         length = {"n_epochs": EPOCHS, "patches.per_case": -(-patches // num_cases)}
     else:
         per_epoch = max(num_cases // (study.stage.batch_size * study.stage.accumulate), 1)
-        length = {"n_epochs": -(-run.steps // per_epoch)}
+        length = {"n_epochs": -(-job.steps // per_epoch)}
     return length | {"warmup_epochs": length["n_epochs"] // EPOCHS}
 
 
-def commands_of(study: Study, run: Run, folder: Path, weights: Path | None) -> list[tuple]:
+def commands_of(study: Study, job: Job, folder: Path, weights: Path | None) -> list[tuple]:
     """Return the programs of a run with their arguments: [(key of PROGRAMS, arguments)]."""
-    common, stage = settings_of(study, run, folder), study.cfg.stage
+    common, stage = settings_of(study, job, folder), study.cfg.stage
     config = ["--config", study.cfg.config]
     start = {"train_folds": ["train"], "dino_weights": weights and str(weights)}
-    if run.method == "probe":
+    if job.method == "probe":
         values = common | start | {"test_folds": ["test"]}
         return [("probe", [stage, *config, *arguments(values)])]
-    patients = study.draws[run.kind, run.draw][: run.count]
-    length = length_of(study, run, sum(len(study.rows[patient]) for patient in patients))
+    patients = study.draws[job.kind, job.draw][: job.count]
+    length = length_of(study, job, sum(len(study.rows[patient]) for patient in patients))
     train = common | start | length | {"test_folds": [], "resume_training_from": "auto"}
-    train |= {"learning_rate": run.rate}
+    train |= {"learning_rate": job.rate}
     # the last checkpoint, so that no label chooses the epoch
     last = str(folder / "checkpoints" / "last.pt")
     test = common | {"train_folds": [], "test_folds": ["test"], "test_ckpt": last}
@@ -109,10 +109,10 @@ def arguments(values: Mapping) -> list[str]:
     return [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in values.items()]
 
 
-def write_cases(study: Study, run: Run, path: Path) -> None:
+def write_cases(study: Study, job: Job, path: Path) -> None:
     """Write the CSV of a run: its labelled patients, and those on whom it is scored."""
-    tested = study.tuned_on if run.part == "tuning" else study.tested_on
-    labelled = study.draws[run.kind, run.draw][: run.count]
+    tested = study.tuned_on if job.part == "tuning" else study.tested_on
+    labelled = study.draws[job.kind, job.draw][: job.count]
     parts = [(patient, "train") for patient in labelled] + [(p, "test") for p in tested]
     rows = [row | {"fold": fold} for patient, fold in parts for row in study.rows[patient]]
     with replacing(path, newline="") as file:
@@ -143,7 +143,7 @@ def read_scores(stage: str, test: Path) -> dict:
     return {"score": score, "classes": classes}
 
 
-def perform(study: Study, run: Run, device: str, start: Start) -> Row:
+def perform(study: Study, job: Job, device: str, start: Start) -> Row:
     """Do one run, unless it has its result.json already, and return its row of results.csv.
 
     A run that fails is a row with an error instead of a score.
@@ -151,21 +151,21 @@ def perform(study: Study, run: Run, device: str, start: Start) -> Row:
     Raises:
         Stopped: a signal asked the study to stop; the run goes on from its last checkpoint.
     """
-    folder = Path(study.cfg.out).absolute() / run.part / run.name
-    row = {"part": run.part, "method": run.method, "arm": run.arm, "labels": run.count}
-    row |= {"draw": run.draw, "seed": run.seed, "steps": run.steps, "learning_rate": run.rate}
+    folder = Path(study.cfg.out).absolute() / job.part / job.name
+    row = {"part": job.part, "method": job.method, "arm": job.arm, "labels": job.count}
+    row |= {"draw": job.draw, "seed": job.seed, "steps": job.steps, "learning_rate": job.rate}
     if (folder / "result.json").exists():
         return row | json.loads((folder / "result.json").read_text("utf-8"))
     folder.mkdir(parents=True, exist_ok=True)
-    began, weights, output = time.monotonic(), study.arms[run.arm], folder / "output.txt"
+    began, weights, output = time.monotonic(), study.arms[job.arm], folder / "output.txt"
     try:
-        if run.method == "fine_tune" and run.rate is None:
+        if job.method == "fine_tune" and job.rate is None:
             raise RunError("has no learning rate, as all runs to tune it failed")
-        write_cases(study, run, folder / "cases.csv")
-        if run.arm in study.permuted:
-            permute(weights, folder / "permuted.pt", run.random_seed)
+        write_cases(study, job, folder / "cases.csv")
+        if job.arm in study.permuted:
+            permute(weights, folder / "permuted.pt", job.random_seed)
             weights = folder / "permuted.pt"
-        for program, argv in commands_of(study, run, folder, weights):
+        for program, argv in commands_of(study, job, folder, weights):
             code = start(program, argv, device, output, study.stop)
             if study.stop:
                 raise Stopped(study.stop.received)
@@ -192,7 +192,7 @@ def last_line(path: Path) -> str:
 
 
 def start(program: str, argv: list[str], device: str, output: Path, stop) -> int:
-    """Run a program on a device to its end and return its exit code.
+    """Job a program on a device to its end and return its exit code.
 
     output: file to which its output is appended. stop: if it becomes true, the program gets
     SIGTERM, upon which the scripts save and end.
@@ -225,7 +225,7 @@ def devices() -> list[str]:
     return names[:count] or ["cpu"]
 
 
-def run_all(study: Study, runs: Sequence[Run], start: Start) -> list[Row]:
+def run_all(study: Study, runs: Sequence[Job], start: Start) -> list[Row]:
     """Do all runs, one at a time on each device, and return their rows, in their order.
 
     Raises:
@@ -234,37 +234,37 @@ def run_all(study: Study, runs: Sequence[Run], start: Start) -> list[Row]:
     places, free = devices(), SimpleQueue()
     for device in places:
         free.put(device)
-    study.progress.update(left=sum(run.steps for run in runs), total=len(runs), done=0)
+    study.progress.update(left=sum(job.steps for job in runs), total=len(runs), done=0)
 
-    def one(run: Run) -> Row:
+    def one(job: Job) -> Row:
         if study.stop:
             raise Stopped(study.stop.received)
         device = free.get()
         try:
             began = time.monotonic()
-            row = perform(study, run, device, start)
+            row = perform(study, job, device, start)
         finally:
             free.put(device)
-        say(study, run, row, time.monotonic() - began, len(places))
+        say(study, job, row, time.monotonic() - began, len(places))
         return row
 
     if len(places) == 1:
-        return [one(run) for run in runs]
+        return [one(job) for job in runs]
     with ThreadPoolExecutor(len(places)) as pool:
         return list(pool.map(one, runs))
 
 
-def say(study: Study, run: Run, row: Row, seconds: float, num_devices: int) -> None:
+def say(study: Study, job: Job, row: Row, seconds: float, num_devices: int) -> None:
     """Print the result of a run, and how long the others will take by what has been seen."""
     with study.lock:
         p = study.progress
         p["done"] += 1
-        p["left"] -= run.steps
+        p["left"] -= job.steps
         if "error" not in row and seconds > 0.5 * row["seconds"]:  # not one of an earlier start
-            p["seconds"] += seconds * (run.steps > 0)
-            p["steps"] += run.steps
+            p["seconds"] += seconds * (job.steps > 0)
+            p["steps"] += job.steps
         result = f"{row['score']:.4f}" if "score" in row else f"FAILED: {row['error']}"
         left = p["left"] * p["seconds"] / p["steps"] / num_devices if p["steps"] else 0
         ahead = f", about {left / 60:.0f} min left" if left else ""
-        place = f"[{p['done']}/{p['total']}] {run.part}/{run.name}"
+        place = f"[{p['done']}/{p['total']}] {job.part}/{job.name}"
         print(f"{place}: {result} ({row['seconds']:.0f} s{ahead})", flush=True)
