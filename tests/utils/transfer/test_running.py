@@ -103,7 +103,9 @@ def test_what_has_a_result_is_not_run_again_and_a_failure_is(study, capsys):
 
 def test_a_stop_leaves_no_result_and_starts_nothing_more(study):
     with pytest.raises(Stopped):
-        running.run_all(study, JOBS, Programs(stop_at=1))
+        running.run_all(study, JOBS[:1], Programs(stop_at=1))
+    with pytest.raises(Stopped):
+        running.run_all(study, JOBS, Programs())
     study.stop.received = ""
     programs = Programs()
     running.run_all(study, JOBS, programs)
