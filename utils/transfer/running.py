@@ -59,8 +59,8 @@ class Study:
 
 
 # ---- one run
-def settings_of(study: Study, job: Job, folder: Path) -> list[str]:
-    """Return the arguments that training, probe and test of a run share."""
+def settings_of(study: Study, job: Job, folder: Path) -> dict:
+    """Return the settings that training, probe and test of a run share."""
     cfg = study.cfg
     values = {**cfg.settings, "suprem_weights": None, "dino_weights": None, "test_ckpt": None}
     values |= {"experiment": folder.name, "results_dir": str(folder.parent), "val_folds": []}
@@ -74,7 +74,7 @@ def settings_of(study: Study, job: Job, folder: Path) -> list[str]:
 def length_of(study: Study, job: Job, num_cases: int) -> dict:
     """Return the settings by which a run takes so many steps, whatever the number of cases."""
     steps = job.steps // EPOCHS
-    # one line once all scripts have the key: return {"n_epochs": ..., "steps_per_epoch": steps}
+    # where the scripts have no such key, patches and epochs come as near as they can
     if "steps_per_epoch" in schema_keys(SegmentationConfig):
         length = {"n_epochs": EPOCHS, "steps_per_epoch": steps}
     elif study.cfg.stage == "segmentation":
