@@ -87,12 +87,16 @@ class Classifier(nn.Module):
         self.backbone.train(mode and not self.frozen)
         return self
 
+    def pooled(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the pooled deepest map, (B, D), of images (B, 1, X, Y, Z) in 0..1."""
+        x = pad(x, self.backbone.stride)
+        parts = x.split(1) if self.one_by_one else [x]
+        return torch.cat([self.pool(self.backbone.encode(part)[-1]) for part in parts])
+
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return {target: (B, outputs) float32} for images (B, 1, X, Y, Z) in 0..1, of any size."""
-        x = pad(x, self.backbone.stride)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            parts = x.split(1) if self.one_by_one else [x]
-            pooled = torch.cat([self.pool(self.backbone.encode(part)[-1]) for part in parts])
+            pooled = self.pooled(x)
         with torch.autocast(x.device.type, enabled=False):
             pooled = self.dropout(self.norm(pooled.float()))
             return {name: head(pooled) for name, head in zip(self.names, self.heads, strict=True)}

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import signal
+from collections.abc import Sequence
 
 from utils import distributed
 
@@ -14,14 +15,14 @@ class Stopped(Exception):
 
 
 class StopSignal:
-    """Remembers whether one of SIGNALS was received.
+    """Remembers whether one of the signals was received.
 
     immediate: whether to raise Stopped at once, which is right while there is nothing to save.
     """
 
-    def __init__(self):
+    def __init__(self, signals: Sequence[int] = SIGNALS):
         self.received, self.immediate = "", True
-        for number in SIGNALS:
+        for number in signals:
             signal.signal(number, self._remember)
 
     def _remember(self, number, frame):

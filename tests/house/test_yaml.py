@@ -1,4 +1,4 @@
-"""The three YAML files: every key is explained where it stands, and in the same words in each."""
+"""The YAML files: every key is explained where it stands, and in the same words in all stages."""
 
 import re
 
@@ -11,15 +11,20 @@ from utils.config.classification import ClassificationConfig
 from utils.config.command_line import schema_keys
 from utils.config.dino import DinoConfig
 from utils.config.segmentation import SegmentationConfig
+from utils.config.transfer import TransferConfig
 
 STAGES = {"dino": DinoConfig, "classification": ClassificationConfig}
 STAGES["segmentation"] = SegmentationConfig
 DIFFERENT = {"learning_rate"}  # dino.py scales it with the batch, after DINO; the others do not
 
 
-def comments(stage):
+FILES = {stage: (ROOT / f"{stage}_config.yaml", config) for stage, config in STAGES.items()}
+FILES["study"] = (ROOT / "utils" / "transfer" / "study.yaml", TransferConfig)
+
+
+def comments(name):
     """{dotted key or section: comment}"""
-    text = (ROOT / f"{stage}_config.yaml").read_text(encoding="utf-8")
+    text = FILES[name][0].read_text(encoding="utf-8")
     lines, found = text.splitlines(), {}
     for key, key_node, value_node in strict_yaml.walk(yaml.compose(text, strict_yaml.Loader)):
         end = key_node.end_mark
@@ -30,10 +35,10 @@ def comments(stage):
     return found
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_every_key_has_a_comment(stage):
-    found = comments(stage)
-    assert [key for key in schema_keys(STAGES[stage]) if not found[key]] == []
+@pytest.mark.parametrize("name", FILES)
+def test_every_key_has_a_comment(name):
+    found = comments(name)
+    assert [key for key in schema_keys(FILES[name][1]) if not found[key]] == []
 
 
 def test_a_key_that_files_share_has_one_wording():

@@ -263,7 +263,10 @@ def help_text(
     lines = text.splitlines()
     flags = " ".join(f"[{name}]" for name in ("--check", *more_options, "--help"))
     more = "".join(f"  {name:<14}  {what}\n" for name, what in more_options.items())
-    script, default = Path(sys.argv[0]).name, Path(path).name
+    program, default = Path(sys.argv[0]), Path(path).name
+    script = program.name
+    if script == "__main__.py":
+        script = f"-m {'.'.join(program.parts[-3:-1])}"
     result = [USAGE.format(script=script, default=default, flags=flags, more=more)]
     section = ""
     for key, key_node, value_node in strict_yaml.walk(yaml.compose(text, strict_yaml.Loader)):

@@ -147,7 +147,8 @@ def in_words(rule: Mapping[str, Any], comment: str = "", s: str = "") -> str:
         return f"{len(rule['prefixItems'])} {in_words(rule['prefixItems'][0], comment, 's')}"
     if "items" in rule:
         least = f"{rule['minItems']} or more " if rule.get("minItems", 1) > 1 else ""
-        return f"list{s} of {least}{in_words(rule['items'], comment, 's')}"
+        inside = in_words(rule["items"], comment, "s")
+        return f"list{s} of {least}{inside}" if inside else f"list{s}"
     if "multipleOf" in rule:
         return f"multiple{s} of {rule['multipleOf']}, from {rule['minimum']}"
     kinds = {"integer": f"whole number{s}", "number": f"number{s}", "string": f"text{s}"}

@@ -52,6 +52,39 @@ def auc(truth: np.ndarray, probabilities: np.ndarray, classes: np.ndarray) -> fl
     return float(np.mean(areas[1:] if len(classes) == 2 else areas)) if areas else None
 
 
+PENALTY = 1e-2  # of a ridge regression where there is nothing to choose it by
+
+
+class Ridge:
+    """Ridge regression from standardised inputs, kept as sums over groups of samples, so that each
+    group can be left out of a fit without looking at the samples again."""
+
+    def __init__(self):
+        self.sums: dict[int, torch.Tensor] = {}  # (1 + D + K, 1 + D + K) products of 1, x and y
+
+    def add(self, x: torch.Tensor, y: torch.Tensor, group: int = 0) -> None:
+        """Add samples x (N, D) with targets y (N, K) to a group."""
+        self.num_inputs = x.shape[1]
+        z = torch.cat([torch.ones(len(x), 1), x, y], dim=1).double()
+        self.sums[group] = self.sums.get(group, 0) + z.T @ z
+
+    def fit(
+        self, penalty: float = PENALTY, without: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return weights (K, D), for inputs as they were added, and biases (K,), float32.
+
+        penalty: on the weights of standardised inputs, relative to the number of samples.
+        without: the group that is left out.
+        """
+        total, d = sum(s for group, s in self.sums.items() if group != without), self.num_inputs
+        mean = total[0, 1:] / total[0, 0]
+        cov = total[1:, 1:] / total[0, 0] - torch.outer(mean, mean)
+        std = cov.diagonal()[:d].clamp(min=1e-12).sqrt()
+        gram = cov[:d, :d] / torch.outer(std, std) + penalty * torch.eye(d, dtype=cov.dtype)
+        weight = torch.linalg.solve(gram, cov[:d, d:] / std[:, None]) / std[:, None]  # (D, K)
+        return weight.T.float(), (mean[d:] - mean[:d] @ weight).float()
+
+
 THRESHOLDS = torch.linspace(-0.2, 1.2, 57)  # of scores, which are near 0 and 1
 
 
@@ -67,13 +100,10 @@ class DenseProbe:
 
     Args:
         classes: label values, background (0) first.
-        ridge: penalty on the weights of standardised features, relative to the number of voxels.
     """
 
-    def __init__(self, classes: list[int], ridge: float = 1e-2):
-        self.classes, self.ridge = classes, ridge
-        self.x: list[torch.Tensor] = []
-        self.y: list[torch.Tensor] = []
+    def __init__(self, classes: list[int]):
+        self.classes, self.ridge = classes, Ridge()
 
     def add(
         self,
@@ -82,8 +112,9 @@ class DenseProbe:
         shape: tuple[int, int, int],
         seed: int,
         num_voxels: int = 6000,
+        group: int = 0,
     ) -> None:
-        """Draw voxels of one window for the fit.
+        """Draw voxels of one window for the fit. A group can be left out of it.
 
         maps: (C_i, x_i, y_i, z_i) each, over a window of `shape` voxels. labels: int, on the CPU,
         of that shape or, where the volume ends inside the window, smaller.
@@ -94,20 +125,13 @@ class DenseProbe:
             share = num_voxels // 2 if c == 0 else num_voxels // 2 // max(len(self.classes) - 1, 1)
             voxels = voxels[torch.randperm(len(voxels), generator=generator)[:share]]
             if len(voxels):
-                self.x.append(_at_voxels(maps, voxels, shape))
-                self.y.append(torch.full((len(voxels),), self.classes.index(c)))
+                y = torch.zeros(len(voxels), len(self.classes))
+                y[:, self.classes.index(c)] = 1
+                self.ridge.add(_at_voxels(maps, voxels, shape), y, group)
 
-    def fit(self) -> None:
-        """Fit the regression to the voxels that `add` has drawn."""
-        x = torch.cat(self.x).double()  # (N, D)
-        y = F.one_hot(torch.cat(self.y), len(self.classes)).double()
-        self.mean, std = x.mean(dim=0), x.std(dim=0).clamp(min=1e-6)
-        x = (x - self.mean) / std
-        gram = x.T @ x / len(x) + self.ridge * torch.eye(x.shape[1], dtype=x.dtype)
-        weight = torch.linalg.solve(gram, x.T @ (y - y.mean(dim=0)) / len(x))  # (D, classes)
-        self.weight = (weight / std[:, None]).T.float()  # (classes, D), for unscaled features
-        self.bias = (y.mean(dim=0) - self.weight.double() @ self.mean).float()
-        self.x, self.y = [], []
+    def fit(self, penalty: float = PENALTY, without: int | None = None) -> None:
+        """Fit the regression to the voxels that `add` has drawn, but for those of one group."""
+        self.weight, self.bias = self.ridge.fit(penalty, without)
 
     def scores(self, maps: list[torch.Tensor], shape: tuple[int, int, int]) -> torch.Tensor:
         """Return the regression outputs of one window, (classes, X, Y, Z) on the CPU."""

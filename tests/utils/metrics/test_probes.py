@@ -77,3 +77,19 @@ def test_dice():
     counts = torch.tensor([[1, 0], [2, 0], [1, 0]])
     assert probes.dice(counts)[0] == pytest.approx(2 / 3)
     assert probes.dice(counts)[1].isnan()
+
+
+def test_ridge_is_the_solution_on_the_samples_of_the_other_groups():
+    torch.manual_seed(0)
+    x, y = torch.randn(60, 5) * torch.tensor([1, 10, 0.1, 3, 1]) + 7, torch.randn(60, 2)
+    ridge = probes.Ridge()
+    for group in (0, 1, 2):
+        ridge.add(x[group::3], y[group::3], group)
+    kept = torch.arange(60) % 3 != 1
+    for rows, without in ((slice(None), None), (kept, 1)):
+        weight, bias = ridge.fit(0.3, without)
+        own, target = x[rows].double(), y[rows].double()
+        z = (own - own.mean(0)) / own.std(0, correction=0)
+        gram = z.T @ z + 0.3 * len(z) * torch.eye(5)
+        expected = z @ torch.linalg.solve(gram, z.T @ (target - target.mean(0))) + target.mean(0)
+        torch.testing.assert_close((own.float() @ weight.T + bias), expected.float())

@@ -1,0 +1,123 @@
+"""What the features of a frozen encoder say of masks or labels: ridge regression from few cases.
+
+    python -m data.probe segmentation|classification [key=value ...] [--config FILE]
+
+The keys are those of segmentation.py or classification.py: dino_weights, csv_path, train_folds to
+fit, test_folds to test, and so on (without weights: those of a random encoder). Writes the files of
+a test of that script to <results_dir>/<experiment>/test/. How it is done: `data.inference.frozen`.
+"""
+
+import itertools
+import sys
+from functools import partial
+from pathlib import Path
+
+from data.cache import VolumeCache
+from data.cases import format_problems
+from data.inference.frozen import dense_probe, label_probe, pooled_features
+from data.inference.restore import read_picture
+from data.inference.segmenting import predict_and_score
+from data.prepare.load import PATH_COLUMNS, load_cases, refuse_seen
+from data.prepare.targets import Targets
+from data.standard import StandardForm
+from data.views.images import standard_form
+from models.backbones import facts_of, from_config
+from models.classifier import Classifier
+from utils import distributed
+from utils.classes import Classes
+from utils.config.classification import ClassificationConfig, impossible_classification
+from utils.config.command_line import parse_command_line, save_resolved
+from utils.config.segmentation import SegmentationConfig, impossible_segmentation
+from utils.errors import InputError
+from utils.report import classification as classification_report
+from utils.report import segmentation as segmentation_report
+from utils.signals import StopSignal
+from utils.training import step
+from utils.training.run import Run, exit_code
+from utils.weights import load_backbone
+
+ROOT = Path(__file__).parents[2]
+STAGES = {
+    "segmentation": (SegmentationConfig, impossible_segmentation),
+    "classification": (ClassificationConfig, impossible_classification),
+}
+NUM_PICTURES = 3
+
+
+def segmentation(run: Run[SegmentationConfig], backbone, seen) -> None:
+    """Fit on the masks of the train folds, predict and score the test folds, to test/."""
+    cfg, folder = run.cfg, run.folder / "test"
+    cache = VolumeCache(cfg.cache_dir, StandardForm.from_config(cfg.data))
+    classes = Classes.from_config(cfg.classes, cfg.ignore_labels)
+    cases, skipped = load_cases(with_test(cfg), cache, [], PATH_COLUMNS[::-1], False, classes)
+    notes = refuse_seen(cases["test"], seen, "dino_weights", cfg.allow_seen_patients)
+    print(format_problems(skipped))
+    predict = dense_probe(run, backbone, cache, cases["train"], classes)
+    files = folder / "predictions"
+    files.mkdir(parents=True, exist_ok=True)
+    rows = [
+        predict_and_score(run, predict, case, cache.get(case), classes, files)
+        for case in itertools.takewhile(lambda _: not run.stop, cases["test"])
+    ]
+    run.stop.raise_if_received()
+    rows = list(itertools.chain(*rows))
+    case_of, file_of = {c.row: c for c in cases["test"]}, {r["csv_line"]: r for r in rows}
+
+    def read(line: int) -> dict:
+        return read_picture(case_of[line], classes, files / file_of[line]["prediction"])
+
+    content = (rows, classes.names, cfg.inference.tolerance, read, notes)
+    settings, title = cfg.model_dump(mode="json"), f"Frozen probe of {cfg.experiment}"
+    segmentation_report.write_test_report(folder, title, *content, settings, NUM_PICTURES)
+
+
+def classification(run: Run[ClassificationConfig], backbone, seen) -> None:
+    """Fit on the labels of the train folds, predict and score the test folds, to test/."""
+    cfg, cache = run.cfg, VolumeCache(run.cfg.cache_dir, standard_form(run.cfg))
+    columns = [*cfg.cls_targets, *cfg.reg_targets, *cfg.report_by]
+    cases, skipped = load_cases(with_test(cfg), cache, columns, PATH_COLUMNS, False)
+    notes = refuse_seen(cases["test"], seen, "dino_weights", cfg.allow_seen_patients)
+    targets, problems = Targets.fit(cases["train"], cfg.cls_targets, cfg.reg_targets)
+    problems += targets.check(cases["test"])
+    if problems:
+        raise InputError(format_problems(problems))
+    print(format_problems(skipped))
+    classifier = Classifier(backbone, targets.num_outputs, cfg.head.pooling).to(run.device).eval()
+    features = partial(pooled_features, run, classifier.pooled, cache)
+    train_x, test_x = features(cases["train"]), features(cases["test"])
+    content = {"targets": targets, "cases": cases["test"], "notes": notes, "seed": cfg.seed}
+    content["predictions"] = label_probe(targets, cases["train"], train_x, test_x)
+    content |= {"report_by": cfg.report_by, "control": None, "images": None}
+    title = f"Frozen probe of {cfg.experiment}"
+    classification_report.write_test_report(run.folder / "test", title, **content)
+
+
+def with_test(cfg):
+    """Return the config as `load_cases` needs it to read the test folds too."""
+    return cfg.model_copy(update={"test_ckpt": ["frozen probe"]})
+
+
+def main(argv: list[str]) -> int:
+    stage = argv[0] if argv else ""
+    if stage not in STAGES:
+        raise InputError(f"usage: python -m data.probe {'|'.join(STAGES)} [key=value ...]")
+    schema, impossible = STAGES[stage]
+    default, rules = ROOT / f"{stage}_config.yaml", partial(impossible, facts_of=facts_of)
+    cfg, _ = parse_command_line(argv[1:], default, schema, rules)
+    run = Run.begin(cfg, distributed.setup(), StopSignal())
+    step.seed_everything(cfg.seed)
+    backbone, weights, seen = from_config(cfg, decoder=False), cfg.dino_weights, []
+    if weights := weights or cfg.suprem_weights:
+        report = load_backbone(backbone, weights)
+        seen = report.seen_patients
+        print(report)
+    {"segmentation": segmentation, "classification": classification}[stage](
+        run, backbone.to(run.device).eval(), seen
+    )
+    save_resolved(cfg, run.folder / "test" / "config.yaml")
+    print(run.folder / "test" / "report.html")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))

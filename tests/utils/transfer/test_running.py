@@ -1,0 +1,165 @@
+"""Running jobs with programs that only pretend: results, failures, stops, devices."""
+
+import csv
+import json
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from tests.utils.transfer.studies import config
+from utils.signals import Stopped
+from utils.transfer import plan, running
+from utils.transfer.plan import Job
+
+ROWS = {name: [{"PatientID": name, "path": f"{name}.nii"}] for name in "abcdefgh"}
+ROWS["b"] = [{"PatientID": "b", "path": f"b{i}.nii"} for i in (1, 2)]
+STAGE = SimpleNamespace(batch_size=2, accumulate=1)
+
+
+class Stop:
+    received = ""
+
+    def __bool__(self):
+        return bool(self.received)
+
+
+@pytest.fixture
+def study(tmp_path):
+    draws = {(kind, d): list("abcd") for kind in (plan.TUNING, plan.COMPARED) for d in range(3)}
+    arms = {"scratch": None, "dino": tmp_path / "dino.pt", "dino-permuted": None}
+    cfg = config(out=str(tmp_path / "out"))
+    return running.Study(cfg, STAGE, arms, [], ROWS, draws, ["e"], ["g", "h"], Stop())
+
+
+class Programs:
+    """What pretends to be the scripts: notes what is started, and writes scores."""
+
+    def __init__(self, fail=(), stop_at=None):
+        self.started, self.fail, self.stop_at = [], fail, stop_at
+
+    def __call__(self, program, argv, device, output, stop):
+        values = dict(argument.split("=", 1) for argument in argv if "=" in argument)
+        values = {key: json.loads(value) for key, value in values.items()}
+        self.started.append((program, values))
+        if len(self.started) == self.stop_at:
+            stop.received = "SIGTERM"
+            return 75
+        if values["experiment"] in self.fail:
+            output.write_text("something\nthe reason\n")
+            return 2
+        folder = output.parent / "test"
+        folder.mkdir(exist_ok=True)
+        dice = {"dice": {"mean": 0.5}}
+        text = json.dumps({"overall": dice, "classes": {"liver": dice}})
+        (folder / "summary.json").write_text(text)
+        return 0
+
+
+JOBS = [Job("runs", arm, 2, 0, 1, 20, 1e-3) for arm in ("scratch", "dino")]
+
+
+def test_a_job_trains_on_its_patients_and_tests_the_last_checkpoint(study, tmp_path):
+    programs = Programs()
+    row = running.perform(study, JOBS[1], "cpu", programs)
+    assert row["score"] == 0.5 and row["classes"] == {"liver": 0.5} and row["arm"] == "dino"
+    (_, train), (program, test) = programs.started
+    assert program == "segmentation"
+    assert train["dino_weights"] == str(tmp_path / "dino.pt") and test["dino_weights"] is None
+    assert train["seed"] == 1 and train["learning_rate"] == 1e-3 and train["test_folds"] == []
+    folder = tmp_path / "out" / "runs" / "dino_n2_d0_s1_t20"
+    assert test["test_ckpt"] == str(folder / "checkpoints" / "last.pt")
+    assert not train["allow_seen_patients"] and train["resume_training_from"] == "auto"
+    with open(folder / "cases.csv") as file:
+        rows = [(r["path"], r["fold"]) for r in csv.DictReader(file)]
+    train_rows = [("a.nii", "train"), ("b1.nii", "train"), ("b2.nii", "train")]
+    assert rows == train_rows + [("g.nii", "test"), ("h.nii", "test")]
+    tuning = Job("tuning", "dino", 1, 0, 0, 20, 1e-3)
+    running.perform(study, tuning, "cpu", programs)
+    with open(tmp_path / "out" / "tuning" / tuning.name / "cases.csv") as file:
+        assert [r["PatientID"] for r in csv.DictReader(file)] == ["a", "e"]  # not a test patient
+
+
+def test_runs_of_all_arms_differ_in_their_weights_alone(study):
+    programs = Programs()
+    for job in JOBS:
+        running.perform(study, job, "cpu", programs)
+    scratch, dino = programs.started[0][1], programs.started[2][1]
+    different = {key for key in scratch if scratch[key] != dino[key]}
+    assert different == {"dino_weights", "experiment", "csv_path"}
+
+
+def test_what_has_a_result_is_not_run_again_and_a_failure_is(study, capsys):
+    first = Programs(fail={JOBS[0].name})
+    failed, done = running.run_all(study, JOBS, first)
+    assert "score" not in failed and "the reason" in failed["error"] and "2" in failed["error"]
+    assert f"{JOBS[0].name}: FAILED" in capsys.readouterr().out
+    again = Programs()
+    rows = running.run_all(study, JOBS, again)
+    assert [row["score"] for row in rows] == [0.5, 0.5] and rows[1] == done
+    assert {values["experiment"] for _, values in again.started} == {JOBS[0].name}
+
+
+def test_a_stop_leaves_no_result_and_starts_nothing_more(study):
+    with pytest.raises(Stopped):
+        running.run_all(study, JOBS[:1], Programs(stop_at=1))
+    with pytest.raises(Stopped):
+        running.run_all(study, JOBS, Programs())
+    study.stop.received = ""
+    programs = Programs()
+    running.run_all(study, JOBS, programs)
+    assert len(programs.started) == 4
+
+
+def test_an_arm_without_a_rate_fails_and_a_missing_score_does(study):
+    row = running.perform(study, Job("runs", "dino", 2, 0, 0, 20, None), "cpu", Programs())
+    assert "no learning rate" in row["error"]
+
+    def undefined(program, argv, device, output, stop):
+        (output.parent / "test").mkdir(exist_ok=True)
+        text = json.dumps({"overall": {"dice": {"mean": None}}, "classes": {}})
+        (output.parent / "test" / "summary.json").write_text(text)
+        return 0
+
+    assert "undefined" in running.perform(study, JOBS[0], "cpu", undefined)["error"]
+
+
+def test_steps_do_not_depend_on_the_number_of_cases(study):
+    for cases in (2, 4, 5):
+        length = running.length_of(study, JOBS[0], cases)
+        patches = cases * length.get("patches.per_case", 0)
+        steps = length.get("steps_per_epoch") or patches // STAGE.batch_size
+        assert length["n_epochs"] == 10 and length["warmup_epochs"] == 1
+        assert steps == 2 or (cases == 5 and "patches.per_case" in length)  # see length_of
+
+
+def test_each_device_has_one_program_at_a_time(study, monkeypatch):
+    monkeypatch.setattr(running, "devices", lambda: ["0", "3"])
+    busy, seen = set(), set()
+
+    class Slow(Programs):
+        def __call__(self, program, argv, device, *others):
+            assert device not in busy
+            busy.add(device)
+            time.sleep(0.05)
+            seen.add(frozenset(busy))
+            busy.remove(device)
+            return super().__call__(program, argv, device, *others)
+
+    jobs = [Job("probes", arm, 2, d) for d in range(3) for arm in study.arms]
+    rows = running.run_all(study, jobs, Slow())
+    assert [(row["arm"], row["draw"]) for row in rows] == [(job.arm, job.draw) for job in jobs]
+    assert frozenset({"0", "3"}) in seen
+
+
+def test_a_program_gets_its_device_and_is_asked_to_stop(tmp_path, monkeypatch):
+    code = "import os, sys, time; print(os.environ['CUDA_VISIBLE_DEVICES']); time.sleep(float("
+    monkeypatch.setitem(running.PROGRAMS, "sleep", ["-c", code + "sys.argv[1]))"])
+    assert running.start("sleep", ["0"], "5", tmp_path / "output.txt", Stop()) == 0
+    assert running.last_line(tmp_path / "output.txt") == "5"
+    stop = Stop()
+    stop.received = "SIGTERM"
+    began = time.monotonic()
+    assert running.start("sleep", ["60"], "5", tmp_path / "output.txt", stop) != 0
+    assert time.monotonic() - began < 30 and sys.executable

@@ -1,0 +1,224 @@
+"""Does pre-training pay on your data? A study of several initial weights over numbers of labels.
+
+    python -m utils.transfer [--config study.yaml] [key=value ...] [--check]
+
+Edit utils/transfer/study.yaml, or a copy of it. The study starts segmentation.py or
+classification.py for each run and python -m data.probe for each frozen probe; the same command goes
+on after a stop. docs/transfer.md says the rest. This file is a program, like those scripts, and
+alone of this room it imports what is above.
+"""
+
+import csv
+import json
+import signal
+import sys
+from functools import partial
+from pathlib import Path
+
+from data.cache import VolumeCache
+from data.cases import Case, format_problems
+from data.prepare.check import mask_labels
+from data.prepare.load import PATH_COLUMNS, load_cases, seen_problems
+from data.prepare.targets import Targets
+from data.standard import StandardForm
+from data.views.images import standard_form
+from models.backbones import facts_of, from_config
+from utils.classes import Classes
+from utils.config.classification import ClassificationConfig, impossible_classification
+from utils.config.command_line import parse_command_line, read_yaml, save_resolved
+from utils.config.segmentation import SegmentationConfig, impossible_segmentation
+from utils.config.transfer import TransferConfig, impossible_transfer
+from utils.errors import InputError
+from utils.files import replacing
+from utils.signals import SIGNALS, Stopped, StopSignal
+from utils.training.run import EXIT_STOPPED, exit_code
+from utils.transfer import plan, report, tables
+from utils.transfer.running import Start, Study, arguments, devices, run_all, start
+from utils.transfer.weights import copy_encoder
+from utils.weights import compare_input
+
+CONFIG = Path(__file__).with_name("study.yaml")
+STAGES = {
+    "segmentation": (SegmentationConfig, impossible_segmentation),
+    "classification": (ClassificationConfig, impossible_classification),
+}
+FREE = ("keep_files", "n_workers", "cache_dir")  # keys that may change between starts
+
+
+def stage_config(cfg: TransferConfig):
+    """Return the config of the stage with the settings of the study.
+
+    Raises:
+        ConfigError: with all problems, those of any learning rate of the study included.
+    """
+    schema, impossible = STAGES[cfg.stage]
+    rules = partial(impossible, facts_of=facts_of)
+    for rate in cfg.tuning.learning_rates:
+        values = {**cfg.settings, "learning_rate": rate, "seed": cfg.seed}
+        argv = ["--config", cfg.config, *arguments(values)]
+        found, _ = parse_command_line(argv, cfg.config, schema, rules)
+    if cfg.stage == "classification" and not found.cls_targets:
+        raise InputError(f"{cfg.config}: cls_targets is empty; the study compares AUC")
+    if not found.test_folds:
+        raise InputError(f"{cfg.config}: test_folds is empty; the study needs patients to test on")
+    return found
+
+
+def load(stage, name: str) -> tuple[dict[str, list[Case]], dict[str, set[str]]]:
+    """Read, check and cache all scans; return the cases, and {patient: its classes}.
+
+    Raises:
+        CasesError: with all problems.
+    """
+    whole = stage.model_copy(update={"test_ckpt": ["the study"]})  # test folds too
+    if name == "segmentation":
+        cache = VolumeCache(stage.cache_dir, StandardForm.from_config(stage.data))
+        classes = Classes.from_config(stage.classes, stage.ignore_labels)
+        cases, skipped = load_cases(whole, cache, [], PATH_COLUMNS[::-1], False, classes)
+        index = {i: label for i, label in enumerate(classes.names, 1)}
+        labels = mask_labels(cases["train"], cache)
+        has = {row: {index.get(classes.index_of(v)) for v in vs} for row, vs in labels.items()}
+    else:
+        cache = VolumeCache(stage.cache_dir, standard_form(stage))
+        columns = [*stage.cls_targets, *stage.reg_targets]
+        cases, skipped = load_cases(whole, cache, columns, PATH_COLUMNS, False)
+        targets, _ = Targets.fit(cases["train"], stage.cls_targets)
+        has = {}
+        for case in cases["train"]:
+            known = {n: k for n, k in targets.encode(case).items() if k >= 0}
+            if known:  # a row without labels teaches nothing
+                has[case.row] = {f"{n} {targets.classes[n][k]}" for n, k in known.items()}
+    if skipped:
+        print(format_problems(skipped))
+    pool: dict[str, set[str]] = {}
+    for case in cases["train"]:
+        if case.row in has:
+            pool.setdefault(case.patient, set()).update(has[case.row] - {None})
+    return cases, pool
+
+
+def open_arms(cfg: TransferConfig, stage, tested, started: bool) -> tuple[dict, list[str]]:
+    """Copy the encoder of each file into the study; return {arm: copy or None} and warnings.
+
+    If the study has started before, the copy counts, so that all runs have the same weights.
+
+    Args:
+        tested: cases of the test folds.
+
+    Raises:
+        WeightsError: a file does not fit. InputError: one has seen patients of the test folds.
+    """
+    files, notes, seen = {}, [], []
+    for name, source in cfg.arms.items():
+        path = Path(cfg.out).absolute() / "weights" / f"{name}.pt"
+        files[name] = path if source else None
+        if source:
+            found = copy_encoder(from_config(stage, False), path if started else source, path)
+            print(f"{name}: {found}")
+            notes += [f"{name}: {text}" for text in [*found.warnings, *compare_input(found, stage)]]
+            seen += seen_problems(tested, found.seen_patients, f"{name} ({source})")
+            if not found.seen_patients:
+                notes.append(f"{name}: the file does not say which patients it was trained on")
+        if name in cfg.permuted:
+            files[f"{name}-permuted"] = path
+    if seen:
+        raise InputError(f"would be no test\n{format_problems(seen)}")
+    return files, list(dict.fromkeys(notes))
+
+
+def has_started(cfg: TransferConfig, stage) -> bool:
+    """Return whether <out> holds an earlier start of this study.
+
+    Raises:
+        InputError: it holds another one. What a test has shown must not lead to another plan for
+            the same test, so that takes another folder.
+    """
+    keys = []
+    for name, config in (("study", cfg), ("stage", stage)):
+        path = Path(cfg.out) / f"{name}.yaml"
+        if not path.exists():
+            return False
+        now, before = config.model_dump(mode="json"), read_yaml(path)[0]
+        keys += [k for k in {**now, **before} if k not in FREE and now.get(k) != before.get(k)]
+    if keys:
+        what = f"another study, with other {', '.join(keys)}"
+        raise InputError(f"{cfg.out}: holds {what}; give this one another folder (out)")
+    return True
+
+
+def prepare(cfg: TransferConfig, stage, stop: StopSignal) -> tuple[Study, list[str]]:
+    """Check scans and weights, draw the patients; return the study and warnings."""
+    started = has_started(cfg, stage)
+    cases, pool = load(stage, cfg.stage)
+    files, notes = open_arms(cfg, stage, cases["test"], started)
+    if cases["val"]:
+        tuned_on = list(dict.fromkeys(case.patient for case in cases["val"]))
+    else:
+        tuned_on, pool = plan.hold_out(pool, cfg.seed)
+    draws = plan.all_draws(cfg, pool)
+    rows: dict[str, list[dict]] = {}
+    for case in [*cases["train"], *cases["val"], *cases["test"]]:
+        row = {"PatientID": case.patient, "path": case.path, "series_uid": case.series_uid}
+        row |= {"modality": case.modality, "seg_path": case.seg_path, **case.labels}
+        rows.setdefault(case.patient, []).append(row)
+    with replacing(Path(cfg.out) / "draws.csv", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["draw", "position", "PatientID"])
+        for (kind, d), patients in draws.items():
+            name = f"tuning {d}" if kind == plan.TUNING else d
+            writer.writerows([name, i, patient] for i, patient in enumerate(patients, 1))
+    tested_on = list(dict.fromkeys(case.patient for case in cases["test"]))
+    print(
+        f"{len(pool)} patients to draw from, {len(tuned_on)} to tune on, {len(tested_on)} to test"
+    )
+    permuted = [f"{name}-permuted" for name in cfg.permuted]
+    parts = (files, permuted, rows, draws, tuned_on, tested_on)
+    return Study(cfg, stage, *parts, stop=stop), notes
+
+
+def main(argv: list[str], start: Start = start) -> int:
+    """start: see `utils.transfer.running.start`; tests give one that starts no process."""
+    # ---- setup
+    cfg, check_only = parse_command_line(argv, CONFIG, TransferConfig, impossible_transfer)
+    stage, stop = stage_config(cfg), StopSignal([*SIGNALS, signal.SIGINT])
+    Path(cfg.out).mkdir(parents=True, exist_ok=True)
+    study, notes = prepare(cfg, stage, stop)
+
+    # ---- plan
+    tuning, compared = plan.tuning_runs(cfg), plan.compared_runs(cfg, {})
+    trained = [job for job in [*tuning, *compared] if job.steps]
+    probes = len(tuning) + len(compared) - len(trained)
+    print(
+        f"{len(tuning)} runs to tune learning rates, {len(trained) - len(tuning)} to compare, "
+        f"{probes} probes; {sum(job.steps for job in trained)} steps; on {', '.join(devices())}. "
+        f"With {cfg.draws} draws no p is below {2 / 2**cfg.draws:.2g}"
+    )
+    if check_only:
+        return 0
+    save_resolved(cfg, Path(cfg.out) / "study.yaml")
+    save_resolved(stage, Path(cfg.out) / "stage.yaml")
+    stop.immediate = False
+
+    # ---- run
+    rates_file = Path(cfg.out) / "learning_rates.json"
+    try:
+        tuned = run_all(study, tuning, start)
+        if rates_file.exists():  # chosen once: the test may have been seen since
+            rates = json.loads(rates_file.read_text("utf-8"))
+        else:
+            arms = list(plan.arms_of(cfg))
+            rates = tables.choose_rates(tuned, arms, cfg.tuning.learning_rates)
+            with replacing(rates_file) as file:
+                file.write(json.dumps(rates, indent=1) + "\n")
+        rows = run_all(study, plan.compared_runs(cfg, rates["chosen"]), start)
+    except Stopped as e:
+        print(f"{e}: stopped; the same command goes on", file=sys.stderr)
+        return EXIT_STOPPED
+
+    # ---- report
+    print(report.write(cfg, rows, tuned, rates, notes))
+    return 1 if any("error" in row for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))
