@@ -120,7 +120,7 @@ def make_loaders(run: Run[ClassificationConfig], cases: dict, targets: Targets, 
         train = name == "train"
         settings = ImageSettings.from_config(cfg, augment=train)
         dataset = ImageDataset(cases[name], cache, settings, cfg.seed, None if train else [PLAIN])
-        order = {"train": train, "weights": weights if train else None}
+        order = {"train": train, "weights": weights, "batches": cfg.batches_per_epoch}
         sampler = EpochSampler(len(cases[name]), cfg.batch_size, cfg.seed, **order, **ranks)
         pin = run.device.type == "cuda"
         loaders[name] = make_loader(dataset, sampler, cfg.n_workers, pin, collate)

@@ -225,9 +225,8 @@ def make_train_loader(run: Run[SegmentationConfig], cases, cache, classes: Class
     content = {"foreground": cfg.patches.foreground, "mirror_pairs": changes.mirror_pairs}
     dataset = PatchDataset(cases, cache, classes, settings, **content, seed=cfg.seed)
     ranks = {"rank": distributed.rank(), "world_size": distributed.world_size()}
-    sampler = EpochSampler(
-        len(cases), cfg.batch_size, cfg.seed, draws=cfg.patches.per_case, **ranks
-    )
+    order = {"draws": cfg.patches.per_case, "batches": cfg.batches_per_epoch}
+    sampler = EpochSampler(len(cases), cfg.batch_size, cfg.seed, **order, **ranks)
     pin = run.device.type == "cuda"
     return make_loader(dataset, sampler, cfg.n_workers, pin, collate_patches)
 

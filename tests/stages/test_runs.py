@@ -104,6 +104,21 @@ def test_other_backbones_train_and_are_tested(stage, network, run, folder):
 
 
 @pytest.mark.parametrize(
+    ("stage", "others"), [("classification", "cls_targets=[bright]"), ("segmentation", "")]
+)
+def test_few_cases_get_as_many_steps_as_many_cases(stage, others, run, tmp_path):
+    def rates_and_epochs(name, folds):
+        given = "steps_per_epoch=3 accumulate=2 warmup_epochs=1 batch_size=3 val_folds=[]"
+        assert run(f"experiment={name} {folds}", given, others) == 0
+        ends = small.epochs(tmp_path / name)["step"].tolist()
+        return [line["lr"] for line in small.steps(tmp_path / name)], [end for end in ends if end]
+
+    few, many = rates_and_epochs("few", "train_folds=[0]"), rates_and_epochs("many", "")
+    assert few == many and few[1] == [3, 6]
+    assert few[0] == pytest.approx([f * few[0][3] for f in (0, 1 / 3, 2 / 3)] + few[0][3:])
+
+
+@pytest.mark.parametrize(
     ("stage", "frozen", "num_epochs", "others"),
     [
         ("classification", "backbone.", 2, ""),

@@ -99,6 +99,11 @@ class FineTuned(Run):
     dino_weights: f.PathText | None
     test_ckpt: f.Paths | None
     allow_seen_patients: bool
+    steps_per_epoch: f.Positive | None
+
+    @property
+    def batches_per_epoch(self) -> int | None:
+        return self.steps_per_epoch and self.steps_per_epoch * self.accumulate
 
 
 # ---- what is impossible together
