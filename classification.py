@@ -259,8 +259,9 @@ def train(run: Run[ClassificationConfig], cache, cases: dict, skipped) -> int:
     about = checkpoint.describe(cfg, settings, cases["train"], **learned)
     state = build_state(run, classifier, loaders["train"], about)
     rates = (cfg.learning_rate, min(cfg.min_learning_rate, cfg.learning_rate))
-    num_steps, warmup = (n * state.steps_per_epoch for n in (cfg.n_epochs, cfg.warmup_epochs))
-    schedule = {"lr": schedules.cosine(*rates, num_steps, warmup)}
+    frozen = cfg.n_epochs if f.freeze_epochs == "all" else f.freeze_epochs
+    steps = (n * state.steps_per_epoch for n in (cfg.n_epochs, cfg.warmup_epochs, frozen))
+    schedule = {"lr": schedules.sawtooth(schedules.cosine, *rates, *steps)}
     names = list(itertools.chain(targets.names, *targets.classes.values()))
     if cfg.augment.flip[0] and (sides := unpaired_sides(names, [])):
         what = f"augment.flip x swaps left and right, but targets or classes say a side: {sides}"
@@ -284,7 +285,7 @@ def train(run: Run[ClassificationConfig], cache, cases: dict, skipped) -> int:
             if distributed.is_main():
                 draw_inputs(run, loaders)
         while state.epoch < cfg.n_epochs and not stopped_early(state, cfg):
-            classifier.freeze(f.freeze_epochs == "all" or state.epoch < f.freeze_epochs)
+            classifier.freeze(state.epoch < frozen)
             epoch = Epoch(run, state, loaders["train"], schedule)
             for batches, values in epoch:
                 with explained("a training step", cfg):

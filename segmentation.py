@@ -120,9 +120,9 @@ def set_frozen(state: State, cfg: SegmentationConfig) -> None:
 def build_schedule(cfg: SegmentationConfig, steps_per_epoch: int) -> dict[str, np.ndarray]:
     """Return the learning rate of every optimizer step."""
     rates = (cfg.learning_rate, min(cfg.min_learning_rate, cfg.learning_rate))
-    steps = (cfg.n_epochs * steps_per_epoch, cfg.warmup_epochs * steps_per_epoch)
+    epochs = (cfg.n_epochs, cfg.warmup_epochs, cfg.finetune.freeze_epochs)
     shape = {"adamw": schedules.cosine, "sgd": schedules.poly}[cfg.optimizer]
-    return {"lr": shape(*rates, *steps)}
+    return {"lr": schedules.sawtooth(shape, *rates, *(n * steps_per_epoch for n in epochs))}
 
 
 def build_optimizer(segmenter: Segmenter, cfg: SegmentationConfig) -> torch.optim.Optimizer:

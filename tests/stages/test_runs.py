@@ -126,17 +126,19 @@ def test_few_cases_get_as_many_steps_as_many_cases(stage, others, run, tmp_path)
     ],
 )
 def test_what_is_frozen_moves_when_its_epochs_are_over(
-    stage, frozen, num_epochs, others, run, monkeypatch
+    stage, frozen, num_epochs, others, run, monkeypatch, folder
 ):
     calls, still = small.observe(monkeypatch, stage), []
-    freeze = f"finetune.freeze_epochs={num_epochs} n_epochs={num_epochs + 1}"
+    freeze = f"finetune.freeze_epochs={num_epochs} n_epochs={num_epochs + 1} warmup_epochs=1"
     assert run(freeze, others) == 0
-    for call in calls:
+    rates = [line["lr"] for line in small.steps(folder)]
+    assert [i for i, rate in enumerate(rates) if rate == 0] == [0, 4 * num_epochs]
+    for call, rate in zip(calls, rates, strict=True):
         before, after = (call[n]["modules"][STAGES[stage].network] for n in ("before", "after"))
         part = [key for key in before if key.startswith(frozen)]
-        assert part and not equal(before, after)
+        assert part and (rate == 0 or not equal(before, after))
         still.append(all(equal(before[key], after[key]) for key in part))
-    assert still == [True] * 4 * num_epochs + [False] * 4
+    assert still == [True] * (4 * num_epochs + 1) + [False] * 3
 
 
 @pytest.mark.parametrize(

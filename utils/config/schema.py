@@ -139,6 +139,16 @@ def longer_than_run(key: str, values: Values) -> Wrong:
         yield key, f"{values[key]}: more than n_epochs {values['n_epochs']}"
 
 
+def impossible_freezing(values: Values) -> Wrong:
+    """Report frozen epochs that leave too few for the second warm-up."""
+    key, names = "finetune.freeze_epochs", ("n_epochs", "warmup_epochs")
+    yield from longer_than_run(key, values)
+    frozen, epochs, warmup = (values.get(name, 0) for name in (key, *names))
+    if 0 < frozen < epochs < frozen + warmup:
+        left = f"leaves {epochs - frozen} of n_epochs {epochs}"
+        yield key, f"{frozen}: {left} for a second warm-up of warmup_epochs {warmup}"
+
+
 def impossible_size(key: str, values: Values, facts, largest: Iterable[int] | None = None) -> Wrong:
     """Report an input size that the backbone cannot take, with the nearest one up to `largest`.
 
