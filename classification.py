@@ -255,6 +255,9 @@ def train(run: Run[ClassificationConfig], cache, cases: dict, skipped) -> int:
 
     # ---- model and optimization
     classifier, settings = build(cfg, targets), settings_to_match(cfg, targets)
+    drawn, known = loaders["train"].sampler.weights, label_weights(truth["train"], class_weights)
+    drawn = torch.ones(1) if drawn is None else torch.from_numpy(drawn)
+    classifier.start_from(truth["train"], {name: drawn * w for name, w in known.items()})
     learned = {"classes": targets.to_dict(), "control": control.to_dict()}
     about = checkpoint.describe(cfg, settings, cases["train"], **learned)
     state = build_state(run, classifier, loaders["train"], about)

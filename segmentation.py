@@ -240,6 +240,8 @@ def train(run: Run[SegmentationConfig], cache, cases: dict, skipped, notices) ->
 
     # ---- model
     segmenter = build(cfg, classes)
+    if not run.started_from:
+        segmenter.start_from(loader.dataset.class_shares())
     weights = load_weights(run, segmenter.backbone)
     optimizer = build_optimizer(segmenter, cfg)
     if cfg.compile:
