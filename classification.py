@@ -120,7 +120,7 @@ def make_loaders(run: Run[ClassificationConfig], cases: dict, targets: Targets, 
         train = name == "train"
         settings = ImageSettings.from_config(cfg, augment=train)
         dataset = ImageDataset(cases[name], cache, settings, cfg.seed, None if train else [PLAIN])
-        order = {"train": train, "weights": weights if train else None}
+        order = {"train": train, "weights": weights, "batches": cfg.batches_per_epoch}
         sampler = EpochSampler(len(cases[name]), cfg.batch_size, cfg.seed, **order, **ranks)
         pin = run.device.type == "cuda"
         loaders[name] = make_loader(dataset, sampler, cfg.n_workers, pin, collate)
@@ -255,12 +255,16 @@ def train(run: Run[ClassificationConfig], cache, cases: dict, skipped) -> int:
 
     # ---- model and optimization
     classifier, settings = build(cfg, targets), settings_to_match(cfg, targets)
+    drawn, known = loaders["train"].sampler.weights, label_weights(truth["train"], class_weights)
+    drawn = torch.ones(1) if drawn is None else torch.from_numpy(drawn)
+    classifier.start_from(truth["train"], {name: drawn * w for name, w in known.items()})
     learned = {"classes": targets.to_dict(), "control": control.to_dict()}
     about = checkpoint.describe(cfg, settings, cases["train"], **learned)
     state = build_state(run, classifier, loaders["train"], about)
     rates = (cfg.learning_rate, min(cfg.min_learning_rate, cfg.learning_rate))
-    num_steps, warmup = (n * state.steps_per_epoch for n in (cfg.n_epochs, cfg.warmup_epochs))
-    schedule = {"lr": schedules.cosine(*rates, num_steps, warmup)}
+    frozen = cfg.n_epochs if f.freeze_epochs == "all" else f.freeze_epochs
+    steps = (n * state.steps_per_epoch for n in (cfg.n_epochs, cfg.warmup_epochs, frozen))
+    schedule = {"lr": schedules.sawtooth(schedules.cosine, *rates, *steps)}
     names = list(itertools.chain(targets.names, *targets.classes.values()))
     if cfg.augment.flip[0] and (sides := unpaired_sides(names, [])):
         what = f"augment.flip x swaps left and right, but targets or classes say a side: {sides}"
@@ -284,7 +288,7 @@ def train(run: Run[ClassificationConfig], cache, cases: dict, skipped) -> int:
             if distributed.is_main():
                 draw_inputs(run, loaders)
         while state.epoch < cfg.n_epochs and not stopped_early(state, cfg):
-            classifier.freeze(f.freeze_epochs == "all" or state.epoch < f.freeze_epochs)
+            classifier.freeze(state.epoch < frozen)
             epoch = Epoch(run, state, loaders["train"], schedule)
             for batches, values in epoch:
                 with explained("a training step", cfg):

@@ -120,9 +120,9 @@ def set_frozen(state: State, cfg: SegmentationConfig) -> None:
 def build_schedule(cfg: SegmentationConfig, steps_per_epoch: int) -> dict[str, np.ndarray]:
     """Return the learning rate of every optimizer step."""
     rates = (cfg.learning_rate, min(cfg.min_learning_rate, cfg.learning_rate))
-    steps = (cfg.n_epochs * steps_per_epoch, cfg.warmup_epochs * steps_per_epoch)
+    epochs = (cfg.n_epochs, cfg.warmup_epochs, cfg.finetune.freeze_epochs)
     shape = {"adamw": schedules.cosine, "sgd": schedules.poly}[cfg.optimizer]
-    return {"lr": shape(*rates, *steps)}
+    return {"lr": schedules.sawtooth(shape, *rates, *(n * steps_per_epoch for n in epochs))}
 
 
 def build_optimizer(segmenter: Segmenter, cfg: SegmentationConfig) -> torch.optim.Optimizer:
@@ -225,9 +225,8 @@ def make_train_loader(run: Run[SegmentationConfig], cases, cache, classes: Class
     content = {"foreground": cfg.patches.foreground, "mirror_pairs": changes.mirror_pairs}
     dataset = PatchDataset(cases, cache, classes, settings, **content, seed=cfg.seed)
     ranks = {"rank": distributed.rank(), "world_size": distributed.world_size()}
-    sampler = EpochSampler(
-        len(cases), cfg.batch_size, cfg.seed, draws=cfg.patches.per_case, **ranks
-    )
+    order = {"draws": cfg.patches.per_case, "batches": cfg.batches_per_epoch}
+    sampler = EpochSampler(len(cases), cfg.batch_size, cfg.seed, **order, **ranks)
     pin = run.device.type == "cuda"
     return make_loader(dataset, sampler, cfg.n_workers, pin, collate_patches)
 
@@ -241,6 +240,8 @@ def train(run: Run[SegmentationConfig], cache, cases: dict, skipped, notices) ->
 
     # ---- model
     segmenter = build(cfg, classes)
+    if not run.started_from:
+        segmenter.start_from(loader.dataset.class_shares())
     weights = load_weights(run, segmenter.backbone)
     optimizer = build_optimizer(segmenter, cfg)
     if cfg.compile:

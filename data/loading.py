@@ -29,8 +29,9 @@ class EpochSampler(Sampler):
 
     Training: all (case, draw) pairs in an order that depends on (seed, epoch) alone. An incomplete
     last global batch is dropped; pairs that do not fill one global batch are drawn again. With
-    `weights` there are as many keys, but each case comes in proportion to its weight, to within
-    one.
+    `batches` an epoch has that many, whatever the number of cases and `draws`: the epochs go on
+    through one shuffle of the cases after the other. With `weights` there are as many keys, but
+    each case comes in proportion to its weight, to within one.
     Otherwise: every case once, in order, with the same key in every epoch; the last batch may be
     shorter, or absent on some ranks.
     """
@@ -45,11 +46,13 @@ class EpochSampler(Sampler):
         rank: int = 0,
         world_size: int = 1,
         weights: Sequence[float] | None = None,
+        batches: int | None = None,
     ):
         if num_cases < 1:
             raise ValueError("no cases to sample from")
         self.num_cases, self.batch_size, self.seed, self.draws = num_cases, batch_size, seed, draws
         self.train, self.rank, self.world_size, self.weights = train, rank, world_size, weights
+        self.batches = batches
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
@@ -60,6 +63,8 @@ class EpochSampler(Sampler):
     def num_batches(self) -> int:
         """Number of batches in a whole epoch."""
         total = self.batch_size * self.world_size
+        if self.train and self.batches is not None:
+            return self.batches
         if self.train:
             return max(self.num_cases * self.draws // total, 1)
         return -(-self.num_cases // total)
@@ -78,6 +83,13 @@ class EpochSampler(Sampler):
                 draws[index] += 1
             return keys
         keys = []
+        if self.batches is not None:
+            num, first = self.num_cases, self.epoch * wanted  # place in the list of all epochs
+            for shuffle in range(first // num, -(-(first + wanted) // num)):
+                rng = np.random.Generator(np.random.PCG64([self.seed, shuffle]))
+                draw = shuffle - first // num
+                keys += [(self.epoch, index, draw) for index in rng.permutation(num).tolist()]
+            return keys[first % num :][:wanted]
         for again in range(-(-wanted // pairs)):  # more than once only if a batch exceeds all pairs
             for pair in rng.permutation(pairs).tolist():
                 index, draw = divmod(pair, self.draws)

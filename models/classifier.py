@@ -69,13 +69,31 @@ class Classifier(nn.Module):
         self.norm, self.dropout = RunningNorm(width), nn.Dropout(dropout)
         # Not a ModuleDict, which refuses names such as a.b or type.
         self.heads = nn.ModuleList(nn.Linear(width, number) for number in outputs.values())
-        for head in self.heads:  # at the start all classes are equally likely
+        for head in self.heads:
             nn.init.zeros_(head.weight)
             nn.init.zeros_(head.bias)
         # The prediction for an image must not depend on its batch or the batch's size, so a
         # backbone with this norm sees one image at a time.
         self.one_by_one = any(isinstance(m, BatchStatisticsNorm) for m in backbone.modules())
         self.frozen = False
+
+    @torch.no_grad()
+    def start_from(self, truth: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor]):
+        """Let the first answer to every image be the share of each class, of numbers their mean.
+
+        Softmax of log(share) is the share (for sigmoids: Lin et al. 2017, arXiv 1708.02002, 4.1).
+        Standardised numbers have a mean of 0.
+
+        Args:
+            truth: {target: (N,)} of all train cases, as for `label_weights`.
+            weights: {target: (N,)} of the cases in the loss times how often they are drawn, 0 where
+                the label is missing.
+        """
+        for name, head in zip(self.names, self.heads, strict=True):
+            if not truth[name].is_floating_point():
+                classes = truth[name].clamp(min=0)
+                counts = torch.bincount(classes, weights[name], minlength=head.out_features)
+                head.bias.copy_((counts / counts.sum()).log())
 
     def freeze(self, frozen: bool) -> None:
         """Set whether the backbone gets no gradient and keeps its running statistics."""

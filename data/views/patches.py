@@ -7,6 +7,7 @@ the scanner's field of view. Axes and coordinates are those of `data.views.geome
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from data.cases import Case
-from data.loading import Key, generator_of
+from data.loading import EpochSampler, Key, generator_of
 from data.views.geometry import (
     CELLS,
     EXACT,
@@ -45,6 +46,7 @@ PROB_ROTATE = 0.2
 PROB_ZOOM = 0.2
 PROB_ELASTIC = 0.2
 PROB_LOW_RES = 0.25
+NUM_COUNTED = 100  # patches in which the shares of the classes are counted
 # Cubic B-splines whose control points move by less than 1/2.48 of a cell along each axis do not
 # fold (Choi and Lee 2000, "Injectivity conditions of 2D and 3D uniform cubic B-spline functions").
 MAX_ELASTIC = 0.4  # cells
@@ -294,6 +296,22 @@ class PatchDataset(Dataset):
             "index": key[1],
             "key": torch.tensor(key),
         }
+
+    def class_shares(self) -> np.ndarray:
+        """Return the share of each class among the voxels of a patch that are not IGNORE, (1 + K,).
+
+        Counted in patches without augmentation, not in whole masks: `foreground` decides how much
+        of a class the network sees. Shares of patches are averaged, not voxels, since each patch
+        has the same weight in the loss. One more patch in which all classes are equal keeps shares
+        above 0. The result is a function of data and seed alone, the same on all ranks.
+        """
+        plain, num_classes = copy.copy(self), self.classes.num_outputs
+        plain.settings = PatchSettings(self.settings.patch_size)
+        shares = [np.full(num_classes, 1 / num_classes)]
+        for key in EpochSampler(len(self.data), NUM_COUNTED, self.seed, batches=1):
+            counts = np.bincount(plain[key]["mask"].flatten(), minlength=num_classes)[:num_classes]
+            shares += [counts / counts.sum()] if counts.any() else []
+        return np.mean(shares, axis=0)
 
 
 def collate_patches(items: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """Order and content of batches: a function of seed and epoch, whatever runs them."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
@@ -117,6 +119,43 @@ def test_each_epoch_is_another_permutation_of_all_cases_and_draws():
     assert [key[1:] for key in sampler] == orders[0]
     sampler.set_epoch(0, start_batch=7)
     assert [key[1:] for key in sampler] == orders[0][14:] and len(sampler) == 6
+
+
+def test_the_order_is_the_one_it_has_always_been():
+    """A run that was begun with an earlier version goes on in the same order."""
+    sampler = EpochSampler(2, 5, seed=1, draws=2)
+    sampler.set_epoch(3)
+    assert list(sampler) == [(3, 0, 0), (3, 1, 1), (3, 1, 0), (3, 0, 1), (3, 1, 2)]
+
+
+@pytest.mark.parametrize("num, batches", [(5, 7), (5, 1), (1, 3), (3, 4), (40, 3)])
+def test_a_number_of_batches_takes_all_cases_equally_often_over_the_epochs(num, batches):
+    def keys(epoch, start_batch=0, batch_size=4, seed=0, **options):
+        sampler = EpochSampler(num, batch_size, seed, draws=3, batches=batches, **options)
+        sampler.set_epoch(epoch, start_batch)
+        assert sampler.num_batches == batches
+        return list(sampler)
+
+    drawn = []
+    for epoch in range(6):
+        found = keys(epoch)
+        assert len(found) == 4 * batches == len(set(found))  # a case seen again is another view
+        assert {key[0] for key in found} == {epoch}
+        assert keys(epoch, start_batch=1) == found[4:]
+        ranks = [keys(epoch, batch_size=2, rank=r, world_size=2) for r in range(2)]
+        both = [key for i in range(0, 2 * batches, 2) for rank in ranks for key in rank[i : i + 2]]
+        assert both == found
+        drawn += [index for _, index, _ in found]
+        counts = np.bincount(drawn, minlength=num)
+        assert counts.max() - counts.min() <= 1
+    assert num == 1 or [key[1:] for key in keys(0)] != [key[1:] for key in keys(1)]
+    assert num == 1 or keys(0) != keys(0, seed=1)
+
+
+def test_a_number_of_batches_keeps_the_weights():
+    sampler = EpochSampler(3, 4, weights=[1, 1, 2], batches=5)
+    keys = list(sampler)
+    assert len(set(keys)) == 20 and Counter(index for _, index, _ in keys) == {0: 5, 1: 5, 2: 10}
 
 
 def test_ragged_last_batch_is_dropped_and_small_sets_fill_one():

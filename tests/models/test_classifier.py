@@ -42,6 +42,21 @@ def test_an_output_per_target_whatever_the_size(case):
     assert all((y == 0).all() for y in outputs.values())  # to begin with
 
 
+def test_the_first_answer_is_the_share_of_each_class():
+    network = classifier().eval()
+    truth = {"a": torch.tensor([1, 0, 1, -1, 1]), "b.c": torch.tensor([0, 1, 2, 0, -1])}
+    truth["type"] = torch.tensor([1.0, NAN, -1.0, 0.0, 0.0])
+    drawn = torch.tensor([1.0, 1, 1, 1, 3])
+    known = label_weights(truth, {"b.c": torch.tensor([1.0, 2.0, 2.0])})
+    network.start_from(truth, {name: w * drawn for name, w in known.items()})
+    outputs = network(images(2, 1, 8, 8, 8))
+    expected = {"a": [1 / 6, 5 / 6], "b.c": [1 / 3, 1 / 3, 1 / 3]}
+    for name, shares in expected.items():
+        found = outputs[name].softmax(dim=1)
+        torch.testing.assert_close(found, torch.tensor([shares] * 2))
+    assert (outputs["type"] == 0).all()
+
+
 def test_padding_is_zeros_on_both_sides():
     x = images(1, 1, 5, 8, 9)
     padded = pad(x, 4)

@@ -1,5 +1,6 @@
 """The segmenter and its loss against MONAI's, plain formulas, and what batches must not change."""
 
+import numpy as np
 import pytest
 import torch
 from monai.losses import DeepSupervisionLoss, DiceCELoss
@@ -56,6 +57,21 @@ def test_every_backbone_gives_logits_and_gradients(name, deep):
     assert without == []
     evaluated = network.eval()(x)
     assert isinstance(evaluated, torch.Tensor) and evaluated.shape == maps[0].shape
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_the_first_answers_are_near_the_shares_of_the_classes(name):
+    network, shares = segmenter(name, deep_supervision=True), np.array([0.96, 0.03, 0.01])
+    state, weights = torch.get_rng_state(), [o.weight.clone() for o in network.outputs]
+    network.start_from(shares)
+    assert torch.equal(torch.get_rng_state(), state)
+    for output, weight, logits in zip(
+        network.outputs, weights, network(torch.rand(1, 1, *SIZES[name])), strict=True
+    ):
+        torch.testing.assert_close(output.bias.softmax(0), torch.tensor(shares).float())
+        assert torch.equal(output.weight, weight)
+        found = logits.softmax(1).mean(dim=(0, 2, 3, 4))
+        assert 0.9 < found[0] < 0.99
 
 
 @pytest.mark.parametrize("name", ["resunet", "unet", "segresnet"])

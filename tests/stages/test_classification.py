@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 
 import numpy as np
 import pandas as pd
@@ -39,6 +40,20 @@ def test_metrics_begin_before_training(trained):
     assert [line["step"] for line in small.steps(trained)] == list(range(40))
 
 
+def test_the_first_answer_is_the_share_of_each_class(run, folder):
+    def first_losses(way):
+        assert run(f"experiment={way[:20]} n_epochs=1 {way}") == 0
+        row = small.epochs(folder.parent / way[:20]).loc[0]
+        return row["val_bright_loss"], row["val_size_loss"]
+
+    # train rows: bright 4, 4; size 2 large, 2 medium, 3 small. val: size 2 large, 1 medium, 2 small
+    share, even = {"large": 2 / 7, "medium": 2 / 7, "small": 3 / 7}, math.log(3)
+    size = -np.mean([math.log(share[n]) for n in ("large", "large", "medium", "small", "small")])
+    assert first_losses("seed=0") == pytest.approx((math.log(2), size))
+    assert first_losses("finetune.class_weights=true")[1] == pytest.approx(even)
+    assert first_losses("finetune.balance=size")[1] == pytest.approx(even)
+
+
 def test_it_learns(trained):
     rows = small.epochs(trained)
     assert rows["val_bright_auc"].max() == 1 and rows["val_hu_r2"].max() > 0.1
@@ -64,7 +79,9 @@ def test_rows_without_labels_are_predicted_and_not_scored(tested):
     assert rows["prediction"].tolist() == [("no", "yes")[i] for i in p.to_numpy().argmax(axis=1)]
     metrics = json.loads((tested / "metrics.json").read_text())
     assert metrics["bright"]["n"] == 3
-    assert metrics["bright"]["auc"] == 1 and metrics["size"]["n"] == 4
+    yes, no, other_yes = p["p_yes"][:3]  # AUC: the share of pairs in the right order
+    pairs = np.sign([yes - no, other_yes - no])
+    assert metrics["bright"]["auc"] == (1 + pairs.mean()) / 2 and metrics["size"]["n"] == 4
     assert set(metrics["hu"]["by"]["site"]) == {"B"}
     assert 0 <= metrics["bright"]["control"]["auc"] <= 1 and "mae" in metrics["hu"]["control"]
     numbers = predictions(tested, "hu")["prediction"].astype(float)

@@ -38,7 +38,7 @@ WAYS = {  # batch size per process, other settings
         "accumulate": (
             *(2, "accumulate=2 patches.per_case=2 classes={ball: 300, shell: 7} ignore_labels=[9]"),
         ),
-        "deep": (1, "loss.deep_supervision=true finetune.freeze_epochs=1"),
+        "deep": (1, "loss.deep_supervision=true finetune.freeze_epochs=1 steps_per_epoch=5"),
         "unet": (1, "backbone=unet unet.feature_size=4"),  # statistics of the batch
         "ds": (1, small.DS),  # BatchNorm: statistics of a rank's batch, running ones of both ranks
     },

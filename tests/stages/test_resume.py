@@ -19,7 +19,7 @@ WAYS = {
     },
     "segmentation": {
         "plain": "",
-        "all else": f"{small.DS} optimizer=sgd accumulate=2 patches.per_case=2 "
+        "all else": f"{small.DS} optimizer=sgd accumulate=2 steps_per_epoch=4 "
         "loss.deep_supervision=true finetune.freeze_epochs=1 augment.flip=[true,true,true] "
         "augment.mirror_pairs=[[ball,shell]] augment.hu_window=0.5",
     },

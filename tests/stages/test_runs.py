@@ -104,6 +104,21 @@ def test_other_backbones_train_and_are_tested(stage, network, run, folder):
 
 
 @pytest.mark.parametrize(
+    ("stage", "others"), [("classification", "cls_targets=[bright]"), ("segmentation", "")]
+)
+def test_few_cases_get_as_many_steps_as_many_cases(stage, others, run, tmp_path):
+    def rates_and_epochs(name, folds):
+        given = "steps_per_epoch=3 accumulate=2 warmup_epochs=1 batch_size=3 val_folds=[]"
+        assert run(f"experiment={name} {folds}", given, others) == 0
+        ends = small.epochs(tmp_path / name)["step"].tolist()
+        return [line["lr"] for line in small.steps(tmp_path / name)], [end for end in ends if end]
+
+    few, many = rates_and_epochs("few", "train_folds=[0]"), rates_and_epochs("many", "")
+    assert few == many and few[1] == [3, 6]
+    assert few[0] == pytest.approx([f * few[0][3] for f in (0, 1 / 3, 2 / 3)] + few[0][3:])
+
+
+@pytest.mark.parametrize(
     ("stage", "frozen", "num_epochs", "others"),
     [
         ("classification", "backbone.", 2, ""),
@@ -111,17 +126,19 @@ def test_other_backbones_train_and_are_tested(stage, network, run, folder):
     ],
 )
 def test_what_is_frozen_moves_when_its_epochs_are_over(
-    stage, frozen, num_epochs, others, run, monkeypatch
+    stage, frozen, num_epochs, others, run, monkeypatch, folder
 ):
     calls, still = small.observe(monkeypatch, stage), []
-    freeze = f"finetune.freeze_epochs={num_epochs} n_epochs={num_epochs + 1}"
+    freeze = f"finetune.freeze_epochs={num_epochs} n_epochs={num_epochs + 1} warmup_epochs=1"
     assert run(freeze, others) == 0
-    for call in calls:
+    rates = [line["lr"] for line in small.steps(folder)]
+    assert [i for i, rate in enumerate(rates) if rate == 0] == [0, 4 * num_epochs]
+    for call, rate in zip(calls, rates, strict=True):
         before, after = (call[n]["modules"][STAGES[stage].network] for n in ("before", "after"))
         part = [key for key in before if key.startswith(frozen)]
-        assert part and not equal(before, after)
+        assert part and (rate == 0 or not equal(before, after))
         still.append(all(equal(before[key], after[key]) for key in part))
-    assert still == [True] * 4 * num_epochs + [False] * 4
+    assert still == [True] * (4 * num_epochs + 1) + [False] * 3
 
 
 @pytest.mark.parametrize(

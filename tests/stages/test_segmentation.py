@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 import segmentation
+from data.views.patches import PatchDataset
 from models.backbones import facts_of
-from tests.conftest import CANARY, read_cases, write_cases
+from tests.conftest import CANARY, equal, read_cases, write_cases
 from tests.places import SHARED
 from tests.stages import small
 from utils import checkpoint
@@ -50,6 +51,28 @@ def test_it_learns_and_keeps_the_best_epoch(trained):
 def test_what_is_odd_about_the_masks_is_said(trained):
     log = small.log_of(trained)
     assert f"{CANARY}0 " in log and f"background: {small.UNMAPPED}" in log
+
+
+def test_the_first_answers_are_near_the_shares_of_the_classes(run, folder, monkeypatch):
+    calls = small.observe(monkeypatch, "segmentation")
+    assert run("val_folds=[] n_epochs=1 loss.deep_supervision=true patches.foreground=0") == 0
+    first, step = calls[0]["before"]["modules"]["segmenter"], small.steps(folder)[0]
+    biases = [first[f"outputs.{level}.bias"].softmax(dim=0) for level in range(2)]
+    # a ball of 110 voxels and a shell of 790, nearly whole in patches of 16 x 16 x 16
+    assert equal(*biases) and 0.02 < biases[0][1] < 0.04 and 0.15 < biases[0][2] < 0.25
+    entropy = -(biases[0] * biases[0].log()).sum().item()
+    assert step["ce_loss"] == pytest.approx(entropy, abs=0.15) and entropy < 0.7  # not log(3)
+
+
+def test_a_resumed_run_keeps_its_biases(run, monkeypatch):
+    def never(self):
+        raise AssertionError
+
+    small.stop_at(monkeypatch, "segmentation", "train_step", 1)
+    assert run("n_epochs=1 val_folds=[]") == small.STOPPED
+    monkeypatch.undo()
+    monkeypatch.setattr(PatchDataset, "class_shares", never)
+    assert run("n_epochs=1 val_folds=[] resume_training_from=auto") == 0
 
 
 def test_one_train_case_and_no_val_case(run, table, folder):

@@ -79,7 +79,7 @@ def impossible_classification(
         what = "true, but finetune.balance is set: rare classes would be favoured twice"
         yield "finetune.class_weights", what
     if values.get("finetune.freeze_epochs") != "all":
-        yield from schema.longer_than_run("finetune.freeze_epochs", values)
+        yield from schema.impossible_freezing(values)
     elif values.get("finetune.layer_decay", 1) != 1 or values.get("finetune.backbone_lr", 1) != 1:
         key = "finetune.layer_decay"
         key = key if values.get(key, 1) != 1 else "finetune.backbone_lr"

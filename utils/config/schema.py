@@ -99,6 +99,11 @@ class FineTuned(Run):
     dino_weights: f.PathText | None
     test_ckpt: f.Paths | None
     allow_seen_patients: bool
+    steps_per_epoch: f.Positive | None
+
+    @property
+    def batches_per_epoch(self) -> int | None:
+        return self.steps_per_epoch and self.steps_per_epoch * self.accumulate
 
 
 # ---- what is impossible together
@@ -132,6 +137,16 @@ def longer_than_run(key: str, values: Values) -> Wrong:
     """Report a number of epochs that is more than n_epochs."""
     if values.get(key, 0) > values.get("n_epochs", math.inf):
         yield key, f"{values[key]}: more than n_epochs {values['n_epochs']}"
+
+
+def impossible_freezing(values: Values) -> Wrong:
+    """Report frozen epochs that leave too few for the second warm-up."""
+    key, names = "finetune.freeze_epochs", ("n_epochs", "warmup_epochs")
+    yield from longer_than_run(key, values)
+    frozen, epochs, warmup = (values.get(name, 0) for name in (key, *names))
+    if 0 < frozen < epochs < frozen + warmup:
+        left = f"leaves {epochs - frozen} of n_epochs {epochs}"
+        yield key, f"{frozen}: {left} for a second warm-up of warmup_epochs {warmup}"
 
 
 def impossible_size(key: str, values: Values, facts, largest: Iterable[int] | None = None) -> Wrong:

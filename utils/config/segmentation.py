@@ -70,7 +70,7 @@ def impossible_segmentation(values: schema.Values, facts_of: schema.FactsOf) -> 
     """Find values that contradict each other or that the backbone cannot take."""
     facts = facts_of(values, True)
     yield from schema.impossible_run(values)
-    yield from schema.longer_than_run("finetune.freeze_epochs", values)
+    yield from schema.impossible_freezing(values)
     yield from schema.impossible_size("patches.size", values, facts)
     if values.get("loss.dice") == values.get("loss.ce") == 0:
         yield "loss.ce", "0, and so is loss.dice: nothing to learn from"

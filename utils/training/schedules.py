@@ -1,5 +1,7 @@
 """Schedules as plain arrays with a value for each optimizer step."""
 
+from collections.abc import Callable
+
 import numpy as np
 
 
@@ -28,3 +30,15 @@ def poly(
     warmup = np.linspace(0, start, warmup_steps, endpoint=False)
     part = np.arange(num_steps - warmup_steps) / max(num_steps - warmup_steps, 1)
     return np.concatenate([warmup, end + (start - end) * (1 - part) ** power])
+
+
+def sawtooth(
+    shape: Callable, start: float, end: float, num_steps: int, warmup_steps: int, frozen_steps: int
+) -> np.ndarray:
+    """Go through `shape` (cosine or poly) in the steps for which a part is frozen, then again.
+
+    What thaws has empty moments, so that all warms up again ("sawtooth" of Wald et al. 2024,
+    arXiv 2412.17041).
+    """
+    parts = (frozen_steps, num_steps - frozen_steps)
+    return np.concatenate([shape(start, end, num, warmup_steps) for num in parts])

@@ -491,3 +491,33 @@ def test_batches_do_not_depend_on_the_workers():
     for (one, cut_one), (two, cut_two) in zip(*both, strict=True):
         assert equal(one, two)
         assert all(torch.equal(a, b) for a, b in zip(cut_one, cut_two, strict=True))
+
+
+# ---------------------------------------------------------------------------------- shares
+
+
+def test_shares_of_classes_are_those_of_the_patches_that_are_drawn():
+    entries = [ball_entry(radius_mm=r) for r in (6.0, 9.0, 12.0)]
+    for foreground in (0.0, 1.0):
+        data = dataset(entries, FULL, foreground)
+        shares = data.class_shares()
+        assert shares.shape == (5,) and shares.sum() == pytest.approx(1) and (shares > 0).all()
+        assert np.array_equal(shares, dataset(entries, FULL, foreground).class_shares())
+        assert data.settings == FULL
+        plain = dataset(entries, PLAIN, foreground)
+        seen = cut([plain[(7, i % 3, i)] for i in range(300)])[1]  # other patches
+        assert shares[1] == pytest.approx(float((seen == 1).float().mean()), rel=0.3)
+    whole = np.mean([(entry.seg == 3).mean() for entry in entries])
+    assert shares[1] > 5 * whole
+
+
+def test_each_patch_counts_alike_in_the_shares_and_ignored_voxels_do_not():
+    full = Labelled(np.zeros((20, 20, 20), np.int16), np.full((20, 20, 20), 3))
+    half = np.full((20, 20, 20), 9)  # ignored, but for one voxel
+    half[10, 10, 10] = 7
+    unknown = Labelled(np.zeros((20, 20, 20), np.int16), np.full((20, 20, 20), 9))
+    one = Labelled(np.zeros((20, 20, 20), np.int16), half)
+    shares = dataset([full, one], foreground=1.0).class_shares()
+    expected = np.array([0, 50, 50, 0, 0]) + 1 / 5
+    np.testing.assert_allclose(shares, expected / 101)
+    np.testing.assert_allclose(dataset([unknown]).class_shares(), np.full(5, 1 / 5))

@@ -75,6 +75,8 @@ def test_frozen_epochs():
     for value in ("none", "-1", "1.5", "true"):
         assert "finetune.freeze_epochs" in problems(f"finetune.freeze_epochs={value}")
     assert "more than n_epochs" in problems("finetune.freeze_epochs=101")["finetune.freeze_epochs"]
+    assert "second warm-up" in problems("finetune.freeze_epochs=96")["finetune.freeze_epochs"]
+    assert parse("finetune.freeze_epochs=100").finetune.freeze_epochs == 100  # nothing thaws
     wrong = problems("finetune.freeze_epochs=all", "finetune.layer_decay=0.8")
     assert "no effect" in wrong["finetune.layer_decay"]
 

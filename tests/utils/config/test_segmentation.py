@@ -50,6 +50,12 @@ def test_the_shipped_config_is_valid_and_holds_exactly_the_schemas_keys():
             "one map",
         ),
         (["finetune.freeze_epochs=3"], "finetune.freeze_epochs", "more than n_epochs 2"),
+        (
+            ["finetune.freeze_epochs=1", "warmup_epochs=2"],
+            "finetune.freeze_epochs",
+            "leaves 1 of n_epochs 2 for a second warm-up",
+        ),
+        (["steps_per_epoch=0"], "steps_per_epoch", "greater than or equal to 1"),
         (["test_ckpt=[]"], "test_ckpt", "at least 1"),
         (["dino_weights=a.pt", "suprem_weights=b.pt"], "dino_weights", "at most one"),
         (["inference.overlap=1.0"], "inference.overlap", "0.9"),
