@@ -16,8 +16,6 @@ from queue import SimpleQueue
 
 import torch
 
-from utils.config.command_line import schema_keys
-from utils.config.segmentation import SegmentationConfig
 from utils.config.transfer import EPOCHS, TransferConfig
 from utils.errors import RunError
 from utils.files import replacing
@@ -71,21 +69,6 @@ def settings_of(study: Study, job: Job, folder: Path) -> dict:
     return values
 
 
-def length_of(study: Study, job: Job, num_cases: int) -> dict:
-    """Return the settings by which a run takes so many steps, whatever the number of cases."""
-    steps = job.steps // EPOCHS
-    # where the scripts have no such key, patches and epochs come as near as they can
-    if "steps_per_epoch" in schema_keys(SegmentationConfig):
-        length = {"n_epochs": EPOCHS, "steps_per_epoch": steps}
-    elif study.cfg.stage == "segmentation":
-        patches = steps * study.stage.batch_size * study.stage.accumulate
-        length = {"n_epochs": EPOCHS, "patches.per_case": -(-patches // num_cases)}
-    else:
-        per_epoch = max(num_cases // (study.stage.batch_size * study.stage.accumulate), 1)
-        length = {"n_epochs": -(-job.steps // per_epoch)}
-    return length | {"warmup_epochs": length["n_epochs"] // EPOCHS}
-
-
 def commands_of(study: Study, job: Job, folder: Path, weights: Path | None) -> list[tuple]:
     """Return the programs of a run with their arguments: [(key of PROGRAMS, arguments)]."""
     common, stage = settings_of(study, job, folder), study.cfg.stage
@@ -94,8 +77,7 @@ def commands_of(study: Study, job: Job, folder: Path, weights: Path | None) -> l
     if job.method == "probe":
         values = common | start | {"test_folds": ["test"]}
         return [("probe", [stage, *config, *arguments(values)])]
-    patients = study.draws[job.kind, job.draw][: job.count]
-    length = length_of(study, job, sum(len(study.rows[patient]) for patient in patients))
+    length = {"n_epochs": EPOCHS, "steps_per_epoch": job.steps // EPOCHS, "warmup_epochs": 1}
     train = common | start | length | {"test_folds": [], "resume_training_from": "auto"}
     train |= {"learning_rate": job.rate}
     # the last checkpoint, so that no label chooses the epoch
