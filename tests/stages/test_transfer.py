@@ -195,6 +195,15 @@ def test_a_study_of_classification(scans, tmp_path, quick, capsys):
     assert "test AUC" in printed and "| dino-permuted" in printed
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_a_study_of_frozen_probes_alone_has_no_learning_rates(scans, tmp_path, quick, capsys):
+    argv = command(scans, tmp_path / "out", label_counts=[2], methods=["probe"])
+    start = InProcess()
+    assert program.main(argv, start) == 0 and len(start.started) == 2 * 2
+    assert "Learning rates" not in capsys.readouterr().out
+    assert {row["part"] for row in read_cases(tmp_path / "out" / "results.csv")} == {"probes"}
+
+
 def test_weights_that_saw_test_patients_are_refused_before_anything_runs(scans, tmp_path, quick):
     start = InProcess()
     with pytest.raises(InputError, match=r"dino .*leaky.pt.* has seen this patient"):

@@ -206,7 +206,7 @@ def main(argv: list[str], start: Start = start) -> int:
         if rates_file.exists():  # chosen once: the test may have been seen since
             rates = json.loads(rates_file.read_text("utf-8"))
         else:
-            arms = list(plan.arms_of(cfg))
+            arms = list(plan.arms_of(cfg)) if "fine_tune" in cfg.methods else []
             rates = tables.choose_rates(tuned, arms, cfg.tuning.learning_rates)
             with replacing(rates_file) as file:
                 file.write(json.dumps(rates, indent=1) + "\n")
