@@ -24,8 +24,8 @@ SMALL = precision=fp32 n_workers=1 warmup_epochs=1 resunet.features=[8,16,32,64]
 demo: $(VENV)/.installed
 	$(BIN)/python -m data.demo demo_data
 	rm -rf results/demo_dino results/demo_classification results/demo_segmentation
-	$(BIN)/python dino.py experiment=demo_dino $(SMALL) n_epochs=10 batch_size=4 learning_rate=0.0125 \
-	  probe.every=5 probe.dense_cases=4 crops.regions_per_case=4 crops.num_local=2 \
+	$(BIN)/python dino.py experiment=demo_dino $(SMALL) n_epochs=6 batch_size=4 learning_rate=0.0125 \
+	  probe.every=3 probe.dense_cases=4 crops.regions_per_case=4 crops.num_local=2 \
 	  crops.region_size=[48,40,40] crops.global_size=[32,32,32] crops.local_size=[24,24,24] \
 	  dino.out_dim=256 dino.patch_out_dim=256 dino.head_hidden=256 dino.head_bottleneck=64 \
 	  dino.patch_level=2 dino.momentum=0.98

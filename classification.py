@@ -315,6 +315,7 @@ def test(run: Run[ClassificationConfig], tested: list[Tested], cases: list) -> d
     cfg, folder, targets = run.cfg, run.folder / "test", tested[0].targets
     seen = set().union(*(one.seen_patients for one in tested))
     notes = refuse_seen(cases, seen, "test_ckpt", cfg.allow_seen_patients)
+    folder.mkdir(parents=True, exist_ok=True)  # what cannot be written to shows now
     absent = [name for name in targets.names if name not in cases[0].labels]
     notes += [f"The CSV has no column {name!r}: it is predicted, not scored" for name in absent]
     found, pin = [], run.device.type == "cuda"

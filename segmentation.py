@@ -346,6 +346,8 @@ def test(run: Run[SegmentationConfig], opened, cases: list[Case], cache, notes: 
     rows = rows_of_all(run, rows, bad)
     if not distributed.is_main():
         return
+    for old in set(files.iterdir()) - {files / row["prediction"] for row in rows}:
+        old.unlink()  # of an earlier test, perhaps of another network
     case_of, file_of = {c.row: c for c in cases}, {r["csv_line"]: r["prediction"] for r in rows}
 
     def read(line: int) -> dict:

@@ -123,13 +123,13 @@ class VolumeCache:
 
     def _check_space(self, cases: list[Case]) -> None:
         need, free = self.estimate_bytes(cases), shutil.disk_usage(self.cache_dir).free
-        text = f"{len(cases)} volumes take about {need / 1e9:.1f} GB in {self.cache_dir}"
+        text = f"{len(cases)} volumes take about {need / 1e9:.3g} GB in {self.cache_dir}"
         if need > free:
             raise InputError(
-                f"{text}, where only {free / 1e9:.1f} GB are free: make room, or set cache_dir to "
+                f"{text}, where only {free / 1e9:.3g} GB are free: make room, or set cache_dir to "
                 "another disk or data.spacing to larger voxels"
             )
-        print(f"{text} ({free / 1e9:.1f} GB free)")
+        print(f"{text} ({free / 1e9:.3g} GB free)")
 
 
 def fingerprint(path: str | Path) -> list[tuple[str, int, int]]:

@@ -1,8 +1,10 @@
 """python -m data.demo [folder]: make the demo data (see `data.demo.make`)."""
 
-import sys
+import argparse
 
 from data.demo.make import make_demo
 
 if __name__ == "__main__":
-    print(make_demo(sys.argv[1] if len(sys.argv) > 1 else "demo_data"))
+    parser = argparse.ArgumentParser("python -m data.demo", description="Make the demo data.")
+    parser.add_argument("folder", nargs="?", default="demo_data", help="where to")
+    print(make_demo(parser.parse_args().folder))

@@ -184,6 +184,7 @@ def write_embeddings(run: Run, network, cache, cases: dict, folder) -> None:
 
     Each feature is the mean over all windows of the volume; probes are fitted on the train cases.
     """
+    folder.mkdir(parents=True, exist_ok=True)  # what cannot be written to shows now
     cfg = run.cfg
     x, scores = embed(run, network, cache, cases["test"]), {}
     if cfg.probe_targets:
@@ -195,7 +196,6 @@ def write_embeddings(run: Run, network, cache, cases: dict, folder) -> None:
         return
     dense = dense_score(run, network, cache, cases["train"], cases["test"])
     scores["dense"] = {"dice": dense}
-    folder.mkdir(parents=True, exist_ok=True)
     who = [{"PatientID": c.patient, "csv_line": c.row, "fold": c.fold} for c in cases["test"]]
     rows = [one | c.labels for one, c in zip(who, cases["test"], strict=True)]
     pd.DataFrame(rows).to_csv(folder / "features.csv", index=False)

@@ -270,6 +270,17 @@ def test_the_order_of_patch_merging_survives_a_run(run, tmp_path):
         assert backbone.merge_order == report.merge_order == "published"
 
 
+def test_folders_that_are_files_are_named(script, first, tmp_path, capsys):
+    """As are those that may not be written to, which a test run by root cannot show."""
+    (tmp_path / "file").touch()
+    assert script(f"cache_dir={tmp_path / 'file'}") == 2
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "test").touch()
+    tested = f"experiment=a test_ckpt={first / 'checkpoints' / 'last.pt'} test_folds=[4]"
+    assert script(tested) == 2
+    assert capsys.readouterr().err.count(": cannot be written to: ") == 2
+
+
 def test_bad_weights_stop_the_script_with_2_before_the_scans_are_read(
     script, tmp_path, monkeypatch, capsys
 ):

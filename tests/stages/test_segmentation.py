@@ -241,13 +241,14 @@ def test_masks_of_many_labels_train_and_test_through_every_output(
     classes = "classes={" + ", ".join(f"label {n}: {n}" for n in labels[1:]) + "}"
     few = "n_epochs=1 patches.size=[32,32,16] patches.per_case=4"
     assert run(classes, "train_folds=[a] val_folds=[] test_folds=[]", few) == 0
-    best = f"test_ckpt={folder / 'checkpoints' / 'best.pt'}"
+    best, test = f"test_ckpt={folder / 'checkpoints' / 'best.pt'}", folder / "test"
+    (test / "predictions").mkdir(parents=True)
+    (test / "predictions" / "earlier_line2.nii.gz").touch()
     assert run(best, "test_folds=[a] allow_seen_patients=true") == 0
-    test = folder / "test"
     summary = json.loads((test / "summary.json").read_text())
     assert len(summary["classes"]) == len(read_cases(test / "cases.csv")) == num_labels - 1
     assert summary["overall"]["dice"]["counted"] == num_labels - 1
-    (path,) = (test / "predictions").iterdir()
+    (path,) = (test / "predictions").iterdir()  # and no longer that of the earlier test
     assert nib.load(path).shape == nib.load(mask).shape
     (overlay,) = (test / "plots").glob("overlay_*.png")
     assert overlay.stat().st_size > 10_000

@@ -91,7 +91,7 @@ def collapse_warnings(
                 "prototype (collapse). Try a higher dino.teacher_temp or a lower learning_rate"
             )
         if row[loss] > 0.995 * uniform and row["epoch"] > warmup_epochs:
-            found[loss] = f"{loss} {row[loss]:.2f} stays at ln({name}) = {uniform:.2f}"
+            found[loss] = f"{loss} {row[loss]:.2f} is not below ln({name}) = {uniform:.2f}"
     if row["feature_std"] < 0.25 * first.get("feature_std", math.nan):
         found["features"] = (
             f"feature_std fell from {first['feature_std']:.3f} to {row['feature_std']:.3f}: all "

@@ -1,5 +1,6 @@
 """A run of one of the scripts: what all its parts need, how it begins and how it ends."""
 
+import errno
 import json
 import os
 import sys
@@ -23,6 +24,8 @@ from utils.training.state import State, check_space, save
 from utils.weights import LoadReport, compare_input, load_backbone
 
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_STOPPED = 1, 2, 75
+# of a folder that is read-only, forbidden, or a file
+UNUSABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
 Config = TypeVar("Config", bound=BaseModel)
 
 
@@ -96,7 +99,7 @@ def open_log(run: Run, state: State, network: nn.Module, cases: dict, skipped) -
     if not run.started_from:
         log.message(str(report) if report else "weights: random")
     log.message(
-        f"{', '.join(f'{len(found)} {name}' for name, found in cases.items())} cases, "
+        f"{', '.join(f'{len(cases[name])} {name}' for name in ('train', 'val'))} cases, "
         f"{len(skipped)} problems; {run.cfg.backbone}, "
         f"{sum(p.numel() for p in network.parameters()) / 1e6:.1f} M parameters, on "
         f"{distributed.world_size()} x {run.device.type}; {state.steps_per_epoch} steps per "
@@ -154,6 +157,9 @@ def _exit_code(main: Callable[[list[str]], int]) -> int:
         print(f"{place}{e}", file=sys.stderr)
         return EXIT_FAILED
     except OSError as e:
+        if e.errno in UNUSABLE and e.filename:
+            print(f"{place}{e.filename}: cannot be written to: {e.strerror}", file=sys.stderr)
+            return EXIT_BAD_INPUT
         if e.errno not in checkpoint.FULL:
             raise
         bare = e.strerror == os.strerror(e.errno)
