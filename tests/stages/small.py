@@ -56,6 +56,7 @@ DINO = settings(
     "crops.region_size=[20,20,20] crops.global_size=[16,16,16] crops.local_size=[8,8,8]",
     "crops.num_local=2 dino.out_dim=32 dino.patch_out_dim=32 dino.head_hidden=16",
     "dino.head_bottleneck=8 dino.patch_level=1",
+    "crops.regions_per_case=1 grad_checkpointing=false",
 )
 CLASSIFICATION = settings(
     COMMON,

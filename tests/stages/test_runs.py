@@ -25,7 +25,10 @@ def absent(texts: list[str], shown: str) -> list[str]:
 @pytest.mark.parametrize(
     ("stage", "files", "plots", "number"),
     [
-        ("dino", {"checkpoints/backbone.pt"}, {"curves", "crops", "features"}, "val_loss"),
+        (
+            *("dino", {"checkpoints/backbone.pt"}),
+            *({"curves", "crops", "features", "reconstruction"}, "val_loss"),
+        ),
         ("classification", set(), {"curves", "inputs"}, "val_auc"),
         ("segmentation", set(), {"curves", "patches", "val_1", "val_2", "val_3"}, "val_dice"),
     ],
@@ -257,7 +260,7 @@ def test_patients_that_were_trained_on_are_refused(
 
 
 SWIN = f"{SWINUNETR} crops.region_size=[32,32,32] "
-SWIN += "crops.global_size=[32,32,32] crops.local_size=[32,32,32]"
+SWIN += "crops.global_size=[32,32,32] crops.local_size=[32,32,32] dino.recon_weight=0"
 BOTH = ("test_ckpt", "resume_training_from")
 TEST, RESUME = BOTH[:1], BOTH[1:]
 MISFITS = [  # stage, keys, what the checkpoint is, other settings, what is said of it

@@ -83,7 +83,7 @@ def test_one_train_case_and_no_val_case(run, table, folder):
     assert "val_dice" not in metrics[0] and metrics[-1]["step"] == "2"
 
 
-def test_it_starts_from_a_pre_trained_encoder(trained_of, run, folder):
+def test_it_starts_from_a_pre_trained_encoder_and_decoder(trained_of, run, folder):
     weights = trained_of("dino") / "checkpoints" / "backbone.pt"
     still = "val_folds=[] learning_rate=1e-12 min_learning_rate=0 n_epochs=1"
     assert run(f"dino_weights={weights} train_folds=[0]", still) == 0
@@ -92,9 +92,10 @@ def test_it_starts_from_a_pre_trained_encoder(trained_of, run, folder):
         found = last["modules"]["segmenter"][f"backbone.{name}"]
         torch.testing.assert_close(found, value, atol=1e-6, rtol=1e-4)
     log = small.log_of(folder)
-    assert "this repository: dino run 'whole'" in log and "left random" in log
+    assert "this repository: dino run 'whole'" in log
     report = json.loads((folder / "weights.json").read_text())
-    assert report["encoder"][0] == report["encoder"][1] and report["decoder"][0] == 0
+    for part in ("encoder", "decoder"):
+        assert report[part][0] == report[part][1] > 0
     # whom the weights have seen counts as seen
     assert len(last["seen_patients"]) == 8 and last["seen_patients"] == teacher["seen_patients"]
 

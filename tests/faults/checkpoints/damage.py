@@ -44,12 +44,16 @@ def _spans(data: bytearray) -> dict[str, tuple[int, int]]:
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         directory = archive.start_dir
         starts = sorted(member.header_offset for member in archive.infolist())
-    tensors = starts[[b"data/0" in data[at : at + 60] for at in starts].index(True)]
+        # a bit between two tensors, in padding, would change nothing
+        largest = max(archive.infolist(), key=lambda member: member.file_size)
+    header = largest.header_offset
+    name, extra = (int.from_bytes(data[header + n : header + n + 2], "little") for n in (26, 28))
+    values = header + 30 + name + extra
     return {
         "first header": (0, 30),
         "second header": (starts[1], starts[1] + 30),
         "pickle": (64, starts[1]),  # with its name and padding
-        "tensors": (tensors + 64, directory),
+        "tensors": (values, values + largest.file_size),
         "directory": (directory, data.rindex(b"PK\x06\x06")),
         "end": (data.rindex(b"PK\x06\x06"), len(data)),
         "anything": (0, len(data)),
