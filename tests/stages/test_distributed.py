@@ -47,7 +47,8 @@ STOPPED = {"dino": "plain", "classification": "plain", "segmentation": "ds"}  # 
 DISTURBED = {"dino": 5, "classification": 2, "segmentation": 2}  # the step, in rank 1
 PATIENTS = {"dino": 4, "classification": 4, "segmentation": 2}  # of a step in both ranks
 STEP = {  # relative tolerances of the numbers of a step
-    "dino": dict.fromkeys(("loss", "dino_loss", "patch_loss", "koleo_loss", "grad_norm"), 1e-4)
+    "dino": dict.fromkeys(("loss", "dino_loss", "patch_loss", "recon_loss"), 1e-4)
+    | {"koleo_loss": 1e-4, "grad_norm": 5e-4}  # BatchNorm of two samples magnifies rounding
     | dict.fromkeys(("teacher_entropy", "target_usage", "center_norm", "feature_std"), 1e-3),
     "classification": dict.fromkeys(("loss", *(f"train_{n}_loss" for n in small.TARGETS)), 1e-3)
     | {"grad_norm": 1e-2},
