@@ -9,6 +9,7 @@ from utils import checkpoint
 from utils.checkpoint import CheckpointError
 
 Config = TypeVar("Config", bound=BaseModel)
+LATER = {"steps_per_epoch": None}  # settings that came later, with what runs did before
 
 
 def open_tested(path: str, stage: str, cfg: Config, keys: Sequence[str]) -> tuple[dict, Config]:
@@ -30,7 +31,7 @@ def open_tested(path: str, stage: str, cfg: Config, keys: Sequence[str]) -> tupl
         what = f"of stage {found}; test_ckpt takes best.pt or last.pt of {stage}.py"
         raise CheckpointError(f"{path}: {what}")
     try:
-        own = type(cfg).model_validate(saved["config"])
+        own = type(cfg).model_validate(LATER | saved["config"])
     except ValidationError as e:
         raise CheckpointError(f"{path}: its settings are not of this version: {e}") from e
     data = {"max_bad_cases": cfg.data.max_bad_cases}
