@@ -53,4 +53,4 @@ def test_the_head_says_what_the_demo_gives():
     for stage in STAGES:
         text = (ROOT / f"{stage}_config.yaml").read_text(encoding="utf-8")
         head = text.partition("\n\n")[0]
-        assert re.search(r"demo(.|\n)*CPU cores(.|\n)* minutes", head)
+        assert re.search(r"demo(.|\n)*CPU cores(.|\n)* minutes?;", head)
