@@ -47,7 +47,7 @@ LOSSES = ("dino", "patch", "recon", "koleo")  # each has its weight in the confi
 PICTURES = {
     "curves.png": "Each epoch; epoch 0 is before training.",
     "crops.png": "Crops of the first batch.",
-    "reconstruction.png": "A val case, what the student sees of it, and what it makes of that.",
+    "reconstruction.png": "A case, what the student sees of it, and what it makes of that.",
     "features.png": "Principal components of the teacher's feature maps as colours.",
 }
 
@@ -78,8 +78,8 @@ def forward(
     global_crops, local_crops = cut_views(run, batch)
     mask = None
     if d.patch_weight > 0 or d.recon_weight > 0:
-        mask = sample_masks(cfg, teacher.backbone, NUM_GLOBAL, batch["key"].tolist())
-        mask = mask.to(run.device)
+        keys = batch["key"].tolist()
+        mask = sample_masks(cfg, teacher.backbone, NUM_GLOBAL, keys).to(run.device)
     with step.autocast(run.device, cfg.precision):
         with torch.no_grad():
             t = teacher(global_crops, mask=mask)  # sees the two global crops, whole
@@ -267,8 +267,7 @@ def settings_to_match(cfg: DinoConfig) -> dict:
     head += ["patch_level", "patch_out_dim"] if cfg.dino.patch_weight > 0 else []
     d = cfg.dino.model_dump(mode="json")
     data = ("spacing", "hu_window", "percentiles")
-    decoder = {"decoder": True} if cfg.dino.recon_weight > 0 else {}
-    about = {name: d[name] for name in head} | decoder
+    about = {name: d[name] for name in head} | ({"decoder": True} if d["recon_weight"] else {})
     return checkpoint.settings_of(cfg, "dino", data, dino=about)
 
 
@@ -323,7 +322,8 @@ def train(run: Run[DinoConfig], cache: VolumeCache, cases: dict, skipped) -> int
     schedule = build_schedule(cfg, steps_per_epoch)
     about = checkpoint.describe(cfg, settings_to_match(cfg), cases["train"])
     if cfg.probe.choose:
-        about["chosen_by"] = [*cfg.probe_targets, "seg_path"]
+        dense = cfg.probe.dense_cases > 0 and any(case.seg_path for case in cases["train"])
+        about["chosen_by"] = [*cfg.probe_targets, *["seg_path"] * dense]
     state = State(modules, optimizer, scaler, steps_per_epoch, about, weights=weights)
 
     # ---- resume

@@ -346,8 +346,8 @@ def test(run: Run[SegmentationConfig], opened, cases: list[Case], cache, notes: 
     rows = rows_of_all(run, rows, bad)
     if not distributed.is_main():
         return
-    for old in set(files.iterdir()) - {files / row["prediction"] for row in rows}:
-        old.unlink()  # of an earlier test, perhaps of another network
+    for old in set(files.glob("*_line*.nii.gz")) - {files / row["prediction"] for row in rows}:
+        old.unlink()  # of an earlier test, perhaps of another network; no file of someone else
     case_of, file_of = {c.row: c for c in cases}, {r["csv_line"]: r["prediction"] for r in rows}
 
     def read(line: int) -> dict:

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.backbones import from_config
+from models.losses import MIN_STD
 from utils.distributed import sum_over_ranks
 
 
@@ -204,7 +205,7 @@ def reconstruct(network: DINONetwork, image: np.ndarray, cfg) -> dict[str, np.nd
     out = network(x, mask=mask, hide=True)
     network.train()
     std, mean = torch.std_mean(x)
-    made = out["reconstruction"].float() * std.clamp(min=0.01) + mean
+    made = out["reconstruction"].float() * std.clamp(min=MIN_STD) + mean
     views = {"image": x, "seen": torch.where(out["hidden"], 0, x), "reconstruction": made}
     return {name: view[:, 0].clamp(0, 1).cpu().numpy() for name, view in views.items()}
 

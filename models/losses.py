@@ -12,6 +12,8 @@ from torch import nn
 
 from utils.distributed import all_reduce, concat_over_ranks, rank
 
+MIN_STD = 0.01  # of a crop in 0..1, as the unit of its reconstruction
+
 
 def sinkhorn_knopp(logits: torch.Tensor, temp: float, num_iterations: int = 3) -> torch.Tensor:
     """Assign the samples of all ranks to prototypes so that all prototypes are used equally.
@@ -119,7 +121,7 @@ def reconstruction_loss(
     """Return the mean squared error of hidden voxels; all crops with a hidden part weigh the same.
 
     The target is the crop standardised by its own mean and standard deviation (MAE, section 4.1),
-    which is at least 0.01, so that the noise of a crop of air is not blown up.
+    which is at least MIN_STD, so that the noise of a crop of air is not blown up.
 
     Args:
         output: (N, 1, X, Y, Z). images: the same shape, in 0..1. hidden: the same shape, bool.
@@ -139,7 +141,7 @@ def standardised(images: torch.Tensor) -> torch.Tensor:
     """Return images (N, 1, X, Y, Z) as the target of `reconstruction_loss`."""
     dims = {"dim": (1, 2, 3, 4), "keepdim": True}
     images = images.float()
-    return (images - images.mean(**dims)) / images.std(**dims).clamp(min=0.01)
+    return (images - images.mean(**dims)) / images.std(**dims).clamp(min=MIN_STD)
 
 
 def koleo_loss(features: torch.Tensor, eps: float = 1e-8) -> torch.Tensor:

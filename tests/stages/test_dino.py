@@ -63,6 +63,11 @@ def test_probes_choose_only_if_asked_and_the_file_says_which_labels(run, folder,
     assert "chosen by the labels lesion, seg_path" in report.origin
 
 
+def test_masks_that_were_not_probed_have_not_chosen(run, folder):
+    assert run("probe.choose=true probe.dense_cases=0 n_epochs=1") == 0
+    assert small.load(folder, "backbone")["chosen_by"] == ["lesion"]
+
+
 def test_probes_cannot_choose_without_labels(run):
     with pytest.raises(InputError, match="probe.choose"):
         run("probe.choose=true probe_targets=[] probe.dense_cases=0")
@@ -278,7 +283,7 @@ def test_folders_that_are_files_are_named(script, first, tmp_path, capsys):
     (tmp_path / "a" / "test").touch()
     tested = f"experiment=a test_ckpt={first / 'checkpoints' / 'last.pt'} test_folds=[4]"
     assert script(tested) == 2
-    assert capsys.readouterr().err.count(": cannot be written to: ") == 2
+    assert capsys.readouterr().err.count(": cannot be used: ") == 2
 
 
 def test_bad_weights_stop_the_script_with_2_before_the_scans_are_read(

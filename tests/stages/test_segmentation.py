@@ -244,11 +244,13 @@ def test_masks_of_many_labels_train_and_test_through_every_output(
     assert run(classes, "train_folds=[a] val_folds=[] test_folds=[]", few) == 0
     best, test = f"test_ckpt={folder / 'checkpoints' / 'best.pt'}", folder / "test"
     (test / "predictions").mkdir(parents=True)
-    (test / "predictions" / "earlier_line2.nii.gz").touch()
+    for name in ("earlier_line2.nii.gz", "corrected by hand.nii.gz"):
+        (test / "predictions" / name).touch()
     assert run(best, "test_folds=[a] allow_seen_patients=true") == 0
     summary = json.loads((test / "summary.json").read_text())
     assert len(summary["classes"]) == len(read_cases(test / "cases.csv")) == num_labels - 1
     assert summary["overall"]["dice"]["counted"] == num_labels - 1
+    (test / "predictions" / "corrected by hand.nii.gz").unlink()  # still there
     (path,) = (test / "predictions").iterdir()  # and no longer that of the earlier test
     assert nib.load(path).shape == nib.load(mask).shape
     (overlay,) = (test / "plots").glob("overlay_*.png")

@@ -158,7 +158,7 @@ def _exit_code(main: Callable[[list[str]], int]) -> int:
         return EXIT_FAILED
     except OSError as e:
         if e.errno in UNUSABLE and e.filename:
-            print(f"{place}{e.filename}: cannot be written to: {e.strerror}", file=sys.stderr)
+            print(f"{place}{e.filename}: cannot be used: {e.strerror}", file=sys.stderr)
             return EXIT_BAD_INPUT
         if e.errno not in checkpoint.FULL:
             raise
