@@ -39,11 +39,12 @@ SMALL = {
     "backbone": "resunet",
     "resunet.features": [16, 16, 32, 64],
     "resunet.blocks": [1, 1, 1, 1],
-    "precision": "fp32",
+    "precision": "bf16",
     "n_workers": 0,
     "batch_size": 8,
-    "learning_rate": 0.064,  # 2e-3 at a batch of 8
+    "learning_rate": 0.0113,  # 2e-3 at a batch of 8
     "warmup_epochs": 3,
+    "crops.regions_per_case": 1,
     "crops.num_local": 2,
     "crops.min_body": 0.0,
     "crops.global_zoom": [0.85, 1.2],
@@ -53,7 +54,7 @@ SMALL = {
     "dino.patch_level": 2,
     "dino.head_hidden": 512,
     "dino.head_bottleneck": 128,
-    "dino.momentum": 0.99,
+    "dino.momentum": 0.98,
 }
 SETTINGS = {
     "hippocampus": {
@@ -61,12 +62,12 @@ SETTINGS = {
         "train_folds": [0, 1, 2],
         "val_folds": [3],
         "test_folds": [4],
-        "n_epochs": 40,
+        "n_epochs": 18,
         "data.spacing": [1, 1, 1],
         "crops.region_size": [40, 56, 40],
         "crops.global_size": [32, 40, 32],
         "crops.local_size": [24, 32, 24],
-        "probe.every": 20,
+        "probe.every": 9,
         "probe.max_cases": 40,
     },
     "nodules": {  # windowed to 0..255: no longer HU
@@ -74,7 +75,7 @@ SETTINGS = {
         "train_folds": [0, 1, 2],
         "val_folds": [3],
         "test_folds": [4],
-        "n_epochs": 16,
+        "n_epochs": 14,
         "data.modality": "OT",
         "data.spacing": [1.5, 1.5, 1.5],
         "data.crop_background": "false",
@@ -83,7 +84,7 @@ SETTINGS = {
         "crops.local_size": [24, 24, 24],
         "crops.global_zoom": [0.75, 1.0],
         "probe.dense_cases": 16,
-        "probe.every": 8,
+        "probe.every": 7,
         "probe.max_cases": 60,
     },
     "dicom": {

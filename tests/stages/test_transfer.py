@@ -209,14 +209,17 @@ def test_weights_that_saw_test_patients_are_refused_before_anything_runs(scans, 
     with pytest.raises(InputError, match=r"dino .*leaky.pt.* has seen this patient"):
         program.main(command(scans, tmp_path / "out", weights="leaky"), start)
     assert not start.started
+    with pytest.raises(InputError, match="has no decoder"):
+        program.main(command(scans, tmp_path / "other", with_decoder=["dino"]), start)
 
 
 def test_all_that_is_wrong_with_the_config_is_listed(scans, tmp_path):
     changes = {"steps": 25, "arms": {"a": None, "b": None}, "tuning.label_count": 5}
-    changes |= {"settings": {"seed": 3}, "draws": 1}
+    changes |= {"settings": {"seed": 3}, "draws": 1, "with_decoder": ["a"]}
     with pytest.raises(InputError) as error:
         program.main(command(scans, tmp_path / "out", **changes), InProcess())
-    for text in ("multiple of 10", "one arm with null", "not among", "the study sets it", "draws"):
+    wrong = ("multiple of 10", "one arm with null", "not among", "the study sets it", "draws")
+    for text in (*wrong, "a: not an arm with a file"):
         assert text in str(error.value)
     with pytest.raises(InputError, match="min_learning_rate"):
         changes = {"tuning.learning_rates": [1e-9]}

@@ -52,6 +52,7 @@ class TransferConfig(f.Section):
     settings: dict[f.Text, Any]
     arms: dict[f.Text, f.PathText | None]
     permuted: f.Texts
+    with_decoder: f.Texts
     methods: Methods
     label_counts: Counts
     draws: Annotated[int, Field(ge=2)]
@@ -60,6 +61,7 @@ class TransferConfig(f.Section):
     steps: Steps
     tuning: Tuning
     convergence: Convergence
+    at_once: f.Positive
     keep_files: bool
 
 
@@ -80,6 +82,11 @@ def impossible_transfer(values: schema.Values) -> schema.Wrong:
             yield "permuted", f"{name}: not an arm with a file"
         elif f"{name}-permuted" in arms:
             yield "permuted", f"{name}: there is an arm {name}-permuted already"
+    for name in values.get("with_decoder") or () if arms is not None else ():
+        if arms.get(name) is None:
+            yield "with_decoder", f"{name}: not an arm with a file"
+        elif values.get("stage") != "segmentation":
+            yield "with_decoder", "classification has no decoder"
     for key in ("tuning.label_count", "convergence.label_count"):
         if counts and values.get(key) is not None and values[key] not in counts:
             yield key, f"{values[key]}: not among label_counts {counts}"

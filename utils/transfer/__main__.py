@@ -33,8 +33,8 @@ from utils.files import replacing
 from utils.signals import SIGNALS, Stopped, StopSignal
 from utils.training.run import EXIT_STOPPED, exit_code
 from utils.transfer import plan, report, tables
-from utils.transfer.running import Start, Study, arguments, devices, run_all, start
-from utils.transfer.weights import copy_encoder
+from utils.transfer.running import Start, Study, arguments, places_of, run_all, start
+from utils.transfer.weights import copy_backbone
 from utils.weights import compare_input
 
 CONFIG = Path(__file__).with_name("study.yaml")
@@ -113,8 +113,11 @@ def open_arms(cfg: TransferConfig, stage, tested, started: bool) -> tuple[dict, 
         path = Path(cfg.out).absolute() / "weights" / f"{name}.pt"
         files[name] = path if source else None
         if source:
-            found = copy_encoder(from_config(stage, False), path if started else source, path)
+            backbone = from_config(stage, decoder=name in cfg.with_decoder)
+            found = copy_backbone(backbone, path if started else source, path)
             print(f"{name}: {found}")
+            if name in cfg.with_decoder and not found.decoder[0]:
+                raise InputError(f"with_decoder: {name}: {source} has no decoder")
             notes += [f"{name}: {text}" for text in [*found.warnings, *compare_input(found, stage)]]
             seen += seen_problems(tested, found.seen_patients, f"{name} ({source})")
             if not found.seen_patients:
@@ -190,7 +193,8 @@ def main(argv: list[str], start: Start = start) -> int:
     probes = len(tuning) + len(compared) - len(trained)
     print(
         f"{len(tuning)} runs to tune learning rates, {len(trained) - len(tuning)} to compare, "
-        f"{probes} probes; {sum(job.steps for job in trained)} steps; on {', '.join(devices())}. "
+        f"{probes} probes; {sum(job.steps for job in trained)} steps; on "
+        f"{', '.join(places_of(cfg.at_once))}. "
         f"With {cfg.draws} draws no p is below {2 / 2**cfg.draws:.2g}"
     )
     if check_only:

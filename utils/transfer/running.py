@@ -200,22 +200,25 @@ def start(program: str, argv: list[str], device: str, output: Path, stop) -> int
 
 
 # ---- all runs
-def devices() -> list[str]:
-    """Return the GPUs that may be used, as CUDA_VISIBLE_DEVICES names them, or the CPU."""
+def places_of(at_once: int) -> list[str]:
+    """Return where runs go: the GPUs of CUDA_VISIBLE_DEVICES or the CPU, each repeatedly."""
     count, visible = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
     names = visible.split(",") if visible else [str(i) for i in range(count)]
-    return names[:count] or ["cpu"]
+    return (names[:count] or ["cpu"]) * at_once
 
 
 def run_all(study: Study, runs: Sequence[Job], start: Start) -> list[Row]:
-    """Do all runs, one at a time on each device, and return their rows, in their order.
+    """Do all runs, `at_once` at a time on each device, and return their rows, in their order.
 
     Raises:
         Stopped: after the programs that were running have saved and ended.
     """
-    places, free = devices(), SimpleQueue()
+    places, free = places_of(study.cfg.at_once), SimpleQueue()
     for device in places:
         free.put(device)
+    if places.count("cpu") > 1:  # or each would start as many threads as there are cores
+        threads = max(len(os.sched_getaffinity(0)) // len(places), 1)
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     study.progress.update(left=sum(job.steps for job in runs), total=len(runs), done=0)
 
     def one(job: Job) -> Row:

@@ -1,4 +1,4 @@
-"""The weights that the arms of a study start from: encoders alone, and permuted controls."""
+"""The weights that the arms of a study start from: copies of files, and permuted controls."""
 
 from pathlib import Path
 
@@ -12,11 +12,11 @@ from utils.weights import LoadReport, load_backbone
 OURS = ("config", "settings", "seen_patients", "step")  # by which a file of ours describes itself
 
 
-def copy_encoder(backbone: nn.Module, source: str | Path, path: Path) -> LoadReport:
-    """Load a file into a backbone without decoder, and write that encoder to `path`.
+def copy_backbone(backbone: nn.Module, source: str | Path, path: Path) -> LoadReport:
+    """Load a file into a backbone, and write what it took of it to `path`.
 
-    The copy is laid out as backbone.pt of dino.py. Without the decoder that some published files
-    have, all arms of a study differ in their encoder alone.
+    The copy is laid out as backbone.pt of dino.py. A backbone without decoder leaves out the one
+    that some files have, so that arms differ in their encoder alone.
 
     Raises:
         WeightsError: see `load_backbone`.

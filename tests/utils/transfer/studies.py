@@ -9,6 +9,7 @@ VALUES = {
     "settings": {},
     "arms": {"scratch": None, "dino": "backbone.pt"},
     "permuted": ["dino"],
+    "with_decoder": [],
     "methods": ["fine_tune", "probe"],
     "label_counts": [2, 4],
     "draws": 3,
@@ -17,6 +18,7 @@ VALUES = {
     "steps": 20,
     "tuning": {"learning_rates": [1e-3, 1e-2], "draws": 2, "label_count": None},
     "convergence": {"steps": [10, 20, 40], "label_count": None},
+    "at_once": 1,
     "keep_files": False,
 }
 

@@ -4,6 +4,7 @@ import csv
 import json
 import sys
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -126,7 +127,7 @@ def test_an_arm_without_a_rate_fails_and_a_missing_score_does(study):
 
 
 def test_each_device_has_one_program_at_a_time(study, monkeypatch):
-    monkeypatch.setattr(running, "devices", lambda: ["0", "3"])
+    monkeypatch.setattr(running, "places_of", lambda at_once: ["0", "3"])
     busy, seen = set(), set()
 
     class Slow(Programs):
@@ -142,6 +143,19 @@ def test_each_device_has_one_program_at_a_time(study, monkeypatch):
     rows = running.run_all(study, jobs, Slow())
     assert [(row["arm"], row["draw"]) for row in rows] == [(job.arm, job.draw) for job in jobs]
     assert frozenset({"0", "3"}) in seen
+
+
+def test_several_runs_at_once_share_a_device_and_the_cores(study, monkeypatch):
+    monkeypatch.setattr(running.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert sorted(running.places_of(2)) == ["0", "0", "1", "1"]
+    monkeypatch.setattr(running.torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(running.os, "sched_getaffinity", lambda process: range(8))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # so that the test leaves it as it was
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    several = replace(study, cfg=study.cfg.model_copy(update={"at_once": 2}))
+    running.run_all(several, JOBS[:2], Programs())
+    assert running.os.environ["OMP_NUM_THREADS"] == "4"
 
 
 def test_a_program_gets_its_device_and_is_asked_to_stop(tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ import torch
 from models.backbones import build_backbone
 from tests.conftest import equal
 from utils import checkpoint
-from utils.transfer.weights import copy_encoder, permute
+from utils.transfer.weights import copy_backbone, permute
 from utils.weights import load_backbone
 
 SMALL = {"features": [4, 8], "blocks": [1, 1]}
@@ -25,7 +25,7 @@ def saved(path, network):
 def test_a_copy_is_the_encoder_alone_and_still_knows_its_patients(tmp_path):
     whole = build_backbone("resunet", **SMALL)
     source = saved(tmp_path / "whole.pt", whole)
-    copy_encoder(encoder(), source, tmp_path / "copy.pt")
+    copy_backbone(encoder(), source, tmp_path / "copy.pt")
     target = build_backbone("resunet", **SMALL)
     before = {k: x.clone() for k, x in target.state_dict().items()}
     report = load_backbone(target, tmp_path / "copy.pt")
@@ -33,8 +33,16 @@ def test_a_copy_is_the_encoder_alone_and_still_knows_its_patients(tmp_path):
     for name, x in target.state_dict().items():
         of_encoder = name.startswith(target.encoder_names)
         assert torch.equal(x, (whole.state_dict() if of_encoder else before)[name]), name
-    copy_encoder(encoder(), tmp_path / "copy.pt", tmp_path / "again.pt")
+    copy_backbone(encoder(), tmp_path / "copy.pt", tmp_path / "again.pt")
     assert equal(*(checkpoint.load(tmp_path / f"{name}.pt") for name in ("copy", "again")))
+
+
+def test_a_copy_has_the_decoder_where_the_backbone_has_one(tmp_path):
+    whole, target = (build_backbone("resunet", **SMALL) for _ in range(2))
+    source = saved(tmp_path / "whole.pt", whole)
+    copy_backbone(build_backbone("resunet", **SMALL), source, tmp_path / "copy.pt")
+    load_backbone(target, tmp_path / "copy.pt")
+    assert equal(target.state_dict(), whole.state_dict())
 
 
 def test_a_permuted_file_loads_and_holds_the_same_numbers_elsewhere(tmp_path):
