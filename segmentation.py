@@ -388,7 +388,7 @@ def main(argv: list[str]) -> int:
         return 0
     if opened:
         print(format_problems([*skipped, *notices]))
-        notes = [f"left out line {p.row} of the CSV: {p.what}" for p in skipped]
+        notes = [problem.noted for problem in skipped]
         test(run, opened, cases["test"], cache, notes)
         return 0
     return train(run, cache, cases, skipped, notices)

@@ -1,14 +1,15 @@
 """Read a scan of any supported format: DICOM folders and files, NIfTI."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from data.dicom.elements import NotDicom
 from data.dicom.series import read_dicom
 from data.nifti import is_nifti, read_nifti
-from data.volume import Volume, VolumeError
+from data.volume import Volume, VolumeError, whole_labels
 
-__all__ = ["Volume", "VolumeError", "read_volume"]
+__all__ = ["Volume", "VolumeError", "read_mask", "read_volume"]
 
 
 def read_volume(path: str | os.PathLike, series_uid: str | None = None) -> Volume:
@@ -41,3 +42,11 @@ def read_volume(path: str | os.PathLike, series_uid: str | None = None) -> Volum
         raise VolumeError(f"{error.filename or path}: {error.strerror or error}") from error
     except MemoryError:
         raise VolumeError(f"{path}: does not fit into memory") from None
+
+
+def read_mask(path: str | os.PathLike) -> Volume:
+    """Read a mask; its voxels are labels, int16. Raises VolumeError as `read_volume`, and for other
+    values."""
+    volume = read_volume(path)
+    labels, notices = whole_labels(volume.voxels, str(path))
+    return replace(volume, voxels=labels, notices=volume.notices + notices)

@@ -14,8 +14,8 @@ from monai.data import MetaTensor
 from monai.transforms import Compose, MapTransform, Orientationd, Spacingd, SpatialCrop, Transform
 from scipy import ndimage
 
-from data.readers import VolumeError, read_volume
-from data.volume import check_mask_values, grid_difference, spacing_of
+from data.readers import VolumeError, read_mask, read_volume
+from data.volume import grid_difference, spacing_of
 
 BLOCK = 4  # voxels along the edge of the blocks on which the body is found
 MARGIN = 1  # blocks of air left around the body
@@ -65,7 +65,7 @@ def standard_transform(form: StandardForm) -> Compose:
 
     Its result holds `image` (1, X, Y, Z) int16 and, with a mask, `seg` (1, X, Y, Z) int16, both
     MetaTensors whose affine is RAS+ mm; `series_uid`; and, as described in
-    `data.entry.CacheEntry`: body, body_box, kind, modality, scale, offset, background,
+    `data.entry.CacheEntry`: body, body_box, kind, modality, scale, offset, background, notices,
     original_shape, original_affine, slice_spacing. It raises VolumeError (inside MONAI's
     RuntimeError).
     """
@@ -108,10 +108,11 @@ class ReadVolumed(Transform):
         out["series_uid"] = volume.series_uid
         out["original_shape"] = tuple(volume.voxels.shape)
         out["original_affine"] = np.asarray(volume.affine, np.float64)
+        out["notices"] = [*volume.notices]
         if data.get("seg_path"):
-            mask = read_volume(data["seg_path"])
-            check_mask_values(mask.voxels, data["seg_path"])
+            mask = read_mask(data["seg_path"])
             out["seg"] = _meta_tensor(mask.voxels, mask.affine)
+            out["notices"] += mask.notices
         return out
 
 

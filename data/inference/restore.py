@@ -21,7 +21,7 @@ from data.cases import Case
 from data.entry import CacheEntry
 from data.inference.windows import fixed_view
 from data.nifti import is_nifti
-from data.readers import VolumeError, read_volume
+from data.readers import VolumeError, read_mask, read_volume
 from data.views.intensity import normalise
 from data.volume import spacing_of
 from utils.classes import Classes
@@ -186,13 +186,13 @@ def read_truth(case: Case, entry: CacheEntry, classes: Classes) -> np.ndarray:
 
     Raises VolumeError if mask and image have different shapes.
     """
-    mask = read_volume(case.seg_path)
+    mask = read_mask(case.seg_path)
     # the mask's axes in terms of the image's
     turn = nib.io_orientation(np.linalg.solve(entry.original_affine, mask.affine))
     voxels = nib.apply_orientation(mask.voxels, turn)
     if voxels.shape != tuple(entry.original_shape):
         raise VolumeError(f"{case.seg_path}: not on the grid of {case.path}")
-    return classes.to_index(voxels.astype(np.int16))
+    return classes.to_index(voxels)
 
 
 def write_prediction(
@@ -239,14 +239,14 @@ def read_picture(case: Case, classes: Classes, prediction_path: str | Path) -> d
     Returns:
         {image, prediction, truth (None without a mask), spacing_mm}: arrays (X, Y, Z) in RAS+.
     """
-    volume, found = read_volume(case.path, case.series_uid), read_volume(prediction_path)
-    truth = read_volume(case.seg_path) if case.seg_path else None
+    volume, found = read_volume(case.path, case.series_uid), read_mask(prediction_path)
+    truth = read_mask(case.seg_path) if case.seg_path else None
 
     def to_ras(voxels: np.ndarray, affine: np.ndarray) -> np.ndarray:
         return nib.apply_orientation(voxels, nib.io_orientation(affine))
 
     def indices(mask) -> np.ndarray:
-        return classes.to_index(to_ras(mask.voxels, mask.affine).astype(np.int16))
+        return classes.to_index(to_ras(mask.voxels, mask.affine))
 
     order = nib.io_orientation(volume.affine)[:, 0].argsort()
     return {

@@ -13,18 +13,18 @@ from monai.transforms import Orientationd
 from tqdm import tqdm
 
 from data.cache import VolumeCache, fingerprint, hash_series
-from data.cases import Case, Problem
+from data.cases import NOTICE, Case, Problem
 from data.nifti import is_nifti
 from data.readers import VolumeError
 from data.standard import CheckMaskd, ReadVolumed
 from data.volume import spacing_of
 from utils.parallel import in_processes
 
-VERSION = 2  # of the remembered facts: raise it when the readers refuse more than before
+VERSION = 3  # of the remembered facts: raise it when the readers refuse more than before
 SPACING_MM = (0.05, 20.0)  # others mean a wrong unit in the header, or a localizer
 MIN_VOXELS = 8  # along each axis
 # {"shape": of the file, "spacing": mm, "series": hash of SeriesInstanceUID or None,
-#  "labels": label values of the mask except 0}
+#  "labels": label values of the mask except 0, "notices": of the readers}
 Facts = dict
 
 
@@ -86,6 +86,16 @@ def mask_labels(cases: Sequence[Case], cache: VolumeCache) -> dict[int, list[int
             found[case.row] = cache.get(case).labels
         elif case.seg_path:
             found[case.row] = known[_source_key(case)]["labels"]
+    return found
+
+
+def volume_notices(cases: Sequence[Case], cache: VolumeCache) -> list[Problem]:
+    """Return what the user should know of cases that `check_volumes` found good, by row."""
+    known, found = _recall(cache.cache_dir / "checked.jsonl"), []
+    for case in cases:
+        entry = cache.get(case) if cache.has(case) else None
+        facts = _facts_of_entry(entry) if entry else known[_source_key(case)]
+        found += [Problem(case.row, case.patient, what, NOTICE) for what in facts["notices"]]
     return found
 
 
@@ -151,6 +161,7 @@ def _read(case: Case, default_modality: str) -> Facts | VolumeError:
             "spacing": spacing_of(item["original_affine"]).tolist(),
             "series": hash_series(item["series_uid"]),
             "labels": _label_values(item["seg"].numpy()) if case.seg_path else [],
+            "notices": item["notices"],
         }
     except VolumeError as e:
         return e
@@ -164,6 +175,7 @@ def _facts_of_entry(entry) -> Facts:
         "spacing": spacing_of(entry.original_affine).tolist(),
         "series": entry.series_hash,
         "labels": entry.labels,
+        "notices": entry.notices,
     }
 
 

@@ -109,7 +109,7 @@ def test_good_volumes_are_remembered_until_they_change(tmp_path, count_reads):
     assert count_reads == [2, 3, 4, 4, 3, 4]
     assert [p.row for p in check(cases, cache)] == [3, 4]  # good to read, still of wrong geometry
     for line in memory.read_text().splitlines()[:2]:
-        assert set(json.loads(line)) == {"key", "shape", "spacing", "series", "labels"}
+        assert set(json.loads(line)) == {"key", "shape", "spacing", "series", "labels", "notices"}
     assert "p2" not in memory.read_text() and "nii" not in memory.read_text()
 
 

@@ -9,7 +9,8 @@ import pytest
 
 from data.cache import VolumeCache
 from data.cases import Case, CasesError, format_problems
-from data.prepare.check import check_volumes, mask_labels
+from data.inference.restore import read_truth
+from data.prepare.check import check_volumes, mask_labels, volume_notices
 from data.prepare.load import load_cases
 from data.prepare.masks import mask_notices, mask_problems
 from data.readers import VolumeError, read_volume
@@ -322,3 +323,21 @@ def test_real_abdomen_with_many_labels(tmp_path, folder, modality, count):
     data = PatchDataset([case], cache, classes, PatchSettings((48, 48, 32)), 1.0, [], 0)
     seen = {data[(0, 0, i)]["foreground"] for i in range(8 * count)}
     assert len(seen) > 0.95 * count and 0 not in seen
+
+
+@pytest.mark.parametrize(("labels", "off"), [([0, 0.9999, 2.0003], True), ([0, 1, 2], False)])
+def test_labels_a_hair_off_are_rounded_with_a_notice(tmp_path, labels, off):
+    voxels, mask = phantom()
+    nib.save(nib.Nifti1Image(voxels, TURNED), tmp_path / "i.nii.gz")
+    mask = (mask // 3).clip(max=2)
+    stored = np.float32(labels)[mask]
+    nib.save(nib.Nifti1Image(stored, TURNED), tmp_path / "m.nii.gz")
+    case = Case("p", str(tmp_path / "i.nii.gz"), "0", 2, None, "MR", str(tmp_path / "m.nii.gz"))
+    for build in (False, True):
+        cache = VolumeCache(tmp_path / str(build), StandardForm(None, crop_background=False))
+        assert check_volumes([case], cache, build, 0, "auto", progress=False) == []
+        assert mask_labels([case], cache) == {2: [1, 2]}
+        found = volume_notices([case], cache)
+        assert [p.row for p in found] == [2] * off and all("whole numbers" in p.what for p in found)
+    truth = read_truth(case, cache.get(case), Classes(("a", "b"), ((1,), (2,))))
+    np.testing.assert_array_equal(truth, mask)
