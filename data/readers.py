@@ -15,7 +15,7 @@ __all__ = ["Volume", "VolumeError", "read_mask", "read_volume"]
 def read_volume(path: str | os.PathLike, series_uid: str | None = None) -> Volume:
     """Read one volume.
 
-    path: DICOM folder, enhanced multi-frame DICOM file, .nii or .nii.gz.
+    path: DICOM folder, enhanced multi-frame DICOM file, .nii, .nii.gz, or .hdr or .img of a pair.
     series_uid: DICOM SeriesInstanceUID, if a folder holds several series. Not for NIfTI.
 
     Returns voxels (X, Y, Z) as stored, with their affine to RAS+ mm. Of the header's text only
@@ -36,7 +36,7 @@ def read_volume(path: str | os.PathLike, series_uid: str | None = None) -> Volum
     except NotDicom:
         raise VolumeError(
             f"{path}: unknown format; expected a DICOM folder, an enhanced multi-frame DICOM file, "
-            ".nii or .nii.gz"
+            ".nii, .nii.gz or a pair of .hdr and .img"
         ) from None
     except OSError as error:
         raise VolumeError(f"{error.filename or path}: {error.strerror or error}") from error

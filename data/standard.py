@@ -15,7 +15,7 @@ from monai.transforms import Compose, MapTransform, Orientationd, Spacingd, Spat
 from scipy import ndimage
 
 from data.readers import VolumeError, read_mask, read_volume
-from data.volume import grid_difference, spacing_of
+from data.volume import MAX_SHEAR, grid_difference, shear_of, spacing_of
 
 BLOCK = 4  # voxels along the edge of the blocks on which the body is found
 MARGIN = 1  # blocks of air left around the body
@@ -77,6 +77,7 @@ def standard_transform(form: StandardForm) -> Compose:
         CheckMaskd(),
         ClipCTd("image"),
     ]
+    steps.append(ToRightAnglesd(form.spacing))
     if form.spacing is not None:
         steps.append(Resampled(keys, form.spacing))
     steps += [FindBodyd(), CropToBodyd(keys, form.crop_background)]
@@ -157,6 +158,70 @@ class Resampled(MapTransform):
         if np.allclose(spacing_of(data["image"].affine), self.spacing, rtol=0.01, atol=0):
             return data
         return self.resample(data)
+
+
+class ToRightAnglesd(Transform):
+    """Resample a sheared volume, as of CT with a tilted gantry, to right angles and the spacing.
+
+    The new grid keeps the directions of the slices' rows and columns and spans all their voxels;
+    what no slice covers is air, and background in the mask.
+    """
+
+    def __init__(self, spacing: tuple[float, float, float] | None):
+        self.spacing = spacing
+
+    def __call__(self, data: dict) -> dict:
+        old = np.asarray(data["image"].affine, np.float64)
+        axis, shear = shear_of(old)
+        if shear <= MAX_SHEAR:
+            return data
+        new, shape = _right_angles(old, data["image"].shape[1:], axis, self.spacing)
+        index = np.linalg.solve(old, new)  # voxel of the new grid -> of the old one
+        air = CT_AIR if data["kind"] == "CT" else float(data["image"].min())
+        out = dict(data)
+        for key, order, outside in (("image", 1, air), ("seg", 0, 0)):
+            if key in out:
+                x = out[key][0].numpy().astype(np.float32)
+                found = ndimage.affine_transform(
+                    x, index, output_shape=shape, order=order, mode="nearest"
+                )
+                for i in range(shape[0]):  # plane by plane, to save memory
+                    covered = _is_covered(index, i, shape, x.shape)
+                    found[i] = np.where(covered, found[i], outside)
+                out[key] = _meta_tensor(found, new)
+        return out
+
+
+def _right_angles(affine, shape, axis: int, spacing) -> tuple[np.ndarray, tuple[int, ...]]:
+    """Return affine and shape of the grid at right angles that spans all voxels of a sheared one.
+
+    axis: from slice to slice. spacing: mm, or None for that of pixels and slices.
+    """
+    axes = affine[:3, :3] / spacing_of(affine)
+    first, second = (axis + 1) % 3, (axis + 2) % 3
+    axes[:, second] -= (axes[:, second] @ axes[:, first]) * axes[:, first]
+    axes[:, second] /= np.linalg.norm(axes[:, second])
+    normal = np.cross(axes[:, first], axes[:, second])
+    axes[:, axis] = normal * np.sign(normal @ axes[:, axis])
+    if spacing is None:
+        spacing = spacing_of(affine)
+        spacing[axis] = abs(affine[:3, axis] @ normal)
+    corners = np.stack(np.meshgrid(*[(0, n - 1) for n in shape], [1])).reshape(4, -1)
+    along = axes.T @ (affine @ corners)[:3]
+    low, extent = along.min(1), np.ptp(along, axis=1)
+    size = np.ceil(extent / spacing - 1e-6).astype(int) + 1
+    low -= ((size - 1) * spacing - extent) / 2  # the same margin on both sides
+    new = np.eye(4)
+    new[:3, :3], new[:3, 3] = axes * spacing, axes @ low
+    return new, tuple(map(int, size))
+
+
+def _is_covered(index: np.ndarray, i: int, shape: tuple, old_shape: tuple) -> np.ndarray:
+    """Return (Y, Z): whether voxels of plane i of a grid lie in the voxels of another one."""
+    _, y, z = np.meshgrid([i], *map(np.arange, shape[1:]), indexing="ij")
+    at = index[:3, :3] @ np.stack([np.full(y.shape, i), y, z]).reshape(3, -1) + index[:3, 3:]
+    limit = np.array(old_shape)[:, None] - 0.5
+    return ((at >= -0.5) & (at <= limit)).all(0).reshape(shape[1:])
 
 
 class ToGridd(MapTransform):

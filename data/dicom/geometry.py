@@ -5,14 +5,13 @@ from collections.abc import Callable
 import numpy as np
 
 from data.dicom.header import Frame
-from data.volume import VolumeError
+from data.volume import MAX_TILT, VolumeError
 
 DIRECTION_TOLERANCE = 1e-3  # per direction cosine: headers round them
 UNIT_TOLERANCE = 1e-2  # for the length of directions, and for the cosine between them
 SPACING_TOLERANCE = 1e-3  # relative, for PixelSpacing between slices
 SAME_PLACE_MM = 1e-3
 JITTER = 0.04  # largest distance of a slice from its place in the regular stack, in slice spacings
-MAX_TILT = 0.5  # degrees between the stack's direction and the slices' normal
 LARGEST_SPACING_MM = 1000.0
 # The other phases, such as AcquisitionNumber, may differ between the slices of a volume.
 ONE_PER_VOLUME = (
@@ -31,6 +30,7 @@ def stack_frames(
     called only for frames at one position.
 
     Returns the frames, each once, and the affine (4, 4): (column, row, slice) -> RAS+ mm.
+    Slices that are shifted sideways, as in CT with a tilted gantry, make its third column oblique.
     Raises VolumeError unless they form one stack of parallel, evenly spaced slices.
     """
     for frame in frames:
@@ -193,10 +193,7 @@ def _regular_places(
         _refuse_gaps(frames, gaps, where)
     tilt = np.degrees(np.arccos(np.clip(spacing / np.linalg.norm(step), -1, 1)))
     if tilt > MAX_TILT:
-        raise VolumeError(
-            f"{where}: slices are shifted sideways, by {tilt:.1f} degrees (gantry tilt); "
-            "resample the series to right angles, as dcm2niix does, and read its NIfTI file"
-        )
+        raise VolumeError(f"{where}: slices are shifted sideways, by {tilt:.1f} degrees")
     if np.any(np.linalg.norm(residuals, axis=1) > 2 * JITTER * spacing):
         raise VolumeError(f"{where}: slices do not lie on one line")
     if spacing > LARGEST_SPACING_MM:

@@ -10,7 +10,7 @@ from data.dicom.elements import NotDicom
 from data.dicom.geometry import stack_frames
 from data.dicom.header import Image, read_header, shown
 from data.dicom.pixels import PLAIN, check_pixels, read_frames, same_values
-from data.volume import Volume, VolumeError, check_expansion
+from data.volume import MAX_SHEAR, TILTED, Volume, VolumeError, check_expansion, shear_of
 
 DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
 PARTIAL_SUFFIXES = (".gz", ".bz2", ".xz", ".zip", ".part", ".crdownload", ".filepart", ".tmp")
@@ -43,11 +43,14 @@ def read_dicom(path: Path, series_uid: str | None = None) -> Volume:
         if any(image.transfer_syntax not in PLAIN for image in series):
             check_expansion(len(frames) * frames[0].image.frame_bytes, where)
         voxels = read_frames(frames)
+    tilt = shear_of(affine)[1]
     return Volume(
         voxels=voxels.transpose(2, 1, 0),
         affine=affine,
         modality=modalities[0] if modalities else None,
         series_uid=series[0].series_uid or None,
+        notices=(f"{where}: {TILTED.format(tilt)}",) * (tilt > MAX_SHEAR),
+        rescaled=any(frame.slope or frame.intercept for frame in frames),
     )
 
 

@@ -20,10 +20,10 @@ from torch import Tensor
 from data.cases import Case
 from data.entry import CacheEntry
 from data.inference.windows import fixed_view
-from data.nifti import is_nifti
+from data.nifti import is_nifti, read_nifti_header
 from data.readers import VolumeError, read_mask, read_volume
 from data.views.intensity import normalise
-from data.volume import spacing_of
+from data.volume import MAX_SHEAR, shear_of, spacing_of
 from utils.classes import Classes
 from utils.errors import NotFinite
 from utils.memory import attempt
@@ -223,7 +223,10 @@ def write_prediction(
     if header is None:
         image.header.set_xyzt_units("mm")
         image.set_sform(affine, code=1)
-        image.set_qform(affine, code=1)
+        if shear_of(affine)[1] <= MAX_SHEAR:  # a qform has no shear
+            image.set_qform(affine, code=1)
+        else:
+            image.set_qform(None, code=0)
     path = Path(path)
     temporary = path.with_name(f".{uuid.uuid4().hex}.tmp.nii.gz")
     try:
@@ -259,7 +262,7 @@ def read_picture(case: Case, classes: Classes, prediction_path: str | Path) -> d
 
 def _geometry(path: str) -> nib.Nifti1Header:
     """Return a new header with the position and size of an image and nothing else of its header."""
-    source = nib.load(path).header
+    source = read_nifti_header(path)
     header = type(source)() if source.endianness == "<" else type(source)(endianness="<")
     header.set_data_shape(source.get_data_shape()[:3])
     header["pixdim"][:4] = source["pixdim"][:4]
@@ -277,7 +280,7 @@ def _dtype(case: Case, highest: int) -> np.dtype:
     given = []
     for path in (case.seg_path, case.path):
         if path and is_nifti(path):
-            given.append(nib.load(path).get_data_dtype())
+            given.append(read_nifti_header(path).get_data_dtype())
         elif path == case.path:
             given.append(np.dtype(np.int16))  # as DICOM is read
     given = given[:1] if case.seg_path else given

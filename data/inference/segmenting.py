@@ -12,7 +12,7 @@ from torch import nn
 from data.cases import Case
 from data.inference.restore import predict_case, read_truth, write_prediction
 from data.readers import read_volume
-from data.volume import spacing_of
+from data.volume import voxel_sizes
 from utils import distributed
 from utils.classes import Classes
 from utils.memory import explained
@@ -74,7 +74,7 @@ def predict_and_score(
         found = segment(run, predict, entry)
     name = f"{file_name(case.patient, case.row)}.nii.gz"
     write_prediction(files / name, found, classes, case, entry)
-    spacing = spacing_of(entry.original_affine)
+    spacing = voxel_sizes(entry.original_affine)
     if case.seg_path:
         truth, tolerance = read_truth(case, entry, classes), run.cfg.inference.tolerance
         rows = case_metrics(found, truth, spacing, classes.names, tolerance)
