@@ -42,6 +42,7 @@ SPAN = np.dtype([("start", "<u8"), ("size", "<u4"), ("crc", "<u4")])
 FOOTER = struct.Struct("<8sQQQI")
 MAGIC = b"dino3d-1"
 COPIED = ("scale", "offset", "background", "kind", "modality", "notices")  # facts as they are
+COPIED += ("uneven_slices", "mask_grid")
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +72,7 @@ class CacheEntry:
         labels: its label values except 0, ascending; read at each access.
         class_coords: label -> int32 (n <= 10000, 3), voxels with this label; read at each access.
         series_hash: of the SeriesInstanceUID, or None.
+        uneven_slices, mask_grid: how scan and mask were read, see `data.standard.StandardForm`.
         notices: what the user should know of how the files were read.
     """
 

@@ -12,11 +12,14 @@ from data.volume import Volume, VolumeError, whole_labels
 __all__ = ["Volume", "VolumeError", "read_mask", "read_volume"]
 
 
-def read_volume(path: str | os.PathLike, series_uid: str | None = None) -> Volume:
+def read_volume(
+    path: str | os.PathLike, series_uid: str | None = None, uneven_slices: str = "refuse"
+) -> Volume:
     """Read one volume.
 
     path: DICOM folder, enhanced multi-frame DICOM file, .nii, .nii.gz, or .hdr or .img of a pair.
     series_uid: DICOM SeriesInstanceUID, if a folder holds several series. Not for NIfTI.
+    uneven_slices: of DICOM: "refuse", or "resample" to the narrowest distance.
 
     Returns voxels (X, Y, Z) as stored, with their affine to RAS+ mm. Of the header's text only
     modality and SeriesInstanceUID are kept.
@@ -32,7 +35,7 @@ def read_volume(path: str | os.PathLike, series_uid: str | None = None) -> Volum
             raise VolumeError(f"{path}: neither a file nor a folder")
         if is_nifti(path) and path.is_file():
             return read_nifti(path)
-        return read_dicom(path, series_uid)
+        return read_dicom(path, series_uid, uneven_slices)
     except NotDicom:
         raise VolumeError(
             f"{path}: unknown format; expected a DICOM folder, an enhanced multi-frame DICOM file, "

@@ -5,7 +5,8 @@ is deterministic, and `data.cache` stores its result. The body is found on block
 whose mean is nearly free of noise.
 """
 
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
@@ -14,7 +15,8 @@ from monai.data import MetaTensor
 from monai.transforms import Compose, MapTransform, Orientationd, Spacingd, SpatialCrop, Transform
 from scipy import ndimage
 
-from data.readers import VolumeError, read_mask, read_volume
+from data.nifti import is_nifti
+from data.readers import Volume, VolumeError, read_mask, read_volume
 from data.volume import MAX_SHEAR, grid_difference, shear_of, spacing_of
 
 BLOCK = 4  # voxels along the edge of the blocks on which the body is found
@@ -39,6 +41,9 @@ class StandardForm:
     crop_background: cut away the air around the body.
     size: voxels along x, y, z to which the whole (cropped) volume is resized, at any resulting
         spacing; None keeps each volume's own.
+    uneven_slices: "resample" interpolates DICOM slices at uneven distances; "refuse".
+    mask_grid: "voxels" takes a NIfTI mask of the scan's shape voxel by voxel where its header says
+        otherwise; "header" refuses it.
     """
 
     spacing: tuple[float, float, float] | None
@@ -46,12 +51,15 @@ class StandardForm:
     percentiles: tuple[float, float] = (0.5, 99.5)
     crop_background: bool = True
     size: tuple[int, int, int] | None = None
+    uneven_slices: str = "refuse"
+    mask_grid: str = "header"
 
     @classmethod
     def from_config(cls, data) -> "StandardForm":
         """Build the form from a config's section `data`."""
         spacing = None if data.spacing == "native" else data.spacing
-        return cls(spacing, data.modality, data.percentiles, data.crop_background)
+        fixed = (spacing, data.modality, data.percentiles, data.crop_background)
+        return cls(*fixed, uneven_slices=data.uneven_slices, mask_grid=data.mask_grid)
 
     def to_dict(self) -> dict:
         fields = asdict(self)
@@ -71,7 +79,7 @@ def standard_transform(form: StandardForm) -> Compose:
     """
     keys = ("image", "seg")
     steps = [
-        ReadVolumed(form.modality),
+        ReadVolumed(form.modality, form.uneven_slices, form.mask_grid),
         # labels=None: the affine alone defines the axes
         Orientationd(keys, axcodes="RAS", labels=None, allow_missing_keys=True),
         CheckMaskd(),
@@ -89,11 +97,11 @@ def standard_transform(form: StandardForm) -> Compose:
 class ReadVolumed(Transform):
     """Read `path` and `seg_path` with `data.readers` and determine the modality."""
 
-    def __init__(self, modality: str = "auto"):
-        self.modality = modality
+    def __init__(self, modality="auto", uneven_slices="refuse", mask_grid="header"):
+        self.modality, self.uneven_slices, self.mask_grid = modality, uneven_slices, mask_grid
 
     def __call__(self, data: dict) -> dict:
-        volume = read_volume(data["path"], data.get("series_uid"))
+        volume = read_volume(data["path"], data.get("series_uid"), self.uneven_slices)
         modality = self.modality
         if modality == "auto":
             modality = data.get("modality") or volume.modality
@@ -110,11 +118,41 @@ class ReadVolumed(Transform):
         out["original_shape"] = tuple(volume.voxels.shape)
         out["original_affine"] = np.asarray(volume.affine, np.float64)
         out["notices"] = [*volume.notices]
+        out["uneven_slices"], out["mask_grid"] = self.uneven_slices, self.mask_grid
         if data.get("seg_path"):
             mask = read_mask(data["seg_path"])
+            if self.mask_grid == "voxels":
+                mask = _on_voxels(mask, volume, data)
             out["seg"] = _meta_tensor(mask.voxels, mask.affine)
             out["notices"] += mask.notices
         return out
+
+
+def _on_voxels(mask: Volume, volume: Volume, data: dict) -> Volume:
+    """Return a NIfTI mask of its image's shape with the image's affine, and a notice if its own
+    differs; any other mask as it is."""
+    if not (is_nifti(data["path"]) and is_nifti(data["seg_path"])):
+        return mask
+    different = off_by_header(mask, volume.affine, volume.voxels.shape)
+    if not different:
+        return mask
+    what = f"mask {data['seg_path']}: taken voxel by voxel (data.mask_grid: voxels); its header "
+    notices = (*mask.notices, what + f"differs: {different}")
+    return replace(mask, affine=volume.affine, notices=notices)
+
+
+def off_by_header(mask: Volume, affine: np.ndarray, shape: tuple) -> str:
+    """Say how a mask's grid differs from its image's although it has as many voxels, or ''.
+
+    affine, shape: of the image as read. Masks that are stored in another order of axes, but lie on
+    the image's voxels, do not differ.
+    """
+    if mask.voxels.shape != tuple(shape):
+        return ""
+    empty = np.broadcast_to(np.int16(0), shape)
+    grids = {"seg": _meta_tensor(empty, mask.affine), "image": _meta_tensor(empty, affine)}
+    grids = Orientationd(("seg", "image"), axcodes="RAS", labels=None)(grids)
+    return grid_difference(grids["seg"], grids["image"])
 
 
 class CheckMaskd(Transform):
@@ -125,7 +163,11 @@ class CheckMaskd(Transform):
         if seg is not None:
             different = grid_difference(seg, image)
             if different:
-                raise VolumeError(f"mask {data['seg_path']} of {data['path']}: {different}")
+                hint = ""
+                if seg.shape == image.shape and is_nifti(data["path"]):
+                    hint = "; if it was drawn on these voxels, set data.mask_grid=voxels"
+                what = f"mask {data['seg_path']} of {data['path']}: {different}{hint}"
+                raise VolumeError(what)
             seg.affine = image.affine  # so that both go through exactly the same geometry
         return data | {"slice_spacing": spacing_of(image.affine)}
 
@@ -274,7 +316,7 @@ class CropToBodyd(MapTransform):
             keep = body
             if "seg" in data:
                 labels = data["seg"].as_tensor().abs().float()  # blocks that hold a label stay
-                keep = keep | (F.max_pool3d(labels, BLOCK, ceil_mode=True)[0] > 0).numpy()
+                keep = keep | (_pooled(F.max_pool3d, labels, BLOCK)[0] > 0).numpy()
             box, inner = _box_around(keep), _box_around(body)
             body = body[tuple(slice(*b) for b in box)]
             crop = SpatialCrop(roi_slices=[slice(a * BLOCK, b * BLOCK) for a, b in box])
@@ -287,11 +329,17 @@ class CropToBodyd(MapTransform):
             (low * BLOCK, min(high * BLOCK, n))
             for (low, high), n in zip(inner, out["image"].shape[1:], strict=True)
         ]
-        fraction = F.avg_pool3d(
-            torch.as_tensor(body)[None].float(), 2, ceil_mode=True, count_include_pad=False
+        fraction = _pooled(
+            F.avg_pool3d, torch.as_tensor(body)[None].float(), 2, count_include_pad=False
         )
         out["body"] = np.rint(fraction[0].numpy() * 255).astype(np.uint8)
         return out
+
+
+def _pooled(pool: Callable, x: torch.Tensor, size: int, **options) -> torch.Tensor:
+    """Pool (1, X, Y, Z) over blocks; the last ones, or the only one of few voxels, are smaller."""
+    kernel = [min(size, n) for n in x.shape[1:]]
+    return pool(x, kernel, size, ceil_mode=True, **options)
 
 
 def _box_around(keep: np.ndarray) -> list[tuple[int, int]]:
@@ -352,7 +400,7 @@ def find_body(image: torch.Tensor, kind: str) -> np.ndarray:
         bool (ceil(X/4), ceil(Y/4), ceil(Z/4)); all true if no air is visible, as in a crop from
         inside the body.
     """
-    mean = F.avg_pool3d(image.float(), BLOCK, ceil_mode=True, count_include_pad=False)[0].numpy()
+    mean = _pooled(F.avg_pool3d, image.float(), BLOCK, count_include_pad=False)[0].numpy()
     if kind == "CT":
         body = mean > CT_BODY
     else:

@@ -31,7 +31,6 @@ class Volume:
     modality: DICOM Modality ("CT", "MR", ...); None for NIfTI.
     series_uid: DICOM SeriesInstanceUID; None for NIfTI.
     notices: what was likely, but not certain, or changed on the way; for the user, by row.
-    rescaled: False for DICOM images without RescaleSlope and RescaleIntercept.
     """
 
     voxels: np.ndarray
@@ -39,7 +38,6 @@ class Volume:
     modality: str | None = None
     series_uid: str | None = None
     notices: tuple[str, ...] = ()
-    rescaled: bool = True
 
 
 def check_expansion(num_bytes: int, where: object) -> None:

@@ -22,6 +22,7 @@ from data.entry import CacheEntry
 from data.inference.windows import fixed_view
 from data.nifti import is_nifti, read_nifti_header
 from data.readers import VolumeError, read_mask, read_volume
+from data.standard import off_by_header
 from data.views.intensity import normalise
 from data.volume import MAX_SHEAR, shear_of, spacing_of
 from utils.classes import Classes
@@ -187,6 +188,9 @@ def read_truth(case: Case, entry: CacheEntry, classes: Classes) -> np.ndarray:
     Raises VolumeError if mask and image have different shapes.
     """
     mask = read_mask(case.seg_path)
+    if entry.mask_grid == "voxels" and is_nifti(case.path) and is_nifti(case.seg_path):
+        if off_by_header(mask, entry.original_affine, entry.original_shape):
+            return classes.to_index(mask.voxels)
     # the mask's axes in terms of the image's
     turn = nib.io_orientation(np.linalg.solve(entry.original_affine, mask.affine))
     voxels = nib.apply_orientation(mask.voxels, turn)
@@ -236,14 +240,16 @@ def write_prediction(
         temporary.unlink(missing_ok=True)
 
 
-def read_picture(case: Case, classes: Classes, prediction_path: str | Path) -> dict:
+def read_picture(
+    case: Case, entry: CacheEntry, classes: Classes, prediction_path: str | Path
+) -> dict:
     """Read what `utils.report.plots_segmentation.plot_overlay` needs of a case from its files.
 
     Returns:
         {image, prediction, truth (None without a mask), spacing_mm}: arrays (X, Y, Z) in RAS+.
     """
-    volume, found = read_volume(case.path, case.series_uid), read_mask(prediction_path)
-    truth = read_mask(case.seg_path) if case.seg_path else None
+    volume = read_volume(case.path, case.series_uid, entry.uneven_slices)
+    found = read_mask(prediction_path)
 
     def to_ras(voxels: np.ndarray, affine: np.ndarray) -> np.ndarray:
         return nib.apply_orientation(voxels, nib.io_orientation(affine))
@@ -255,7 +261,7 @@ def read_picture(case: Case, classes: Classes, prediction_path: str | Path) -> d
     return {
         "image": to_ras(volume.voxels, volume.affine),
         "prediction": indices(found),
-        "truth": None if truth is None else indices(truth),
+        "truth": to_ras(read_truth(case, entry, classes), volume.affine) if case.seg_path else None,
         "spacing_mm": spacing_of(volume.affine)[order],
     }
 

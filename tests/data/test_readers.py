@@ -52,7 +52,6 @@ def test_volume_holds_nothing_else_of_the_header(tmp_path):
         "modality",
         "series_uid",
         "notices",
-        "rescaled",
     }
     assert b"Secret" not in pickle.dumps(volume) and b"phantom-1" not in pickle.dumps(volume)
 

@@ -93,5 +93,5 @@ def test_predictions_return_to_the_slices_as_they_are(tmp_path):
     written = nib.load(tmp_path / "out.nii.gz")
     bright = value_at(at_voxels(written.affine, written.shape)) > -200
     assert (bright == (np.asarray(written.dataobj) == 1)).mean() > 0.985
-    picture = read_picture(case, CLASSES, tmp_path / "out.nii.gz")
+    picture = read_picture(case, entry, CLASSES, tmp_path / "out.nii.gz")
     assert (picture["truth"] == picture["prediction"]).mean() > 0.985

@@ -341,3 +341,48 @@ def test_labels_a_hair_off_are_rounded_with_a_notice(tmp_path, labels, off):
         assert [p.row for p in found] == [2] * off and all("whole numbers" in p.what for p in found)
     truth = read_truth(case, cache.get(case), Classes(("a", "b"), ((1,), (2,))))
     np.testing.assert_array_equal(truth, mask)
+
+
+@pytest.mark.parametrize("codes", [None, "LPS", "SPR"])
+@pytest.mark.parametrize("off", ["origin", "identity", "mirrored", "nothing"])
+def test_masks_drawn_on_the_voxels_are_taken_so_by_explicit_setting_only(tmp_path, off, codes):
+    voxels, mask = phantom((10, 10, 10))
+    save(tmp_path / "i.nii.gz", voxels, codes=codes)
+    stored = nib.load(tmp_path / "i.nii.gz")
+    drawn = (np.asarray(stored.dataobj) // 300).astype(np.uint8)
+    affine = stored.affine.copy()
+    if off == "origin":
+        affine[:3, 3] += 7
+    elif off == "identity":
+        affine = np.eye(4)
+    elif off == "mirrored":
+        affine[:, 1] *= -1
+    else:  # stored in another order of axes, but rightly: its header counts as ever
+        drawn = drawn[::-1].transpose(2, 0, 1)
+        affine[:3, 0] *= -1
+        affine[:3, 3] -= affine[:3, 0] * 9
+        affine = affine[:, [2, 0, 1, 3]]
+    nib.save(nib.Nifti1Image(drawn, affine), tmp_path / "m.nii.gz")
+    case = Case("p", str(tmp_path / "i.nii.gz"), "0", 2, None, "MR", str(tmp_path / "m.nii.gz"))
+
+    def read(setting, build):
+        form = StandardForm(None, crop_background=False, mask_grid=setting)
+        cache = VolumeCache(tmp_path / setting / str(build), form)
+        return cache, check_volumes([case], cache, build, 0, "auto", progress=False)
+
+    problems = read("header", False)[1]
+    assert bool(problems) == (off != "nothing")
+    assert all("data.mask_grid=voxels" in problem.what for problem in problems)
+    for build in (False, True):
+        cache, problems = read("voxels", build)
+        notices = volume_notices([case], cache)
+        assert problems == [] and len(notices) == (off != "nothing")
+        assert all("voxel by voxel (data.mask_grid: voxels)" in n.what for n in notices)
+    entry = cache.get(case)
+    image, seg = (f((0, 0, 0), entry.shape) for f in (entry.read_region, entry.read_seg))
+    values = np.sort(np.asarray(stored.dataobj).ravel())
+    rank = np.argsort(image[0].ravel(), kind="stable")  # percentiles keep the order of values
+    found, expected = seg.ravel()[rank], values // 300
+    assert (found == expected).mean() > 0.98
+    truth = read_truth(case, entry, Classes(("a", "b", "c"), ((1,), (2,), (3,))))
+    np.testing.assert_array_equal(truth, np.asarray(stored.dataobj) // 300)
