@@ -149,7 +149,7 @@ def off_by_header(mask: Volume, affine: np.ndarray, shape: tuple) -> str:
     """
     if mask.voxels.shape != tuple(shape):
         return ""
-    empty = np.broadcast_to(np.int16(0), shape)
+    empty = np.zeros(shape, np.uint8)
     grids = {"seg": _meta_tensor(empty, mask.affine), "image": _meta_tensor(empty, affine)}
     grids = Orientationd(("seg", "image"), axcodes="RAS", labels=None)(grids)
     return grid_difference(grids["seg"], grids["image"])
