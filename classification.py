@@ -19,7 +19,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from data.cache import VolumeCache
-from data.cases import CasesError, print_check
+from data.cases import CasesError, format_problems, print_check
 from data.inference.control import Control, control_features_of
 from data.inference.predicting import Tested, average, load_to_test, open_tested, predict
 from data.loading import EpochSampler, make_loader
@@ -381,6 +381,7 @@ def main(argv: list[str]) -> int:
         print_check(cfg.csv_path, cases, skipped)
         return 0
     if tested:
+        print(format_problems(skipped))
         test(run, tested, cases["test"])
         return 0
     if cv:

@@ -351,7 +351,8 @@ def test(run: Run[SegmentationConfig], opened, cases: list[Case], cache, notes: 
     case_of, file_of = {c.row: c for c in cases}, {r["csv_line"]: r["prediction"] for r in rows}
 
     def read(line: int) -> dict:
-        return read_picture(case_of[line], classes, files / file_of[line])
+        case = case_of[line]
+        return read_picture(case, cache.get(case), classes, files / file_of[line])
 
     options = {"notes": notes, "settings": cfg.model_dump(mode="json")}
     tolerance, title = cfg.inference.tolerance, f"Test of {cfg.experiment}"
@@ -388,7 +389,7 @@ def main(argv: list[str]) -> int:
         return 0
     if opened:
         print(format_problems([*skipped, *notices]))
-        notes = [f"left out line {p.row} of the CSV: {p.what}" for p in skipped]
+        notes = [problem.noted for problem in skipped]
         test(run, opened, cases["test"], cache, notes)
         return 0
     return train(run, cache, cases, skipped, notices)

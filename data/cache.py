@@ -23,7 +23,7 @@ from data.dicom.elements import NotDicom
 from data.dicom.header import read_header
 from data.dicom.pixels import check_pixels
 from data.entry import FORMAT, CacheEntry, write_entry
-from data.nifti import is_nifti, read_nifti_grid
+from data.nifti import is_nifti, nifti_files, read_nifti_grid
 from data.readers import VolumeError
 from data.standard import StandardForm, standard_transform
 from data.volume import spacing_of
@@ -140,7 +140,7 @@ def fingerprint(path: str | Path) -> list[tuple[str, int, int]]:
     path = os.path.abspath(path)
     try:
         if not os.path.isdir(path):
-            files = [path]
+            files = list(map(str, nifti_files(path)))
         else:
             files = [os.path.join(d, name) for d, _, names in os.walk(path) for name in names]
         stats = [(file, os.stat(file)) for file in sorted(files)]

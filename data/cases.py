@@ -18,6 +18,7 @@ MODALITIES = get_args(Modality)
 # Kinds of problems of a single volume: such a case can be left out. The others (a patient in train
 # and val, a misspelt column) would make the run's results wrong or are quickly fixed.
 SKIPPABLE = ("paths", "unreadable volumes", "geometry", "masks")
+NOTICE = "worth a look"  # the kind of problems that are none: what is likely, and was done
 SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
 
 
@@ -26,6 +27,17 @@ class Problem(NamedTuple):
     patient: str  # PatientID, or ""
     what: str
     kind: str = "CSV"
+
+    @property
+    def is_notice(self) -> bool:
+        """Whether nothing has to be mended: the row is used."""
+        return self.kind == NOTICE
+
+    @property
+    def noted(self) -> str:
+        """For the report, without the patient."""
+        left_out = "" if self.is_notice else "left out "
+        return f"{left_out}line {self.row} of the CSV: {self.what}"
 
 
 class CasesError(InputError):
@@ -36,7 +48,8 @@ class CasesError(InputError):
         super().__init__(self.problems, heading)
 
     def __str__(self) -> str:
-        heading = self.heading or f"{len(self.problems)} problem" + "s" * (len(self.problems) != 1)
+        number = sum(not problem.is_notice for problem in self.problems)
+        heading = self.heading or f"{number} problem" + "s" * (number != 1)
         return f"{heading}\n{format_problems(self.problems, None)}"
 
 
@@ -280,7 +293,8 @@ def print_check(
 ) -> None:
     """Print the result of --check: the number of cases of each part, all problems, all notices."""
     counts = ", ".join(f"{len(found)} {name}" for name, found in parts.items())
-    print(f"{csv_path}: {counts} cases, {len(problems)} problems")
+    number = sum(not problem.is_notice for problem in problems)
+    print(f"{csv_path}: {counts} cases, {number} problems")
     print(format_problems([*problems, *notices], None))
 
 

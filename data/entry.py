@@ -22,7 +22,7 @@ import numpy as np
 
 from data.volume import spacing_of
 
-FORMAT = 4  # part of every key: raise it when the meaning of a file's content changes
+FORMAT = 5  # part of every key: raise it when the meaning of a file's content changes
 CHUNK, BLOCK = 64, 16  # voxels per axis: unit of checksums, unit of decompression
 # LZ4HC: half of zstd's reading time for 2 % more bytes on noisy CT. Never add Filter.DELTA: blosc2
 # 4.3.3 then returns wrong values for slices.
@@ -41,6 +41,8 @@ MAX_COORDS = 10_000  # voxels remembered per class
 SPAN = np.dtype([("start", "<u8"), ("size", "<u4"), ("crc", "<u4")])
 FOOTER = struct.Struct("<8sQQQI")
 MAGIC = b"dino3d-1"
+COPIED = ("scale", "offset", "background", "kind", "modality", "notices")  # facts as they are
+COPIED += ("uneven_slices", "mask_grid")
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +72,8 @@ class CacheEntry:
         labels: its label values except 0, ascending; read at each access.
         class_coords: label -> int32 (n <= 10000, 3), voxels with this label; read at each access.
         series_hash: of the SeriesInstanceUID, or None.
+        uneven_slices, mask_grid: how scan and mask were read, see `data.standard.StandardForm`.
+        notices: what the user should know of how the files were read.
     """
 
     def __init__(self, path: Path, rebuild: Callable[[], None]):
@@ -100,7 +104,7 @@ class CacheEntry:
         facts = self._read_meta("facts")
         if not isinstance(facts, dict) or facts.get("key") != self.path.stem:
             raise DamagedEntry(f"{self.path}: another volume's file")
-        for name in ("scale", "offset", "background", "kind", "modality", "series_hash"):
+        for name in (*COPIED, "series_hash"):
             setattr(self, name, facts[name])
         self.shape = tuple(facts["shape"])
         self.original_shape = tuple(facts["original_shape"])
@@ -240,7 +244,7 @@ def write_entry(path: Path, standard: dict, series_hash: str | None, seed: int) 
         "has_seg": seg is not None,
         "series_hash": series_hash,
         "body": standard["body"].tobytes(),
-        **{k: standard[k] for k in ("scale", "offset", "background", "kind", "modality")},
+        **{k: standard[k] for k in COPIED},
     }
     for name, content in metadata.items():
         array.schunk.vlmeta[name] = content

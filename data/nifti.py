@@ -1,4 +1,4 @@
-"""Read NIfTI files (.nii, .nii.gz) as volumes."""
+"""Read NIfTI files (.nii, .nii.gz, .hdr with .img) as volumes."""
 
 import gzip
 import math
@@ -13,21 +13,44 @@ import nibabel as nib
 import numpy as np
 from nibabel.spatialimages import HeaderDataError
 
-from data.volume import Volume, VolumeError, check_expansion, rescale
+from data.volume import (
+    MAX_SHEAR,
+    MAX_TILT,
+    TILTED,
+    Volume,
+    VolumeError,
+    check_expansion,
+    rescale,
+    shear_of,
+)
 
 HEADER_CLASSES = {348: nib.Nifti1Header, 540: nib.Nifti2Header}  # by sizeof_hdr
 MM_PER_UNIT = {"unknown": 1.0, "mm": 1.0, "meter": 1000.0, "micron": 0.001}
 GZIP_RATIO = 1040  # deflate cannot compress further (zlib's technical details: 1032:1)
 MAX_OFFSET = 1 << 26  # bytes of header extensions
+PAIRED = (".hdr", ".img", ".hdr.gz", ".img.gz")
+GZIP_MAGIC = b"\x1f\x8b"
 PADDING_BYTES = 512  # some writers pad the file to a whole block after the voxels
 FORMS_AGREE_MM, FORMS_AGREE_RELATIVE = 0.1, 1e-3  # sum of both; relative to the volume's diagonal
-MAX_SHEAR = 0.5  # degrees off the right angle between axes
+MAX_SKEW = 0.5  # degrees off the right angle between the pixels' rows and columns
+SAME_SIZE = 0.02  # relative, of the voxels in two spaces
 VOXEL_SIZE_MM = (1e-3, 1000.0)
 
 
 def is_nifti(path: str | Path) -> bool:
     """Return whether a path has the suffix of a NIfTI file."""
-    return str(path).lower().endswith((".nii", ".nii.gz"))
+    return str(path).lower().endswith((".nii", ".nii.gz", *PAIRED))
+
+
+def nifti_files(path: str | Path) -> list[Path]:
+    """Return the files that make up a NIfTI file: itself or, of a pair, header and voxels."""
+    path = Path(path)
+    for suffix in PAIRED:
+        if path.name.lower().endswith(suffix):
+            stem, packed = path.name[: -len(suffix)], suffix[4:]
+            endings = [".hdr", ".img"] if path.name.endswith(suffix) else [".HDR", ".IMG"]
+            return [path.with_name(f"{stem}{ending}{packed}") for ending in endings]
+    return [path]
 
 
 def read_nifti(path: Path) -> Volume:
@@ -38,16 +61,26 @@ def read_nifti(path: Path) -> Volume:
     Raises VolumeError for damaged files, for more or fewer than 3 dimensions, for voxels that are
     not finite real numbers, and if orientation or voxel size is missing or ambiguous.
     """
-    with _opened(path) as file:
-        header, shape, affine = _read_grid(file, path)
-        stored = _read_voxels(file, header, shape, _dtype(header, path), path)
-    return Volume(voxels=_real_values(stored, header, path), affine=affine)
+    header, shape, affine, notices = _read_grid(path)
+    voxels = nifti_files(path)[-1]
+    with _opened(voxels) as file:
+        stored = _read_voxels(file, header, shape, _dtype(header, path), voxels)
+    return Volume(voxels=_real_values(stored, header, path), affine=affine, notices=notices)
 
 
 def read_nifti_grid(path: Path) -> tuple[tuple[int, int, int], np.ndarray]:
     """Read shape (X, Y, Z) and affine from the header of a file. Raises VolumeError."""
+    return _read_grid(path)[1:3]
+
+
+def read_nifti_header(path: str | Path) -> nib.Nifti1Header:
+    """Read the header, in either version and byte order, whatever the file's name says of gzip.
+
+    Raises VolumeError if it is damaged.
+    """
+    path = nifti_files(path)[0]
     with _opened(path) as file:
-        return _read_grid(file, path)[1:]
+        return _read_header(file, path)
 
 
 @contextmanager
@@ -60,14 +93,16 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
 
 
 def _is_compressed(path: Path) -> bool:
-    return path.name.lower().endswith(".gz")
+    """Return whether a file is gzip by its first bytes: its name may say otherwise."""
+    with open(path, "rb") as file:
+        return file.read(2) == GZIP_MAGIC
 
 
 def _read_grid(
-    file: BinaryIO, path: Path
-) -> tuple[nib.Nifti1Header, tuple[int, int, int], np.ndarray]:
-    """Read header, shape and affine before anything is allocated for the voxels."""
-    header = _read_header(file, path)
+    path: Path,
+) -> tuple[nib.Nifti1Header, tuple[int, int, int], np.ndarray, tuple[str, ...]]:
+    """Read header, shape, affine and notices before anything is allocated for the voxels."""
+    header, path = read_nifti_header(path), nifti_files(path)[-1]
     shape = _shape(header, path)
     num_bytes = math.prod(shape) * _dtype(header, path).itemsize
     end = int(header["vox_offset"]) + num_bytes
@@ -78,7 +113,8 @@ def _read_grid(
         )
     if _is_compressed(path):
         check_expansion(num_bytes, path)
-    return header, shape, _affine(header, shape, path)
+    affine, notices = _affine(header, shape, path)
+    return header, shape, affine, tuple(f"{path}: {what}" for what in notices)
 
 
 def _read_header(file: BinaryIO, path: Path) -> nib.Nifti1Header:
@@ -88,7 +124,12 @@ def _read_header(file: BinaryIO, path: Path) -> nib.Nifti1Header:
     order = min(sizes, key=sizes.get)
     size = sizes[order]
     if size not in HEADER_CLASSES or len(start) < 4:
-        raise VolumeError(f"{path}: not a NIfTI file")
+        what = (
+            "gzip within gzip; unpack it once"
+            if start[:2] == GZIP_MAGIC
+            else "neither a NIfTI file nor gzip"
+        )
+        raise VolumeError(f"{path}: {what}")
     block = start + file.read(size - 4)
     if len(block) < size:
         raise VolumeError(f"{path}: truncated within its header")
@@ -96,9 +137,15 @@ def _read_header(file: BinaryIO, path: Path) -> nib.Nifti1Header:
         header = HEADER_CLASSES[size](block, endianness=order, check=False)
     except HeaderDataError as error:
         raise VolumeError(f"{path}: {error}") from None
-    if not header["magic"].item().startswith((b"n+1", b"n+2")):
+    magic, paired = header["magic"].item()[:3], len(nifti_files(path)) == 2
+    if paired and magic not in (b"ni1", b"ni2"):
+        raise VolumeError(
+            f"{path}: an Analyze header (its magic is not ni1 or ni2), which does not say how the "
+            "scan lies in space, nor left from right; convert the original images to NIfTI"
+        )
+    if not paired and magic not in (b"n+1", b"n+2"):
         raise VolumeError(f"{path}: not a single-file NIfTI (its magic is not n+1 or n+2)")
-    if not size <= header["vox_offset"] <= MAX_OFFSET:
+    if not (0 if paired else size) <= header["vox_offset"] <= MAX_OFFSET:
         raise VolumeError(f"{path}: vox_offset is {header['vox_offset']}")
     return header
 
@@ -130,8 +177,15 @@ def _dtype(header: nib.Nifti1Header, path: Path) -> np.dtype:
     return dtype
 
 
-def _affine(header: nib.Nifti1Header, shape: tuple[int, int, int], path: Path) -> np.ndarray:
-    """Return the affine, voxel index -> RAS+ mm, from sform or qform; both must agree."""
+def _affine(
+    header: nib.Nifti1Header, shape: tuple[int, int, int], path: Path
+) -> tuple[np.ndarray, list[str]]:
+    """Return the affine, voxel index -> RAS+ mm, from sform or qform, and notices.
+
+    Both must agree if their codes are equal. Else they lead to two spaces, such as the scanner's
+    and that of another scan, and the sform counts (nifti1.h, methods 2 and 3: a scan may have
+    both, the qform for the scanner, the sform for a standard space).
+    """
     try:
         units = header.get_xyzt_units()[0]
     except KeyError:
@@ -154,21 +208,43 @@ def _affine(header: nib.Nifti1Header, shape: tuple[int, int, int], path: Path) -
         )
     for name, form in forms.items():
         _check_form(form, f"{path}: {name}")
+    affine, notices = next(iter(forms.values())), []
+    axis, shear = shear_of(affine)
+    if shear > MAX_SHEAR:
+        notices.append(TILTED.format(shear))
     if len(forms) == 2:
         corners = np.array(np.meshgrid(*[(0, size - 1) for size in shape])).reshape(3, -1)
         corners = np.vstack([corners, np.ones(8)])
         apart = np.linalg.norm(((forms["sform"] - forms["qform"]) @ corners)[:3], axis=0).max()
         diagonal = np.linalg.norm((forms["sform"] @ (corners[:, -1] - corners[:, 0]))[:3])
-        if apart > FORMS_AGREE_MM + FORMS_AGREE_RELATIVE * diagonal:
+        codes = int(header["sform_code"]), int(header["qform_code"])
+        if apart <= FORMS_AGREE_MM + FORMS_AGREE_RELATIVE * diagonal:
+            return affine, notices
+        if codes[0] != codes[1] and _may_be_two_spaces(forms, codes[0]):
+            notices.append(
+                f"sform (code {codes[0]}) and qform (code {codes[1]}) are of two spaces, up to "
+                f"{apart:.1f} mm apart: the sform was taken"
+            )
+        else:
             raise VolumeError(
                 f"{path}: sform and qform place the volume differently, by up to {apart:.1f} mm; "
                 "set the code of the wrong one to 0"
             )
-    return next(iter(forms.values()))
+    return affine, notices
+
+
+def _may_be_two_spaces(forms: dict[str, np.ndarray], code: int) -> bool:
+    """Return whether one form may be the other, moved: not mirrored, nor, but for a standard space
+    (code 3 Talairach, 4 MNI), of another voxel size."""
+    sform, qform = (forms[name][:3, :3] for name in ("sform", "qform"))
+    mirrored = np.linalg.det(sform) * np.linalg.det(qform) < 0
+    ratio = np.linalg.norm(sform, axis=0) / np.linalg.norm(qform, axis=0)
+    return not mirrored and (code in (3, 4) or bool(np.all(np.abs(ratio - 1) < SAME_SIZE)))
 
 
 def _check_form(form: np.ndarray, what: str) -> None:
-    """Raise VolumeError unless an affine is finite, invertible, not sheared, of plausible size."""
+    """Raise VolumeError unless an affine is finite, invertible, of plausible size, and sheared at
+    most as slices are by a tilted gantry."""
     if not np.all(np.isfinite(form)):
         raise VolumeError(f"{what} has NaN or infinite elements")
     sizes = np.linalg.norm(form[:3, :3], axis=0)
@@ -177,10 +253,12 @@ def _check_form(form: np.ndarray, what: str) -> None:
     axes = form[:3, :3] / sizes
     if abs(np.linalg.det(axes)) < 1e-3:
         raise VolumeError(f"{what} is singular: its axes lie in a plane")
-    cosines = np.abs(axes.T @ axes - np.eye(3)).max()
-    shear = np.degrees(np.arcsin(min(cosines, 1)))
-    if shear > MAX_SHEAR:
-        raise VolumeError(f"{what} is sheared, by {shear:.1f} degrees; resample to right angles")
+    axis, tilt = shear_of(form)
+    skew = np.degrees(np.arcsin(min(abs(axes[:, axis - 2] @ axes[:, axis - 1]), 1)))
+    if skew > MAX_SKEW or tilt > MAX_TILT:
+        raise VolumeError(
+            f"{what} is sheared, by {max(skew, tilt):.1f} degrees; resample to right angles"
+        )
 
 
 def _read_voxels(

@@ -5,7 +5,8 @@ is deterministic, and `data.cache` stores its result. The body is found on block
 whose mean is nearly free of noise.
 """
 
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
@@ -14,8 +15,9 @@ from monai.data import MetaTensor
 from monai.transforms import Compose, MapTransform, Orientationd, Spacingd, SpatialCrop, Transform
 from scipy import ndimage
 
-from data.readers import VolumeError, read_volume
-from data.volume import check_mask_values, grid_difference, spacing_of
+from data.nifti import is_nifti
+from data.readers import Volume, VolumeError, read_mask, read_volume
+from data.volume import MAX_SHEAR, grid_difference, shear_of, spacing_of
 
 BLOCK = 4  # voxels along the edge of the blocks on which the body is found
 MARGIN = 1  # blocks of air left around the body
@@ -39,6 +41,9 @@ class StandardForm:
     crop_background: cut away the air around the body.
     size: voxels along x, y, z to which the whole (cropped) volume is resized, at any resulting
         spacing; None keeps each volume's own.
+    uneven_slices: "resample" interpolates DICOM slices at uneven distances; "refuse".
+    mask_grid: "voxels" takes a NIfTI mask of the scan's shape voxel by voxel where its header says
+        otherwise; "header" refuses it.
     """
 
     spacing: tuple[float, float, float] | None
@@ -46,12 +51,15 @@ class StandardForm:
     percentiles: tuple[float, float] = (0.5, 99.5)
     crop_background: bool = True
     size: tuple[int, int, int] | None = None
+    uneven_slices: str = "refuse"
+    mask_grid: str = "header"
 
     @classmethod
     def from_config(cls, data) -> "StandardForm":
         """Build the form from a config's section `data`."""
         spacing = None if data.spacing == "native" else data.spacing
-        return cls(spacing, data.modality, data.percentiles, data.crop_background)
+        fixed = (spacing, data.modality, data.percentiles, data.crop_background)
+        return cls(*fixed, uneven_slices=data.uneven_slices, mask_grid=data.mask_grid)
 
     def to_dict(self) -> dict:
         fields = asdict(self)
@@ -65,18 +73,19 @@ def standard_transform(form: StandardForm) -> Compose:
 
     Its result holds `image` (1, X, Y, Z) int16 and, with a mask, `seg` (1, X, Y, Z) int16, both
     MetaTensors whose affine is RAS+ mm; `series_uid`; and, as described in
-    `data.entry.CacheEntry`: body, body_box, kind, modality, scale, offset, background,
+    `data.entry.CacheEntry`: body, body_box, kind, modality, scale, offset, background, notices,
     original_shape, original_affine, slice_spacing. It raises VolumeError (inside MONAI's
     RuntimeError).
     """
     keys = ("image", "seg")
     steps = [
-        ReadVolumed(form.modality),
+        ReadVolumed(form.modality, form.uneven_slices, form.mask_grid),
         # labels=None: the affine alone defines the axes
         Orientationd(keys, axcodes="RAS", labels=None, allow_missing_keys=True),
         CheckMaskd(),
         ClipCTd("image"),
     ]
+    steps.append(ToRightAnglesd(form.spacing))
     if form.spacing is not None:
         steps.append(Resampled(keys, form.spacing))
     steps += [FindBodyd(), CropToBodyd(keys, form.crop_background)]
@@ -88,11 +97,11 @@ def standard_transform(form: StandardForm) -> Compose:
 class ReadVolumed(Transform):
     """Read `path` and `seg_path` with `data.readers` and determine the modality."""
 
-    def __init__(self, modality: str = "auto"):
-        self.modality = modality
+    def __init__(self, modality="auto", uneven_slices="refuse", mask_grid="header"):
+        self.modality, self.uneven_slices, self.mask_grid = modality, uneven_slices, mask_grid
 
     def __call__(self, data: dict) -> dict:
-        volume = read_volume(data["path"], data.get("series_uid"))
+        volume = read_volume(data["path"], data.get("series_uid"), self.uneven_slices)
         modality = self.modality
         if modality == "auto":
             modality = data.get("modality") or volume.modality
@@ -108,11 +117,42 @@ class ReadVolumed(Transform):
         out["series_uid"] = volume.series_uid
         out["original_shape"] = tuple(volume.voxels.shape)
         out["original_affine"] = np.asarray(volume.affine, np.float64)
+        out["notices"] = [*volume.notices]
+        out["uneven_slices"], out["mask_grid"] = self.uneven_slices, self.mask_grid
         if data.get("seg_path"):
-            mask = read_volume(data["seg_path"])
-            check_mask_values(mask.voxels, data["seg_path"])
+            mask = read_mask(data["seg_path"])
+            if self.mask_grid == "voxels":
+                mask = _on_voxels(mask, volume, data)
             out["seg"] = _meta_tensor(mask.voxels, mask.affine)
+            out["notices"] += mask.notices
         return out
+
+
+def _on_voxels(mask: Volume, volume: Volume, data: dict) -> Volume:
+    """Return a NIfTI mask of its image's shape with the image's affine, and a notice if its own
+    differs; any other mask as it is."""
+    if not (is_nifti(data["path"]) and is_nifti(data["seg_path"])):
+        return mask
+    different = off_by_header(mask, volume.affine, volume.voxels.shape)
+    if not different:
+        return mask
+    what = f"mask {data['seg_path']}: taken voxel by voxel (data.mask_grid: voxels); its header "
+    notices = (*mask.notices, what + f"differs: {different}")
+    return replace(mask, affine=volume.affine, notices=notices)
+
+
+def off_by_header(mask: Volume, affine: np.ndarray, shape: tuple) -> str:
+    """Say how a mask's grid differs from its image's although it has as many voxels, or ''.
+
+    affine, shape: of the image as read. Masks that are stored in another order of axes, but lie on
+    the image's voxels, do not differ.
+    """
+    if mask.voxels.shape != tuple(shape):
+        return ""
+    empty = np.zeros(shape, np.uint8)
+    grids = {"seg": _meta_tensor(empty, mask.affine), "image": _meta_tensor(empty, affine)}
+    grids = Orientationd(("seg", "image"), axcodes="RAS", labels=None)(grids)
+    return grid_difference(grids["seg"], grids["image"])
 
 
 class CheckMaskd(Transform):
@@ -123,7 +163,11 @@ class CheckMaskd(Transform):
         if seg is not None:
             different = grid_difference(seg, image)
             if different:
-                raise VolumeError(f"mask {data['seg_path']} of {data['path']}: {different}")
+                hint = ""
+                if seg.shape == image.shape and is_nifti(data["path"]):
+                    hint = "; if it was drawn on these voxels, set data.mask_grid=voxels"
+                what = f"mask {data['seg_path']} of {data['path']}: {different}{hint}"
+                raise VolumeError(what)
             seg.affine = image.affine  # so that both go through exactly the same geometry
         return data | {"slice_spacing": spacing_of(image.affine)}
 
@@ -156,6 +200,70 @@ class Resampled(MapTransform):
         if np.allclose(spacing_of(data["image"].affine), self.spacing, rtol=0.01, atol=0):
             return data
         return self.resample(data)
+
+
+class ToRightAnglesd(Transform):
+    """Resample a sheared volume, as of CT with a tilted gantry, to right angles and the spacing.
+
+    The new grid keeps the directions of the slices' rows and columns and spans all their voxels;
+    what no slice covers is air, and background in the mask.
+    """
+
+    def __init__(self, spacing: tuple[float, float, float] | None):
+        self.spacing = spacing
+
+    def __call__(self, data: dict) -> dict:
+        old = np.asarray(data["image"].affine, np.float64)
+        axis, shear = shear_of(old)
+        if shear <= MAX_SHEAR:
+            return data
+        new, shape = _right_angles(old, data["image"].shape[1:], axis, self.spacing)
+        index = np.linalg.solve(old, new)  # voxel of the new grid -> of the old one
+        air = CT_AIR if data["kind"] == "CT" else float(data["image"].min())
+        out = dict(data)
+        for key, order, outside in (("image", 1, air), ("seg", 0, 0)):
+            if key in out:
+                x = out[key][0].numpy().astype(np.float32)
+                found = ndimage.affine_transform(
+                    x, index, output_shape=shape, order=order, mode="nearest"
+                )
+                for i in range(shape[0]):  # plane by plane, to save memory
+                    covered = _is_covered(index, i, shape, x.shape)
+                    found[i] = np.where(covered, found[i], outside)
+                out[key] = _meta_tensor(found, new)
+        return out
+
+
+def _right_angles(affine, shape, axis: int, spacing) -> tuple[np.ndarray, tuple[int, ...]]:
+    """Return affine and shape of the grid at right angles that spans all voxels of a sheared one.
+
+    axis: from slice to slice. spacing: mm, or None for that of pixels and slices.
+    """
+    axes = affine[:3, :3] / spacing_of(affine)
+    first, second = (axis + 1) % 3, (axis + 2) % 3
+    axes[:, second] -= (axes[:, second] @ axes[:, first]) * axes[:, first]
+    axes[:, second] /= np.linalg.norm(axes[:, second])
+    normal = np.cross(axes[:, first], axes[:, second])
+    axes[:, axis] = normal * np.sign(normal @ axes[:, axis])
+    if spacing is None:
+        spacing = spacing_of(affine)
+        spacing[axis] = abs(affine[:3, axis] @ normal)
+    corners = np.stack(np.meshgrid(*[(0, n - 1) for n in shape], [1])).reshape(4, -1)
+    along = axes.T @ (affine @ corners)[:3]
+    low, extent = along.min(1), np.ptp(along, axis=1)
+    size = np.ceil(extent / spacing - 1e-6).astype(int) + 1
+    low -= ((size - 1) * spacing - extent) / 2  # the same margin on both sides
+    new = np.eye(4)
+    new[:3, :3], new[:3, 3] = axes * spacing, axes @ low
+    return new, tuple(map(int, size))
+
+
+def _is_covered(index: np.ndarray, i: int, shape: tuple, old_shape: tuple) -> np.ndarray:
+    """Return (Y, Z): whether voxels of plane i of a grid lie in the voxels of another one."""
+    _, y, z = np.meshgrid([i], *map(np.arange, shape[1:]), indexing="ij")
+    at = index[:3, :3] @ np.stack([np.full(y.shape, i), y, z]).reshape(3, -1) + index[:3, 3:]
+    limit = np.array(old_shape)[:, None] - 0.5
+    return ((at >= -0.5) & (at <= limit)).all(0).reshape(shape[1:])
 
 
 class ToGridd(MapTransform):
@@ -208,7 +316,7 @@ class CropToBodyd(MapTransform):
             keep = body
             if "seg" in data:
                 labels = data["seg"].as_tensor().abs().float()  # blocks that hold a label stay
-                keep = keep | (F.max_pool3d(labels, BLOCK, ceil_mode=True)[0] > 0).numpy()
+                keep = keep | (_pooled(F.max_pool3d, labels, BLOCK)[0] > 0).numpy()
             box, inner = _box_around(keep), _box_around(body)
             body = body[tuple(slice(*b) for b in box)]
             crop = SpatialCrop(roi_slices=[slice(a * BLOCK, b * BLOCK) for a, b in box])
@@ -221,11 +329,17 @@ class CropToBodyd(MapTransform):
             (low * BLOCK, min(high * BLOCK, n))
             for (low, high), n in zip(inner, out["image"].shape[1:], strict=True)
         ]
-        fraction = F.avg_pool3d(
-            torch.as_tensor(body)[None].float(), 2, ceil_mode=True, count_include_pad=False
+        fraction = _pooled(
+            F.avg_pool3d, torch.as_tensor(body)[None].float(), 2, count_include_pad=False
         )
         out["body"] = np.rint(fraction[0].numpy() * 255).astype(np.uint8)
         return out
+
+
+def _pooled(pool: Callable, x: torch.Tensor, size: int, **options) -> torch.Tensor:
+    """Pool (1, X, Y, Z) over blocks; the last ones, or the only one of few voxels, are smaller."""
+    kernel = [min(size, n) for n in x.shape[1:]]
+    return pool(x, kernel, size, ceil_mode=True, **options)
 
 
 def _box_around(keep: np.ndarray) -> list[tuple[int, int]]:
@@ -286,7 +400,7 @@ def find_body(image: torch.Tensor, kind: str) -> np.ndarray:
         bool (ceil(X/4), ceil(Y/4), ceil(Z/4)); all true if no air is visible, as in a crop from
         inside the body.
     """
-    mean = F.avg_pool3d(image.float(), BLOCK, ceil_mode=True, count_include_pad=False)[0].numpy()
+    mean = _pooled(F.avg_pool3d, image.float(), BLOCK, count_include_pad=False)[0].numpy()
     if kind == "CT":
         body = mean > CT_BODY
     else:

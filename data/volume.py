@@ -5,8 +5,15 @@ from dataclasses import dataclass
 import numpy as np
 from monai.data import MetaTensor
 
+TILTED = (
+    "slices are shifted sideways, by {:.1f} degrees (gantry tilt): resampled to right angles for "
+    "the network; predictions are on the slices as they are"
+)
 GRID_TOL = 0.25  # voxels by which the positions of image and mask may differ
+MAX_SHEAR = 0.5  # degrees; more is undone by resampling
+MAX_TILT = 45.0  # degrees; gantries tilt by up to 30
 INT16_MIN, INT16_MAX = -32768, 32767
+NEARLY_WHOLE = 1e-2  # labels this near to whole numbers come from a header's scaling, or float32
 MAX_BYTES = 4 << 30  # of one compressed file or series, whose header may claim any size
 
 
@@ -23,12 +30,14 @@ class Volume:
     affine: (4, 4) float64, voxel index -> RAS+ mm.
     modality: DICOM Modality ("CT", "MR", ...); None for NIfTI.
     series_uid: DICOM SeriesInstanceUID; None for NIfTI.
+    notices: what was likely, but not certain, or changed on the way; for the user, by row.
     """
 
     voxels: np.ndarray
     affine: np.ndarray
     modality: str | None = None
     series_uid: str | None = None
+    notices: tuple[str, ...] = ()
 
 
 def check_expansion(num_bytes: int, where: object) -> None:
@@ -43,6 +52,28 @@ def check_expansion(num_bytes: int, where: object) -> None:
 def spacing_of(affine) -> np.ndarray:
     """Return the voxel size (3,) in mm along each axis of a (4, 4) affine."""
     return np.linalg.norm(np.asarray(affine, np.float64)[:3, :3], axis=0)
+
+
+def voxel_sizes(affine) -> np.ndarray:
+    """Return (3,) mm whose product is a voxel's volume: pixels, and the distance of slices."""
+    sizes, (axis, shear) = spacing_of(affine), shear_of(affine)
+    sizes[axis] *= np.cos(np.radians(shear))
+    return sizes
+
+
+def shear_of(affine) -> tuple[int, float]:
+    """Return how far an affine (4, 4) is from right angles: an axis, and degrees.
+
+    The axis is the one whose removal leaves the two at the best right angle: of slices that are
+    shifted sideways, as in CT with a tilted gantry, the one from slice to slice. The degrees are
+    between it and the normal of the others.
+    """
+    axes = np.asarray(affine, np.float64)[:3, :3] / spacing_of(affine)
+    cosines = np.abs(axes.T @ axes)
+    axis = min(range(3), key=lambda k: (cosines[(k + 1) % 3, (k + 2) % 3], -k))
+    normal = np.cross(axes[:, (axis + 1) % 3], axes[:, (axis + 2) % 3])
+    cosine = abs(normal @ axes[:, axis]) / np.linalg.norm(normal)
+    return axis, float(np.degrees(np.arccos(min(cosine, 1))))
 
 
 def rescale(stored: np.ndarray, slope: float, intercept: float) -> np.ndarray:
@@ -81,19 +112,27 @@ def _fits(low: int, high: int, slope: int, intercept: int) -> bool:
     return INT16_MIN <= min(ends) and max(ends) <= INT16_MAX
 
 
-def check_mask_values(voxels: np.ndarray, path: str) -> None:
-    """Refuse a mask with values other than labels: whole numbers from 0 that int16 holds.
+def whole_labels(voxels: np.ndarray, path: str) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Return a mask's labels as int16, and a notice if some were NEARLY_WHOLE and were rounded.
 
     voxels: as `read_volume` returns them, float32 if int16 cannot hold them.
+
+    Raises VolumeError if values are no labels: whole numbers from 0 that int16 holds.
     """
-    wrong = voxels < 0
+    off, labels = 0.0, voxels
     if voxels.dtype.kind == "f":
-        wrong |= (voxels > INT16_MAX) | (voxels != np.rint(voxels))
+        labels = np.rint(voxels)
+        off = float(np.abs(voxels - labels).max())
+        wrong = (np.abs(voxels - labels) > NEARLY_WHOLE) | (labels > INT16_MAX) | (labels < 0)
+    else:
+        wrong = voxels < 0
     if wrong.any():
         raise VolumeError(
             f"{path}: a mask must hold whole numbers from 0 to {INT16_MAX}; {wrong.sum()} voxels "
             f"hold others, such as {voxels[wrong][0]:g}"
         )
+    what = f"{path}: labels are up to {off:.2g} away from whole numbers, and were rounded"
+    return labels.astype(np.int16, copy=False), (what,) * (off > 0)
 
 
 def grid_difference(seg: MetaTensor, image: MetaTensor) -> str:

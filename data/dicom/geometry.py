@@ -5,15 +5,15 @@ from collections.abc import Callable
 import numpy as np
 
 from data.dicom.header import Frame
-from data.volume import VolumeError
+from data.volume import MAX_TILT, VolumeError
 
 DIRECTION_TOLERANCE = 1e-3  # per direction cosine: headers round them
 UNIT_TOLERANCE = 1e-2  # for the length of directions, and for the cosine between them
 SPACING_TOLERANCE = 1e-3  # relative, for PixelSpacing between slices
 SAME_PLACE_MM = 1e-3
 JITTER = 0.04  # largest distance of a slice from its place in the regular stack, in slice spacings
-MAX_TILT = 0.5  # degrees between the stack's direction and the slices' normal
 LARGEST_SPACING_MM = 1000.0
+WIDEST_GAP = 4  # narrowest distances: more cannot be interpolated
 # The other phases, such as AcquisitionNumber, may differ between the slices of a volume.
 ONE_PER_VOLUME = (
     "TemporalPositionIdentifier TemporalPositionIndex StackID EchoNumbers EchoTime DiffusionBValue "
@@ -23,14 +23,19 @@ LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
 def stack_frames(
-    frames: list[Frame], where: str, same_values: Callable[[Frame, Frame], bool]
-) -> tuple[list[Frame], np.ndarray]:
+    frames: list[Frame],
+    where: str,
+    same_values: Callable[[Frame, Frame], bool],
+    resample: bool = False,
+) -> tuple[list[Frame], np.ndarray, np.ndarray | None]:
     """Order frames by position along their normal, dropping copies of an instance.
 
     where: file or folder, for errors. same_values: tells whether two frames have equal voxels;
-    called only for frames at one position.
+    called only for frames at one position. resample: take uneven distances too.
 
-    Returns the frames, each once, and the affine (4, 4): (column, row, slice) -> RAS+ mm.
+    Returns the frames, each once; the affine (4, 4): (column, row, slice) -> RAS+ mm; and None or,
+    at uneven distances, the slices' places (frames,) on the regular stack of the affine.
+    Slices that are shifted sideways, as in CT with a tilted gantry, make its third column oblique.
     Raises VolumeError unless they form one stack of parallel, evenly spaced slices.
     """
     for frame in frames:
@@ -47,7 +52,7 @@ def stack_frames(
     keep = _without_copies(frames, positions, where, same_values)
     frames, positions = [frames[i] for i in keep], positions[keep]
     _check_phases(frames, where)
-    first, step = _regular_places(frames, positions, normal, where)
+    first, step, places = _regular_places(frames, positions, normal, where, resample)
 
     between_rows, between_columns = frames[0].spacing
     affine = np.eye(4)
@@ -55,7 +60,7 @@ def stack_frames(
     affine[:3, 1] = along_column * between_rows
     affine[:3, 2] = step
     affine[:3, 3] = first
-    return frames, LPS_TO_RAS @ affine
+    return frames, LPS_TO_RAS @ affine, places
 
 
 def directions(frame: Frame) -> tuple[np.ndarray, np.ndarray]:
@@ -173,15 +178,17 @@ def _check_phases(frames: list[Frame], where: str) -> None:
 
 
 def _regular_places(
-    frames: list[Frame], positions: np.ndarray, normal: np.ndarray, where: str
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return first position and step of the regular stack nearest to them (least squares)."""
+    frames: list[Frame], positions: np.ndarray, normal: np.ndarray, where: str, resample: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Return first position and step of the regular stack nearest to them (least squares), and None
+    or, if they are uneven and may be resampled, their places on a stack of the narrowest step."""
     if len(frames) == 1:
         thickness = frames[0].thickness
         if not (thickness and 0 < thickness[0] < LARGEST_SPACING_MM):
             raise VolumeError(f"{where}: a single slice without SliceThickness has no depth")
-        return positions[0], normal * thickness[0]
+        return positions[0], normal * thickness[0], None
 
+    places = None
     index = np.arange(len(frames)) - (len(frames) - 1) / 2
     step = index @ positions / (index @ index)
     first = positions.mean(0) + index[0] * step
@@ -190,34 +197,64 @@ def _regular_places(
     gaps = np.diff(positions @ normal)
     is_uneven = np.any(np.abs(residuals @ normal) > JITTER * spacing)
     if is_uneven or np.any(np.abs(gaps - spacing) > 2 * JITTER * spacing):
-        _refuse_gaps(frames, gaps, where)
+        too_wide = bool(gaps.max() > WIDEST_GAP * gaps.min())
+        if too_wide or not resample:
+            hint = "; data.uneven_slices=resample interpolates" * (not too_wide)
+            raise VolumeError(f"{where}: {describe_gaps(frames)}{hint}")
+        places = np.concatenate([[0], np.cumsum(gaps)]) / gaps.min()
+        step = (positions[-1] - positions[0]) / places[-1]
+        first, spacing = positions[0], float(step @ normal)
+        residuals = positions - (first + np.outer(places, step))
     tilt = np.degrees(np.arccos(np.clip(spacing / np.linalg.norm(step), -1, 1)))
     if tilt > MAX_TILT:
-        raise VolumeError(
-            f"{where}: slices are shifted sideways, by {tilt:.1f} degrees (gantry tilt); "
-            "resample the series to right angles, as dcm2niix does, and read its NIfTI file"
-        )
+        raise VolumeError(f"{where}: slices are shifted sideways, by {tilt:.1f} degrees")
     if np.any(np.linalg.norm(residuals, axis=1) > 2 * JITTER * spacing):
         raise VolumeError(f"{where}: slices do not lie on one line")
     if spacing > LARGEST_SPACING_MM:
         raise VolumeError(f"{where}: slices are {spacing:.0f} mm apart")
-    return first, step
+    return first, step, places
 
 
-def _refuse_gaps(frames: list[Frame], gaps: np.ndarray, where: str) -> None:
-    """Raise, saying whether slices are missing or the spacing is uneven."""
+def describe_gaps(frames: list[Frame]) -> str:
+    """Say what uneven distances between slices are: missing slices, two spacings, or else."""
+    normal = np.cross(*directions(frames[0]))
+    gaps = np.diff(np.array([frame.position for frame in frames]) @ normal)
     narrowest, widest = float(gaps.min()), int(np.argmax(gaps))
     steps = gaps / max(narrowest, SAME_PLACE_MM)
     between = f"between {_name(frames[widest])} and {_name(frames[widest + 1])}"
+    runs = _runs(gaps)
+    if len(runs) > 1 and all(count > 1 for _, count, _ in runs) and len(gaps) > 4:
+        shown = ", then ".join(
+            f"{count + (at == 0)} slices {gap:.4g} mm apart" for gap, count, at in runs[:4]
+        )
+        return f"uneven slice spacing: {shown}{', ...' * (len(runs) > 4)}"
     if len(gaps) > 1 and np.all(np.abs(steps - np.round(steps)) < JITTER * (1 + steps)):
         missing = int(np.round(steps).sum()) - len(gaps)
-        raise VolumeError(
-            f"{where}: {missing} slice(s) missing: {gaps[widest]:.4g} mm {between}, "
-            f"{narrowest:.4g} mm elsewhere"
-        )
-    raise VolumeError(
-        f"{where}: uneven slice spacing, {gaps.min():.4g} to {gaps.max():.4g} mm; widest {between}"
-    )
+        what = f"{gaps[widest]:.4g} mm {between}, {narrowest:.4g} mm elsewhere"
+        return f"{missing} slice(s) missing: {what}"
+    return f"uneven slice spacing, {narrowest:.4g} to {gaps[widest]:.4g} mm; widest {between}"
+
+
+def _runs(gaps: np.ndarray) -> list[tuple[float, int, int]]:
+    """Return (mm, number, index of the first) of each run of equal distances."""
+    runs = []
+    for i, gap in enumerate(gaps.tolist()):
+        if runs and abs(gap - runs[-1][0]) <= JITTER * runs[-1][0]:
+            runs[-1] = (runs[-1][0], runs[-1][1] + 1, runs[-1][2])
+        else:
+            runs.append((gap, 1, i))
+    return runs
+
+
+def between_slices(voxels: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """Interpolate slices (N, rows, columns) at increasing places to 0, 1, 2, ...: float32."""
+    wanted = np.arange(int(np.floor(places[-1] + 1e-3)) + 1)
+    lower = np.clip(np.searchsorted(places, wanted, side="right") - 1, 0, len(places) - 2)
+    out = np.empty((len(wanted), *voxels.shape[1:]), np.float32)
+    for k, i in enumerate(lower):
+        weight = np.clip((wanted[k] - places[i]) / (places[i + 1] - places[i]), 0, 1)
+        out[k] = (1 - weight) * voxels[i] + weight * voxels[i + 1]
+    return out
 
 
 def _name(frame: Frame) -> str:

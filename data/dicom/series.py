@@ -7,20 +7,22 @@ from collections import Counter
 from pathlib import Path
 
 from data.dicom.elements import NotDicom
-from data.dicom.geometry import stack_frames
+from data.dicom.geometry import between_slices, describe_gaps, stack_frames
 from data.dicom.header import Image, read_header, shown
 from data.dicom.pixels import PLAIN, check_pixels, read_frames, same_values
-from data.volume import Volume, VolumeError, check_expansion
+from data.volume import MAX_SHEAR, TILTED, Volume, VolumeError, check_expansion, shear_of
 
 DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
 PARTIAL_SUFFIXES = (".gz", ".bz2", ".xz", ".zip", ".part", ".crdownload", ".filepart", ".tmp")
+INTERPOLATED = "interpolated to the narrowest distance, and predictions are on those slices"
 FEW_SLICES = 3  # a series of at most this many may be an accessory of a longer one
 
 
-def read_dicom(path: Path, series_uid: str | None = None) -> Volume:
+def read_dicom(path: Path, series_uid: str | None = None, uneven_slices: str = "refuse") -> Volume:
     """Read the one image series of a folder, or one multi-frame file.
 
     series_uid: SeriesInstanceUID to pick if there are several series.
+    uneven_slices: "refuse", or "resample" to the narrowest distance.
 
     Returns voxels (column, row, slice) in the order of slice positions, rescaled per slice
     (CT: HU), with their affine. Values of MONOCHROME1 images are kept as stored.
@@ -39,15 +41,23 @@ def read_dicom(path: Path, series_uid: str | None = None) -> Volume:
         if len(modalities) > 1:
             raise VolumeError(f"{where}: one series of several modalities: {', '.join(modalities)}")
         frames = [frame for image in series for frame in image.frames]
-        frames, affine = stack_frames(frames, where, same_values)
+        resample = uneven_slices == "resample"
+        frames, affine, places = stack_frames(frames, where, same_values, resample)
         if any(image.transfer_syntax not in PLAIN for image in series):
             check_expansion(len(frames) * frames[0].image.frame_bytes, where)
-        voxels = read_frames(frames)
+        voxels, notices = read_frames(frames), []
+    if places is not None:
+        voxels = between_slices(voxels, places)
+        notices.append(f"{where}: {describe_gaps(frames)}; {INTERPOLATED}")
+    tilt = shear_of(affine)[1]
+    if tilt > MAX_SHEAR:
+        notices.append(f"{where}: {TILTED.format(tilt)}")
     return Volume(
         voxels=voxels.transpose(2, 1, 0),
         affine=affine,
         modality=modalities[0] if modalities else None,
         series_uid=series[0].series_uid or None,
+        notices=tuple(notices),
     )
 
 

@@ -20,10 +20,11 @@ from torch import Tensor
 from data.cases import Case
 from data.entry import CacheEntry
 from data.inference.windows import fixed_view
-from data.nifti import is_nifti
-from data.readers import VolumeError, read_volume
+from data.nifti import is_nifti, read_nifti_header
+from data.readers import VolumeError, read_mask, read_volume
+from data.standard import off_by_header
 from data.views.intensity import normalise
-from data.volume import spacing_of
+from data.volume import MAX_SHEAR, shear_of, spacing_of
 from utils.classes import Classes
 from utils.errors import NotFinite
 from utils.memory import attempt
@@ -186,13 +187,16 @@ def read_truth(case: Case, entry: CacheEntry, classes: Classes) -> np.ndarray:
 
     Raises VolumeError if mask and image have different shapes.
     """
-    mask = read_volume(case.seg_path)
+    mask = read_mask(case.seg_path)
+    if entry.mask_grid == "voxels" and is_nifti(case.path) and is_nifti(case.seg_path):
+        if off_by_header(mask, entry.original_affine, entry.original_shape):
+            return classes.to_index(mask.voxels)
     # the mask's axes in terms of the image's
     turn = nib.io_orientation(np.linalg.solve(entry.original_affine, mask.affine))
     voxels = nib.apply_orientation(mask.voxels, turn)
     if voxels.shape != tuple(entry.original_shape):
         raise VolumeError(f"{case.seg_path}: not on the grid of {case.path}")
-    return classes.to_index(voxels.astype(np.int16))
+    return classes.to_index(voxels)
 
 
 def write_prediction(
@@ -223,7 +227,10 @@ def write_prediction(
     if header is None:
         image.header.set_xyzt_units("mm")
         image.set_sform(affine, code=1)
-        image.set_qform(affine, code=1)
+        if shear_of(affine)[1] <= MAX_SHEAR:  # a qform has no shear
+            image.set_qform(affine, code=1)
+        else:
+            image.set_qform(None, code=0)
     path = Path(path)
     temporary = path.with_name(f".{uuid.uuid4().hex}.tmp.nii.gz")
     try:
@@ -233,33 +240,35 @@ def write_prediction(
         temporary.unlink(missing_ok=True)
 
 
-def read_picture(case: Case, classes: Classes, prediction_path: str | Path) -> dict:
+def read_picture(
+    case: Case, entry: CacheEntry, classes: Classes, prediction_path: str | Path
+) -> dict:
     """Read what `utils.report.plots_segmentation.plot_overlay` needs of a case from its files.
 
     Returns:
         {image, prediction, truth (None without a mask), spacing_mm}: arrays (X, Y, Z) in RAS+.
     """
-    volume, found = read_volume(case.path, case.series_uid), read_volume(prediction_path)
-    truth = read_volume(case.seg_path) if case.seg_path else None
+    volume = read_volume(case.path, case.series_uid, entry.uneven_slices)
+    found = read_mask(prediction_path)
 
     def to_ras(voxels: np.ndarray, affine: np.ndarray) -> np.ndarray:
         return nib.apply_orientation(voxels, nib.io_orientation(affine))
 
     def indices(mask) -> np.ndarray:
-        return classes.to_index(to_ras(mask.voxels, mask.affine).astype(np.int16))
+        return classes.to_index(to_ras(mask.voxels, mask.affine))
 
     order = nib.io_orientation(volume.affine)[:, 0].argsort()
     return {
         "image": to_ras(volume.voxels, volume.affine),
         "prediction": indices(found),
-        "truth": None if truth is None else indices(truth),
+        "truth": to_ras(read_truth(case, entry, classes), volume.affine) if case.seg_path else None,
         "spacing_mm": spacing_of(volume.affine)[order],
     }
 
 
 def _geometry(path: str) -> nib.Nifti1Header:
     """Return a new header with the position and size of an image and nothing else of its header."""
-    source = nib.load(path).header
+    source = read_nifti_header(path)
     header = type(source)() if source.endianness == "<" else type(source)(endianness="<")
     header.set_data_shape(source.get_data_shape()[:3])
     header["pixdim"][:4] = source["pixdim"][:4]
@@ -277,7 +286,7 @@ def _dtype(case: Case, highest: int) -> np.dtype:
     given = []
     for path in (case.seg_path, case.path):
         if path and is_nifti(path):
-            given.append(nib.load(path).get_data_dtype())
+            given.append(read_nifti_header(path).get_data_dtype())
         elif path == case.path:
             given.append(np.dtype(np.int16))  # as DICOM is read
     given = given[:1] if case.seg_path else given

@@ -12,7 +12,7 @@ from torch import nn
 from data.cases import Case
 from data.inference.restore import predict_case, read_truth, write_prediction
 from data.readers import read_volume
-from data.volume import spacing_of
+from data.volume import voxel_sizes
 from utils import distributed
 from utils.classes import Classes
 from utils.memory import explained
@@ -74,7 +74,7 @@ def predict_and_score(
         found = segment(run, predict, entry)
     name = f"{file_name(case.patient, case.row)}.nii.gz"
     write_prediction(files / name, found, classes, case, entry)
-    spacing = spacing_of(entry.original_affine)
+    spacing = voxel_sizes(entry.original_affine)
     if case.seg_path:
         truth, tolerance = read_truth(case, entry, classes), run.cfg.inference.tolerance
         rows = case_metrics(found, truth, spacing, classes.names, tolerance)
@@ -87,7 +87,7 @@ def predict_and_score(
 def draw_case(path: Path, case: Case, entry, found, truth, classes: Classes) -> np.ndarray:
     """Draw prediction and truth (class indices on the file's grid) as outlines on the image."""
     turn = nib.io_orientation(entry.original_affine)
-    volumes = (read_volume(case.path, case.series_uid).voxels, found, truth)
+    volumes = (read_volume(case.path, case.series_uid, entry.uneven_slices).voxels, found, truth)
     in_ras = [nib.apply_orientation(voxels, turn) for voxels in volumes]
     title = f"line {case.row} of the CSV: {describe(case_dice(found, truth, classes.names))}"
     return plot_overlay(path, *in_ras, entry.slice_spacing, classes.names, title)

@@ -13,18 +13,19 @@ from monai.transforms import Orientationd
 from tqdm import tqdm
 
 from data.cache import VolumeCache, fingerprint, hash_series
-from data.cases import Case, Problem
+from data.cases import NOTICE, Case, Problem
 from data.nifti import is_nifti
 from data.readers import VolumeError
-from data.standard import CheckMaskd, ReadVolumed
+from data.standard import CheckMaskd, ReadVolumed, StandardForm
 from data.volume import spacing_of
 from utils.parallel import in_processes
 
-VERSION = 2  # of the remembered facts: raise it when the readers refuse more than before
+VERSION = 3  # of the remembered facts: raise it when the readers refuse more than before
 SPACING_MM = (0.05, 20.0)  # others mean a wrong unit in the header, or a localizer
-MIN_VOXELS = 8  # along each axis
+MIN_VOXELS = 2  # along each axis
+FEW_VOXELS = 8  # fewer are noticed: the network sees mostly padding there
 # {"shape": of the file, "spacing": mm, "series": hash of SeriesInstanceUID or None,
-#  "labels": label values of the mask except 0}
+#  "labels": label values of the mask except 0, "notices": of the readers}
 Facts = dict
 
 
@@ -85,7 +86,21 @@ def mask_labels(cases: Sequence[Case], cache: VolumeCache) -> dict[int, list[int
         if case.seg_path and cache.has(case):
             found[case.row] = cache.get(case).labels
         elif case.seg_path:
-            found[case.row] = known[_source_key(case)]["labels"]
+            found[case.row] = known[_source_key(case, cache.form)]["labels"]
+    return found
+
+
+def volume_notices(cases: Sequence[Case], cache: VolumeCache) -> list[Problem]:
+    """Return what the user should know of cases that `check_volumes` found good, by row."""
+    known, found = _recall(cache.cache_dir / "checked.jsonl"), []
+    for case in cases:
+        entry = cache.get(case) if cache.has(case) else None
+        facts = _facts_of_entry(entry) if entry else known[_source_key(case, cache.form)]
+        notices = [*facts["notices"]]
+        if min(facts["shape"]) < FEW_VOXELS:
+            shown = " x ".join(map(str, facts["shape"]))
+            notices.append(f"{case.path}: {shown} voxels: few along an axis, the rest is padding")
+        found += [Problem(case.row, case.patient, what, NOTICE) for what in notices]
     return found
 
 
@@ -111,7 +126,13 @@ def _read_new(
     memory.parent.mkdir(parents=True, exist_ok=True)
     known = _recall(memory)
     with ThreadPoolExecutor(16) as threads:  # network disks answer many at a time
-        keys = dict(zip((c.row for c in cases), threads.map(_source_key, cases), strict=True))
+        keys = dict(
+            zip(
+                (c.row for c in cases),
+                threads.map(partial(_source_key, form=cache.form), cases),
+                strict=True,
+            )
+        )
     todo = []
     for case in cases:
         key = keys[case.row]
@@ -121,7 +142,9 @@ def _read_new(
             yield case, _facts_of_entry(cache.get(case))
         else:
             todo.append(case)
-    jobs = in_processes(partial(_read, default_modality=default_modality), todo, n_workers)
+    jobs = in_processes(
+        partial(_read, default_modality=default_modality, form=cache.form), todo, n_workers
+    )
     bar = tqdm(jobs, "reading volumes", len(todo), unit="volume", disable=not progress or not todo)
     with open(memory, "a", encoding="utf-8") as file:
         for case, result in bar:
@@ -132,7 +155,7 @@ def _read_new(
             yield case, result
 
 
-def _read(case: Case, default_modality: str) -> Facts | VolumeError:
+def _read(case: Case, default_modality: str, form: StandardForm) -> Facts | VolumeError:
     """Read the volume and its mask as the cache would, but keep no voxels."""
     fixed = None if default_modality == "auto" else default_modality
     modality = case.modality or fixed or ("OT" if _lacks_modality(case, "auto") else None)
@@ -140,7 +163,7 @@ def _read(case: Case, default_modality: str) -> Facts | VolumeError:
     if case.seg_path:
         item["seg_path"] = case.seg_path
     try:
-        item = ReadVolumed()(item)
+        item = ReadVolumed("auto", form.uneven_slices, form.mask_grid)(item)
         voxels = item["image"].numpy()
         if voxels.min() == voxels.max():
             raise VolumeError(f"{case.path}: every voxel is {voxels.min():g}")
@@ -151,6 +174,7 @@ def _read(case: Case, default_modality: str) -> Facts | VolumeError:
             "spacing": spacing_of(item["original_affine"]).tolist(),
             "series": hash_series(item["series_uid"]),
             "labels": _label_values(item["seg"].numpy()) if case.seg_path else [],
+            "notices": item["notices"],
         }
     except VolumeError as e:
         return e
@@ -164,6 +188,7 @@ def _facts_of_entry(entry) -> Facts:
         "spacing": spacing_of(entry.original_affine).tolist(),
         "series": entry.series_hash,
         "labels": entry.labels,
+        "notices": entry.notices,
     }
 
 
@@ -175,13 +200,14 @@ def _label_values(mask: np.ndarray) -> list[int]:
     return (np.flatnonzero(seen[1:]) + 1).tolist()
 
 
-def _source_key(case: Case) -> str | None:
-    """Return a hash of path, size and time of all source files, or None if one is gone."""
+def _source_key(case: Case, form: StandardForm) -> str | None:
+    """Return a hash of path, size and time of all source files, or None if one is gone, and of how
+    they are read."""
     try:
         sources = [fingerprint(path) for path in (case.path, case.seg_path) if path]
     except VolumeError:
         return None
-    facts = [VERSION, sources, case.series_uid]
+    facts = [VERSION, sources, case.series_uid, form.uneven_slices, form.mask_grid]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from data.cache import VolumeCache
 from data.cases import Case, CasesError, Problem, read_cases, split_bad
 from data.demo.make import make_demo
-from data.prepare.check import check_volumes, mask_labels
+from data.prepare.check import check_volumes, mask_labels, volume_notices
 from data.prepare.masks import mask_problems
 from data.prepare.targets import Targets
 from utils import distributed
@@ -43,7 +43,8 @@ def load_cases(
         find_problems: returns further problems of the labels, those of the test rows included.
     Returns:
         {"train": cases, "val": cases, "test": cases} in the order of the rows, test empty unless
-        test_ckpt is set; the problems of the cases that were left out.
+        test_ckpt is set; the problems of the cases that were left out, and notices of others
+        (`Problem.is_notice`).
     Raises:
         CasesError: with all problems, if there are more than data.max_bad_cases allows or a needed
             part is left empty.
@@ -75,17 +76,24 @@ def _load(cfg, cache, columns, check, classes, needed, find_problems, n_workers)
         cases = [case for case in cases if case.fold in wanted]
     progress = distributed.is_main()
     problems += check_volumes(cases, cache, not check, n_workers, cfg.data.modality, progress)
+    bad = {problem.row for problem in problems if not problem.is_notice}
+    readable = [case for case in cases if case.row not in bad]
+    notices = [problem for problem in problems if problem.is_notice]
+    notices += volume_notices(readable, cache)
+    problems = [problem for problem in problems if not problem.is_notice]
     if classes is not None:
-        bad = {problem.row for problem in problems}
-        labels = mask_labels([case for case in cases if case.row not in bad], cache)
+        labels = mask_labels(readable, cache)
         problems += mask_problems(split(cases, cfg), labels, classes)
-    good, skipped = split_bad(cases, problems, cfg.data.max_bad_cases)
+    try:
+        good, skipped = split_bad(cases, problems, cfg.data.max_bad_cases)
+    except CasesError as error:
+        raise CasesError([*error.problems, *notices], error.heading) from None
     cases = split(good, cfg)
     needed = [name for name in needed if name != "test" or cfg.test_ckpt]
     empty = [f"{name}_folds: no case is left" for name in needed if not cases[name]]
     if empty:
         raise CasesError([*(Problem(0, "", what, "folds") for what in empty), *skipped])
-    return cases, skipped
+    return cases, [*skipped, *notices]
 
 
 def seen_problems(cases: Sequence[Case], seen: Collection[str], by: str) -> list[Problem]:

@@ -64,7 +64,8 @@ def segmentation(run: Run[SegmentationConfig], backbone, seen) -> None:
     case_of, file_of = {c.row: c for c in cases["test"]}, {r["csv_line"]: r for r in rows}
 
     def read(line: int) -> dict:
-        return read_picture(case_of[line], classes, files / file_of[line]["prediction"])
+        case, name = case_of[line], file_of[line]["prediction"]
+        return read_picture(case, cache.get(case), classes, files / name)
 
     content = (rows, classes.names, cfg.inference.tolerance, read, notes)
     settings, title = cfg.model_dump(mode="json"), f"Frozen probe of {cfg.experiment}"

@@ -3,13 +3,15 @@
 tests/faults/files/nifti.py writes odd and broken files; it judges volumes, and messages.
 """
 
+import gzip
 import struct
 
 import nibabel as nib
 import numpy as np
 import pytest
 
-from data.readers import read_volume
+from data.cache import fingerprint
+from data.readers import VolumeError, read_volume
 from tests.places import SHARED
 
 DATA = SHARED / "data"
@@ -74,3 +76,44 @@ def test_agrees_with_nibabel(folder):
         volume, image = read_volume(path), nib.load(path)
         np.testing.assert_allclose(volume.voxels, image.get_fdata(), rtol=1e-6)
         np.testing.assert_allclose(volume.affine, image.affine, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["packed.nii", "plain.nii.gz", "pair.img", "pair.hdr", "PAIR.IMG"])
+def test_gzip_is_known_by_its_bytes_and_pairs_are_read(tmp_path, name):
+    voxels, affine = np.arange(24, dtype=np.int16).reshape(2, 3, 4), np.diag([-2.0, 3, 4, 1])
+    if "pair" in name.lower():
+        nib.save(nib.Nifti1Pair(voxels, affine), tmp_path / "pair.img")
+        for suffix in ("hdr", "img") if name.isupper() else ():
+            (tmp_path / f"pair.{suffix}").rename(tmp_path / f"PAIR.{suffix.upper()}")
+    else:
+        data = nib.Nifti1Image(voxels, affine).to_bytes()
+        (tmp_path / name).write_bytes(gzip.compress(data) if "packed" in name else data)
+    volume = read_volume(tmp_path / name)
+    np.testing.assert_array_equal(volume.voxels, voxels)
+    np.testing.assert_array_equal(volume.affine, affine)
+    assert len(fingerprint(tmp_path / name)) == (2 if "pair" in name.lower() else 1)
+
+
+def test_analyze_files_are_refused(tmp_path):
+    nib.save(nib.Spm2AnalyzeImage(np.zeros((8, 8, 8), np.int16), np.eye(4)), tmp_path / "a.img")
+    with pytest.raises(VolumeError, match="Analyze header.*left from right"):
+        read_volume(tmp_path / "a.img")
+
+
+def save_forms(path, sform, qform, codes):
+    image = nib.Nifti1Image(VALUES, None)
+    image.set_sform(sform, codes[0])
+    image.set_qform(qform, codes[1])
+    nib.save(image, path)
+    return path
+
+
+@pytest.mark.parametrize("codes", [(2, 1), (4, 1), (1, 2)])
+def test_forms_of_two_spaces_are_no_contradiction_and_the_sform_counts(tmp_path, codes):
+    turned = np.array([[0, -2, 0, 5], [2, 0, 0, -3], [0, 0, 2, 9], [0, 0, 0, 1.0]])
+    path = save_forms(tmp_path / "a.nii", turned, np.diag([2, 2, 2, 1.0]), codes)
+    volume = read_volume(path)
+    np.testing.assert_array_equal(volume.affine, turned)
+    assert "the sform was taken" in volume.notices[0] and str(codes[0]) in volume.notices[0]
+    with pytest.raises(VolumeError, match="place the volume differently"):
+        read_volume(save_forms(tmp_path / "b.nii", turned, np.diag([2, 2, 2, 1.0]), (1, 1)))

@@ -46,7 +46,13 @@ def test_error_is_a_value_error_and_travels_between_processes():
 
 def test_volume_holds_nothing_else_of_the_header(tmp_path):
     volume = read_volume(save_series(make_series(), tmp_path))
-    assert set(Volume.__dataclass_fields__) == {"voxels", "affine", "modality", "series_uid"}
+    assert set(Volume.__dataclass_fields__) == {
+        "voxels",
+        "affine",
+        "modality",
+        "series_uid",
+        "notices",
+    }
     assert b"Secret" not in pickle.dumps(volume) and b"phantom-1" not in pickle.dumps(volume)
 
 

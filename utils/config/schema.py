@@ -46,6 +46,8 @@ class Data(f.Section):
     hu_window: f.Range
     percentiles: f.Percentiles
     crop_background: bool
+    uneven_slices: Literal["refuse", "resample"]
+    mask_grid: Literal["header", "voxels"]
     max_bad_cases: f.Count
 
 

@@ -151,11 +151,14 @@ def write_training_report(
         warnings, settings: shown as they are.
         weights: what is known of the weights that the run started from; None: they were random.
     """
-    left_out = [f"{p.patient} (line {p.row} of the CSV): {p.what}" for p in log.skipped]
+    told: dict[bool, list[str]] = {False: [], True: []}
+    for p in log.skipped:
+        told[p.is_notice].append(f"{p.patient} (line {p.row} of the CSV): {p.what}")
     found = [(log.folder / "plots" / name, caption) for name, caption in pictures.items()]
     sections = [
         Section("Warnings", [list(warnings)], warning=True),
-        Section("Cases left out", [left_out], warning=True),
+        Section("Cases left out", [told[False]], warning=True),
+        Section("Cases worth a look", [told[True]], warning=True),
         Section("Last epoch", log.rows[-1:]),
         Section("Pictures", [item for item in found if item[0].exists()]),
         Section("Epochs", [log.rows]),

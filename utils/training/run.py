@@ -86,7 +86,8 @@ def load_weights(run: Run, backbone: nn.Module) -> dict | None:
 def open_log(run: Run, state: State, network: nn.Module, cases: dict, skipped) -> None:
     """Open the folder and the log of a run; the first lines say what is trained, and on what.
 
-    network: its parameters are counted. skipped: problems of the cases that were left out.
+    network: its parameters are counted. skipped: problems of the cases that were left out, and
+        notices of others.
     """
     check_space(state, run.checkpoints, network)
     log = run.log = RunLog(run.folder, state.step, state.epoch, skipped)
@@ -100,13 +101,14 @@ def open_log(run: Run, state: State, network: nn.Module, cases: dict, skipped) -
         log.message(str(report) if report else "weights: random")
     log.message(
         f"{', '.join(f'{len(cases[name])} {name}' for name in ('train', 'val'))} cases, "
-        f"{len(skipped)} problems; {run.cfg.backbone}, "
+        f"{sum(not p.is_notice for p in skipped)} problems; {run.cfg.backbone}, "
         f"{sum(p.numel() for p in network.parameters()) / 1e6:.1f} M parameters, on "
         f"{distributed.world_size()} x {run.device.type}; {state.steps_per_epoch} steps per "
         f"epoch, from step {state.step}"
     )
     for problem in skipped:
-        log.message(f"left out {problem.patient} (line {problem.row}): {problem.what}")
+        what = "note on" if problem.is_notice else "left out"
+        log.message(f"{what} {problem.patient} (line {problem.row}): {problem.what}")
 
 
 @contextmanager

@@ -19,7 +19,7 @@ class RunLog:
     Args:
         folder: <results_dir>/<experiment>.
         step, epoch: optimizer steps and epochs done; what was logged after these is dropped.
-        skipped: problems of the cases that were left out, for the report.
+        skipped: problems of the cases that were left out and notices of others, for the report.
     """
 
     def __init__(self, folder: str | Path, step: int = 0, epoch: int = 0, skipped: Sequence = ()):

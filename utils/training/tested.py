@@ -10,6 +10,7 @@ from utils.checkpoint import CheckpointError
 
 Config = TypeVar("Config", bound=BaseModel)
 LATER = {"steps_per_epoch": None}  # settings that came later, with what runs did before
+READING = {"uneven_slices": "refuse", "mask_grid": "header"}  # likewise, of data
 
 
 def open_tested(path: str, stage: str, cfg: Config, keys: Sequence[str]) -> tuple[dict, Config]:
@@ -20,8 +21,8 @@ def open_tested(path: str, stage: str, cfg: Config, keys: Sequence[str]) -> tupl
     Args:
         stage: the stage that it must be from, such as segmentation.
         cfg: the config at hand.
-        keys: keys that are taken from the config at hand, as are data.max_bad_cases and, unless it
-            is auto, data.modality.
+        keys: keys that are taken from the config at hand, as are data.max_bad_cases, how scans and
+            masks are read (READING) and, unless it is auto, data.modality.
     Raises:
         CheckpointError: it cannot be read, or is from another stage or a version with other keys.
     """
@@ -31,10 +32,11 @@ def open_tested(path: str, stage: str, cfg: Config, keys: Sequence[str]) -> tupl
         what = f"of stage {found}; test_ckpt takes best.pt or last.pt of {stage}.py"
         raise CheckpointError(f"{path}: {what}")
     try:
-        own = type(cfg).model_validate(LATER | saved["config"])
+        data = READING | saved["config"].get("data", {})
+        own = type(cfg).model_validate(LATER | saved["config"] | {"data": data})
     except ValidationError as e:
         raise CheckpointError(f"{path}: its settings are not of this version: {e}") from e
-    data = {"max_bad_cases": cfg.data.max_bad_cases}
+    data = {key: getattr(cfg.data, key) for key in ("max_bad_cases", *READING)}
     data |= {} if cfg.data.modality == "auto" else {"modality": cfg.data.modality}
     changes = {key: getattr(cfg, key) for key in keys}
     changes |= {"data": own.data.model_copy(update=data), "train_folds": [], "val_folds": []}

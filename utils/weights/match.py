@@ -52,6 +52,8 @@ def leaves(content: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
             if id(value) in seen:  # the same dict under two names, or within itself
                 continue
             seen.add(id(value))
+            if not isinstance(value, Mapping):
+                others[name] = value
             items = value.items() if isinstance(value, Mapping) else _nested_items(value)
             stack += [(f"{name}.{key}" if name else str(key), x) for key, x in reversed(items)]
         elif isinstance(value, torch.Tensor) and _is_plain(value):

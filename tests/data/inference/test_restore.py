@@ -405,7 +405,7 @@ def test_picture_is_read_back_in_ras(tmp_path, case, name):
     entry, out = entry_of(this, tmp_path), tmp_path / "p.nii.gz"
     truth = read_truth(this, entry, CLASSES)
     write_prediction(out, np.where(truth == IGNORE, 0, truth), CLASSES, this, entry)
-    picture = read_picture(this, CLASSES, out)
+    picture = read_picture(this, entry, CLASSES, out)
     canonical = nib.as_closest_canonical(nib.load(this.path))
     assert np.array_equal(picture["image"], np.asarray(canonical.dataobj))
     assert np.allclose(picture["spacing_mm"], canonical.header.get_zooms())
@@ -413,7 +413,7 @@ def test_picture_is_read_back_in_ras(tmp_path, case, name):
     assert np.array_equal(picture["prediction"], np.where(shown == IGNORE, 0, shown))
     assert (shown == 2).sum() == (truth == 2).sum() > 0
     alone = Case("p", this.path, "0", 2, modality="CT")
-    assert read_picture(alone, CLASSES, out)["truth"] is None
+    assert read_picture(alone, entry, CLASSES, out)["truth"] is None
 
 
 # ---- DICOM

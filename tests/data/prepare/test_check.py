@@ -12,7 +12,7 @@ import data.prepare.check
 import utils.parallel
 from data.cache import VolumeCache
 from data.cases import Case, read_cases
-from data.prepare.check import check_volumes
+from data.prepare.check import check_volumes, volume_notices
 from data.standard import StandardForm
 from tests.places import SHARED
 
@@ -48,9 +48,9 @@ def count_reads(monkeypatch):
     """List that grows by a row number with every volume that check reads itself."""
     read, rows = data.prepare.check._read, []
 
-    def counting(case, default_modality):
+    def counting(case, **settings):
         rows.append(case.row)
-        return read(case, default_modality)
+        return read(case, **settings)
 
     monkeypatch.setattr(data.prepare.check, "_read", counting)
     return rows
@@ -66,7 +66,7 @@ def test_all_kinds_of_bad_volumes(tmp_path, build):
         case(write(tmp_path / "good.nii.gz"), 2),
         case(tmp_path / "text.nii.gz", 3),
         case(cut, 4),
-        case(write(tmp_path / "thin.nii.gz", shape=(12, 12, 7)), 5),
+        case(write(tmp_path / "thin.nii.gz", shape=(12, 12, 1)), 5),
         case(write(tmp_path / "metres.nii.gz", spacing=(0.001, 0.001, 0.001)), 6),
         case(write(tmp_path / "thick.nii.gz", spacing=(1, 1, 25)), 7),
         case(write(tmp_path / "flat.nii.gz", value=3), 8),
@@ -80,7 +80,7 @@ def test_all_kinds_of_bad_volumes(tmp_path, build):
     for row, kind, what in (
         (3, "unreadable volumes", "text.nii.gz"),
         (4, "unreadable volumes", "cut.nii.gz"),
-        (5, "geometry", "12 x 12 x 7 voxels; expected at least 8 along each axis"),
+        (5, "geometry", "12 x 12 x 1 voxels; expected at least 2 along each axis"),
         (6, "geometry", "spacing 0.001 x 0.001 x 0.001 mm; expected 0.05 to 20"),
         (7, "geometry", "spacing 1 x 1 x 25 mm"),
         (8, "unreadable volumes", "flat.nii.gz"),
@@ -104,12 +104,12 @@ def test_good_volumes_are_remembered_until_they_change(tmp_path, count_reads):
         file.write('{"key": \n')  # cut short by a crash
     assert check(cases, cache_in(tmp_path, "MR")) == first  # whatever the standard form
     assert count_reads == [2, 3, 4, 4]
-    write(tmp_path / "3.nii.gz", shape=(12, 10, 7))
+    write(tmp_path / "3.nii.gz", shape=(12, 10, 1))
     assert [p.row for p in check(cases, cache)] == [3, 4]
     assert count_reads == [2, 3, 4, 4, 3, 4]
     assert [p.row for p in check(cases, cache)] == [3, 4]  # good to read, still of wrong geometry
     for line in memory.read_text().splitlines()[:2]:
-        assert set(json.loads(line)) == {"key", "shape", "spacing", "series", "labels"}
+        assert set(json.loads(line)) == {"key", "shape", "spacing", "series", "labels", "notices"}
     assert "p2" not in memory.read_text() and "nii" not in memory.read_text()
 
 
@@ -138,7 +138,8 @@ def test_unknown_modality_is_one_problem(tmp_path, build):
 def test_parallel_processes_find_the_same(tmp_path, monkeypatch):
     monkeypatch.setattr(utils.parallel, "PATIENCE_S", 0)
     cases = [
-        case(write(tmp_path / f"{row}.nii.gz", shape=(9, 9, row)), row) for row in range(6, 10)
+        case(write(tmp_path / f"{row}.nii.gz", shape=(9, 9, 1 + row // 8)), row)
+        for row in range(6, 10)
     ]
     assert [p.row for p in check(cases, cache_in(tmp_path), n_workers=2)] == [6, 7]
 
@@ -173,3 +174,12 @@ def test_real_volumes(tmp_path):
         Case("p2", str(DATA / "dicom" / "mr_oblique_flair"), "0", 4),
     ]
     assert check(series, cache_in(tmp_path)) == []
+
+
+def test_few_slices_are_read_with_a_notice(tmp_path):
+    sizes = (2, 7, 8)
+    cases = [case(write(tmp_path / f"{n}.nii", shape=(12, 12, n)), n) for n in sizes]
+    cache = cache_in(tmp_path)
+    assert check(cases, cache) == [] and check(cases, cache, build=True) == []
+    assert cache.get(cases[0]).read_region((0, 0, 0), (12, 12, 2)).shape == (1, 12, 12, 2)
+    assert [notice.row for notice in volume_notices(cases, cache)] == [2, 7]

@@ -9,7 +9,8 @@ import pytest
 
 from data.cache import VolumeCache
 from data.cases import Case, CasesError, format_problems
-from data.prepare.check import check_volumes, mask_labels
+from data.inference.restore import read_truth
+from data.prepare.check import check_volumes, mask_labels, volume_notices
 from data.prepare.load import load_cases
 from data.prepare.masks import mask_notices, mask_problems
 from data.readers import VolumeError, read_volume
@@ -322,3 +323,66 @@ def test_real_abdomen_with_many_labels(tmp_path, folder, modality, count):
     data = PatchDataset([case], cache, classes, PatchSettings((48, 48, 32)), 1.0, [], 0)
     seen = {data[(0, 0, i)]["foreground"] for i in range(8 * count)}
     assert len(seen) > 0.95 * count and 0 not in seen
+
+
+@pytest.mark.parametrize(("labels", "off"), [([0, 0.9999, 2.0003], True), ([0, 1, 2], False)])
+def test_labels_a_hair_off_are_rounded_with_a_notice(tmp_path, labels, off):
+    voxels, mask = phantom()
+    nib.save(nib.Nifti1Image(voxels, TURNED), tmp_path / "i.nii.gz")
+    mask = (mask // 3).clip(max=2)
+    stored = np.float32(labels)[mask]
+    nib.save(nib.Nifti1Image(stored, TURNED), tmp_path / "m.nii.gz")
+    case = Case("p", str(tmp_path / "i.nii.gz"), "0", 2, None, "MR", str(tmp_path / "m.nii.gz"))
+    for build in (False, True):
+        cache = VolumeCache(tmp_path / str(build), StandardForm(None, crop_background=False))
+        assert check_volumes([case], cache, build, 0, "auto", progress=False) == []
+        assert mask_labels([case], cache) == {2: [1, 2]}
+        found = volume_notices([case], cache)
+        assert [p.row for p in found] == [2] * off and all("whole numbers" in p.what for p in found)
+    truth = read_truth(case, cache.get(case), Classes(("a", "b"), ((1,), (2,))))
+    np.testing.assert_array_equal(truth, mask)
+
+
+@pytest.mark.parametrize("codes", [None, "LPS", "SPR"])
+@pytest.mark.parametrize("off", ["origin", "identity", "mirrored", "nothing"])
+def test_masks_drawn_on_the_voxels_are_taken_so_by_explicit_setting_only(tmp_path, off, codes):
+    voxels, mask = phantom((10, 10, 10))
+    save(tmp_path / "i.nii.gz", voxels, codes=codes)
+    stored = nib.load(tmp_path / "i.nii.gz")
+    drawn = (np.asarray(stored.dataobj) // 300).astype(np.uint8)
+    affine = stored.affine.copy()
+    if off == "origin":
+        affine[:3, 3] += 7
+    elif off == "identity":
+        affine = np.eye(4)
+    elif off == "mirrored":
+        affine[:, 1] *= -1
+    else:  # stored in another order of axes, but rightly: its header counts as ever
+        drawn = drawn[::-1].transpose(2, 0, 1)
+        affine[:3, 0] *= -1
+        affine[:3, 3] -= affine[:3, 0] * 9
+        affine = affine[:, [2, 0, 1, 3]]
+    nib.save(nib.Nifti1Image(drawn, affine), tmp_path / "m.nii.gz")
+    case = Case("p", str(tmp_path / "i.nii.gz"), "0", 2, None, "MR", str(tmp_path / "m.nii.gz"))
+
+    def read(setting, build):
+        form = StandardForm(None, crop_background=False, mask_grid=setting)
+        cache = VolumeCache(tmp_path / setting / str(build), form)
+        return cache, check_volumes([case], cache, build, 0, "auto", progress=False)
+
+    problems = read("header", False)[1]
+    assert bool(problems) == (off != "nothing")
+    assert all("data.mask_grid=voxels" in problem.what for problem in problems)
+    for build in (False, True):
+        cache, problems = read("voxels", build)
+        notices = volume_notices([case], cache)
+        assert problems == [] and len(notices) == (off != "nothing")
+        assert all("voxel by voxel (data.mask_grid: voxels)" in n.what for n in notices)
+    entry = cache.get(case)
+    image, seg = (f((0, 0, 0), entry.shape) for f in (entry.read_region, entry.read_seg))
+    values = np.sort(np.asarray(stored.dataobj).ravel())
+    rank = np.argsort(image[0].ravel(), kind="stable")  # percentiles keep the order of values
+    found, expected = seg.ravel()[rank], values // 300
+    assert (found == expected).mean() > 0.98
+    truth = read_truth(case, entry, Classes(("a", "b", "c"), ((1,), (2,), (3,))))
+    np.testing.assert_array_equal(truth, np.asarray(stored.dataobj) // 300)

@@ -14,6 +14,7 @@ from tests.faults.dicom.build import (
     files,
     refused,
     replace,
+    right,
     series,
     shifted,
     some,
@@ -73,8 +74,8 @@ def irregular_stacks() -> list[Fault]:
             for mm in (0.5, 1.0, -0.3)
         ),
         refused("spacing grows", series(shifted(lambda k: (0, 0, 0.1 * k * k)))),
-        refused("gantry tilt 12 degrees", _tilt(12), "12.0 degrees", "tilt"),
-        refused("gantry tilt 2 degrees", _tilt(2)),
+        *(right(f"gantry tilt {n} degrees", _tilt(n)) for n in (2, 12, -30)),
+        refused("slices shifted by 50 degrees", _tilt(50), "50.0 degrees"),
         refused("a slice moved sideways", series(shifted(lambda k: (2.0 * (k == 4), 0, 0)))),
         refused("slices on an arc", series(shifted(lambda k: (0.3 * (k - 3.5) ** 2, 0, 0)))),
         refused("all at one place", series(each(ImagePositionPatient=["0", "0", "0"]))),

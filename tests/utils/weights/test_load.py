@@ -593,3 +593,10 @@ def test_our_files_hand_over_patients_and_input(states, load):
     assert report.origin == "this repository: dino run 'e', step 7"
     assert report.seen_patients == ["a1", "b2"]
     assert report.expected_input == {"spacing": "native", "modality": "MR"}
+
+
+@pytest.mark.parametrize("axes", [(0, 1, 2), [0, 1], None])
+def test_nnunet_is_known_by_its_mirroring_axes(axes, states, load):
+    """A tuple of numbers, as nnU-Net saves it; None of trainers without mirroring."""
+    content = {"network_weights": states["resunet"], "inference_allowed_mirroring_axes": axes}
+    assert load(small("resunet"), content).origin == "nnU-Net"
