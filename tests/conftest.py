@@ -7,7 +7,7 @@ import pytest
 import torch
 
 THREADS = torch.get_num_threads()
-HANDLERS = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1)}
+HANDLERS = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
 CANARY = "CANARY"  # in every PatientID, so that one can search for it
 
 

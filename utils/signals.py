@@ -1,4 +1,4 @@
-"""Signals by which schedulers stop a run."""
+"""Signals by which schedulers, and Ctrl-C, stop a run."""
 
 import multiprocessing
 import signal
@@ -6,8 +6,10 @@ from collections.abc import Sequence
 
 from utils import distributed
 
-# sent by schedulers some time before they kill a run; Windows has no SIGUSR1
-SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+# SIGINT is Ctrl-C; schedulers send the others some time before they kill a run; Windows has no
+# SIGUSR1
+NAMES = ("SIGINT", "SIGTERM", "SIGUSR1")
+SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
 
 
 class Stopped(Exception):
@@ -23,7 +25,9 @@ class StopSignal:
     def __init__(self, signals: Sequence[int] = SIGNALS):
         self.received, self.immediate = "", True
         for number in signals:
-            signal.signal(number, self._remember)
+            # shells make what scripts start with & ignore Ctrl-C, which is for the foreground
+            if number != signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._remember)
 
     def _remember(self, number, frame):
         self.received = signal.Signals(number).name
@@ -50,7 +54,7 @@ def end_workers() -> None:
 
 
 def ignore_signals(worker: int) -> None:
-    """Make a loader's worker ignore SIGNALS. Schedulers send them to all processes, but the
-    training process needs its workers to finish its step; they end when it does."""
+    """Make a loader's worker ignore SIGNALS. Schedulers and terminals send them to all processes,
+    but the training process needs its workers to finish its step; they end when it does."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -6,8 +6,9 @@ import pytest
 from utils.signals import Stopped, StopSignal
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1"])
 def test_a_signal_is_remembered(name):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a terminal
     stop = StopSignal()
     stop.immediate = False
     assert not stop
@@ -22,3 +23,9 @@ def test_before_there_is_anything_to_save_a_signal_stops_at_once():
     StopSignal()
     with pytest.raises(Stopped, match="SIGTERM"):
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_run_in_the_background_of_a_shell_script_goes_on_ignoring_ctrl_c():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    StopSignal()
+    assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN

@@ -10,7 +10,6 @@ alone of this room it imports what is above.
 
 import csv
 import json
-import signal
 import sys
 from functools import partial
 from pathlib import Path
@@ -30,7 +29,7 @@ from utils.config.segmentation import SegmentationConfig, impossible_segmentatio
 from utils.config.transfer import TransferConfig, impossible_transfer
 from utils.errors import InputError
 from utils.files import replacing
-from utils.signals import SIGNALS, Stopped, StopSignal
+from utils.signals import Stopped, StopSignal
 from utils.training.run import EXIT_STOPPED, exit_code
 from utils.transfer import plan, report, tables
 from utils.transfer.running import Start, Study, arguments, places_of, run_all, start
@@ -183,7 +182,7 @@ def main(argv: list[str], start: Start = start) -> int:
     """start: see `utils.transfer.running.start`; tests give one that starts no process."""
     # ---- setup
     cfg, check_only = parse_command_line(argv, CONFIG, TransferConfig, impossible_transfer)
-    stage, stop = stage_config(cfg), StopSignal([*SIGNALS, signal.SIGINT])
+    stage, stop = stage_config(cfg), StopSignal()
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
     study, notes = prepare(cfg, stage, stop)
 
