@@ -338,8 +338,7 @@ def test(run: Run[SegmentationConfig], opened, cases: list[Case], cache, notes: 
     rows, bad, files = [], [], folder / "predictions"
     files.mkdir(parents=True, exist_ok=True)
     total = -(-len(cases) // distributed.world_size())
-    quiet = None if distributed.is_main() else True  # None: unless on a terminal
-    for case in tqdm(own_share(run, cases), "test", total, disable=quiet):
+    for case in tqdm(own_share(run, cases), "test", total, disable=not distributed.is_main()):
         try:
             rows += predict_and_score(run, predict, case, cache.get(case), classes, files)
         except NotFinite:

@@ -260,5 +260,5 @@ def sample_masks(cfg, backbone: nn.Module, num_crops: int, keys) -> torch.Tensor
 @torch.no_grad()
 def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
     """Set all parameters to momentum * teacher + (1 - momentum) * student."""
-    pair = [[p.detach() for p in network.parameters()] for network in (teacher, student)]
-    torch._foreach_lerp_(*pair, 1 - momentum)  # a few kernels instead of one per parameter
+    for t, s in zip(teacher.parameters(), student.parameters(), strict=True):
+        t.lerp_(s.detach(), 1 - momentum)

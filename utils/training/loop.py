@@ -34,8 +34,7 @@ class Epoch:
         self.averages, self.watch = Averages(state.averages), Stopwatch()
         self.start = state.step - state.epoch * state.steps_per_epoch
         total, title = state.steps_per_epoch, f"epoch {state.epoch + 1}/{run.cfg.n_epochs}"
-        options = {"initial": self.start, "disable": None if distributed.is_main() else True}
-        # None: shown on a terminal alone, as in a file each update is a line
+        options = {"initial": self.start, "disable": not distributed.is_main()}
         self.bar = tqdm(range(self.start, total), title, total, **options)
 
     def __iter__(self) -> Iterator[tuple[list[dict], dict[str, float]]]:
