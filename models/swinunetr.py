@@ -1,24 +1,18 @@
 """Swin UNETR from MONAI's blocks, with MONAI's parameter names and outputs.
 
 Hatamizadeh et al., https://arxiv.org/abs/2201.01266. The forward pass is written out here because
-MONAI's keeps several copies of every attention matrix, rebuilds the window mask in each call and
-merges patches in an order with which no published weights were trained.
+MONAI's attends to padding, keeps several copies of every attention matrix, rebuilds the window mask
+in each call and merges patches in an order with which no published weights were trained.
 """
-
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from monai.networks.blocks import UnetrBasicBlock, UnetrUpBlock
-from monai.networks.nets.swin_unetr import (
-    SwinTransformer,
-    WindowAttention,
-    compute_mask,
-    get_window_size,
-)
+from monai.networks.nets import swin_unetr as monai_swin
 from torch import nn
 
 from models.common import Facts, check_size, run
+from models.windows import attend, cut, reorder
 
 DEPTHS = (2, 2, 2, 2)
 NUM_HEADS = (3, 6, 12, 24)
@@ -34,39 +28,43 @@ MERGE_ORDERS = {
 }
 
 
-class FusedWindowAttention(WindowAttention):
-    """MONAI's window attention with the same parameters, computed by torch's fused kernels."""
+class WindowAttention(monai_swin.WindowAttention):
+    """MONAI's window attention, of the same parameters, without padding and masks."""
 
-    def forward(self, x, mask):
-        """Attend within windows. x: (B * windows, n, C); mask: (windows, n, n), added to logits."""
-        n, channels = x.shape[1:]
-        heads = self.num_heads
-        bias = self.relative_position_bias_table[self.relative_position_index[:n, :n].flatten()]
-        bias = bias.view(n, n, heads).permute(2, 0, 1)  # (heads, n, n)
-        if mask is not None:
-            bias = (bias + mask[:, None]).flatten(0, 1)  # (windows * heads, n, n)
+    def forward(self, x, windows):
+        """Attend within windows. x: (B, N, C) of a map; windows: from `models.windows.cut`."""
+        x = reorder(x, windows.order, windows.back)  # box by box, window by window
+        sizes = [box.num_windows * len(box.places) for box in windows.boxes]
+        boxes = zip(self.qkv(x).split(sizes, dim=1), windows.boxes, strict=True)
+        x = self.proj(torch.cat([self._attend(qkv, box) for qkv, box in boxes], dim=1))
+        return reorder(x, windows.back, windows.order)
 
-        # Windows and heads share an axis, so that one bias serves all images of the batch.
-        qkv = self.qkv(x).view(-1, bias.shape[0] // heads, n, 3, heads, channels // heads)
-        q, k, v = qkv.permute(3, 0, 1, 4, 2, 5).flatten(2, 3)  # (B, windows * heads, n, C / heads)
-        bias = bias.to(q.dtype)
-        if x.device.type == "cpu" and torch.is_grad_enabled():
-            # The CPU kernel has no gradient for the bias; this beats torch's fallback.
-            logits = (q * self.scale) @ k.transpose(-2, -1)
-            logits += bias
-            x = logits.softmax(dim=-1).to(v.dtype) @ v
-        else:
-            x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None])
-        x = x.view(-1, heads, n, channels // heads).transpose(1, 2).reshape(-1, n, channels)
-        return self.proj(x)
+    def _attend(self, qkv, box):
+        """Return the values (B, windows * n, C) from the qkv (B, windows * n, 3 C) of a box."""
+        batch, n, heads = len(qkv), len(box.places), self.num_heads
+        qkv = qkv.reshape(batch * box.num_windows, n, 3, heads, -1)
+        q, k, v = qkv.permute(2, 3, 0, 1, 4).contiguous()  # (heads, B * windows, n, d)
+        bias = self._bias(box.places, box.places)  # (heads, n, n)
+        if len(box.padding):
+            _, k_pad, v_pad = self.qkv.bias.to(q.dtype).view(3, heads, 1, 1, -1)
+            k = torch.cat([k, k_pad.expand(-1, k.shape[1], -1, -1)], dim=2)
+            v = torch.cat([v, v_pad.expand(-1, v.shape[1], -1, -1)], dim=2)
+            # p equal keys count as one with the sum of their exponentials.
+            bias_pad = self._bias(box.places, box.padding).logsumexp(-1, keepdim=True)
+            bias = torch.cat([bias, bias_pad], dim=-1)  # (heads, n, n + 1)
+        x = attend(q, k, v, bias, self.scale)
+        return x.permute(1, 2, 0, 3).reshape(batch, -1, self.dim)
+
+    def _bias(self, queries, keys):
+        """Return the relative position bias (heads, queries, keys) of places in a window."""
+        index = self.relative_position_index[queries[:, None], keys]
+        return self.relative_position_bias_table[index].permute(2, 0, 1)
 
 
-@lru_cache(maxsize=16)
-@torch.inference_mode(False)
-def _shift_mask(size, window, shift, device):
-    """Return (windows, n, n): -100 where shifted windows join voxels that are far apart, else 0."""
-    padded = [-(-s // w) * w for s, w in zip(size, window, strict=True)]
-    return compute_mask(padded, window, shift, device)
+def _run_block(block, x, windows):
+    """Run a transformer block on tokens (B, N, C) (equation 1 of the paper)."""
+    x = x + block.attn(block.norm1(x), windows)
+    return x + block.mlp(block.norm2(x))
 
 
 class SwinUNETR(nn.Module):
@@ -117,7 +115,7 @@ class SwinUNETR(nn.Module):
         self.decoder_channels = [feature_size, *self.feature_channels[:-1]]
         self.stride, self.merge_order = self.strides[-1], "monai1.5"
 
-        self.swinViT = SwinTransformer(
+        self.swinViT = monai_swin.SwinTransformer(
             in_chans=in_channels,
             embed_dim=feature_size,
             window_size=(7, 7, 7),
@@ -128,7 +126,7 @@ class SwinUNETR(nn.Module):
         )
         for stage in self._stages():
             for block in stage.blocks:
-                block.attn = FusedWindowAttention(
+                block.attn = WindowAttention(
                     block.dim, block.num_heads, block.window_size, qkv_bias=True
                 )
 
@@ -209,12 +207,13 @@ class SwinUNETR(nn.Module):
 
     def _run_stage(self, stage, x):
         """Run the transformer blocks of one resolution and merge 2x2x2 neighbours."""
-        x = x.permute(0, 2, 3, 4, 1)  # (B, X, Y, Z, C)
-        size = tuple(x.shape[1:4])
-        window, shift = get_window_size(size, stage.window_size, stage.shift_size)
-        mask = _shift_mask(size, window, shift, x.device) if any(shift) else None
-        for block in stage.blocks:
-            x = self._run(block, x, mask)
+        size = tuple(x.shape[2:])
+        window, shift = monai_swin.get_window_size(size, stage.window_size, stage.shift_size)
+        x = x.flatten(2).transpose(1, 2).contiguous()  # (B, X Y Z, C)
+        for i, block in enumerate(stage.blocks):  # every second one is shifted
+            windows = cut(size, window, shift if i % 2 else (0, 0, 0), x.device)
+            x = self._run(_run_block, block, x, windows)
+        x = x.unflatten(1, size)
         neighbours = [x[:, i::2, j::2, k::2] for i, j, k in MERGE_ORDERS[self.merge_order]]
         x = torch.cat(neighbours, dim=-1)  # (B, X / 2, Y / 2, Z / 2, 8 C)
         x = stage.downsample.reduction(stage.downsample.norm(x))

@@ -10,13 +10,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from monai.networks import nets
-from monai.networks.nets.swin_unetr import PatchMerging, WindowAttention, compute_mask
+from monai.networks.nets.swin_unetr import PatchMerging
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from models.backbones import build_backbone
-from models.swinunetr import FusedWindowAttention
-from tests.models.test_backbones import gradients
 from tests.places import SHARED
 
 needs_shared = pytest.mark.skipif(
@@ -225,25 +223,6 @@ def test_segresnet_has_the_published_sizes(options, count, widest):
 
 
 # ---- swinunetr
-@pytest.mark.parametrize("grad", [False, True])
-@pytest.mark.parametrize("masked", [False, True])
-def test_window_attention_is_monais(masked, grad):
-    torch.manual_seed(0)
-    monai = WindowAttention(24, num_heads=3, window_size=(3, 3, 3), qkv_bias=True)
-    monai.relative_position_bias_table.data.normal_(std=0.5)  # starts near 0, which hides mistakes
-    ours = FusedWindowAttention(24, num_heads=3, window_size=(3, 3, 3), qkv_bias=True)
-    ours.load_state_dict(monai.state_dict())
-    x = torch.randn(2 * 8, 27, 24, requires_grad=True)  # 2 images of 8 windows
-    mask = compute_mask([6, 6, 6], (3, 3, 3), (1, 1, 1), "cpu") if masked else None
-    with torch.set_grad_enabled(grad):
-        out, expected = ours(x, mask), monai(x, mask)
-    torch.testing.assert_close(out, expected, rtol=0, atol=1e-5)
-    if grad:
-        grads = gradients(ours, [out])
-        for name, theirs in gradients(monai, [expected]).items():
-            torch.testing.assert_close(grads[name], theirs, rtol=1e-4, atol=1e-5)
-
-
 class MergingUntil14(PatchMerging):
     """Patch merging of MONAI 0.9 to 1.4: the 6th of 8 neighbours is the 3rd, the 7th the 4th."""
 
