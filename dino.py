@@ -87,7 +87,7 @@ def forward(
 
     views, together = (-1, len(batch["index"])), student.training  # whether all ranks are here
     body = torch.cat([batch["global"]["body"], batch["local"]["body"]], dim=1)
-    out = {"body_fraction": body.mean().to(run.device)}
+    out = {"body_fraction": body.mean().to(run.device, non_blocking=True)}
     if d.dino_weight > 0:  # (views * B, K) -> (views, B, K)
         q = targets["dino"](t["logits"], teacher_temp)
         pair = q.unflatten(0, views), s["logits"].unflatten(0, views)
@@ -97,8 +97,8 @@ def forward(
         out["center_norm"] = targets["dino"].center.norm()
     if d.patch_weight > 0:
         q = targets["patch"](t["patch_logits"], teacher_temp)
-        pair = q, s["patch_logits"]
-        out["patch_loss"] = patch_loss(*pair, mask.flatten(1), d.student_temp, together)
+        where = mask.grid.flatten(1), mask.positions
+        out["patch_loss"] = patch_loss(q, s["patch_logits"], *where, d.student_temp, together)
         out["patch_teacher_entropy"] = collapse.entropy(q)
         out["patch_target_usage"] = collapse.usage(q, together)
     if d.recon_weight > 0:
@@ -108,7 +108,7 @@ def forward(
         global_views = s["pooled"].unflatten(0, views)[:NUM_GLOBAL]
         out["koleo_loss"] = torch.stack([koleo_loss(view) for view in global_views]).mean()
     if mask is not None and not together:
-        out["masked_crops"] = mask.flatten(1).any(dim=1).sum()
+        out["masked_crops"] = mask.grid.flatten(1).any(dim=1).sum()
     parts = [getattr(d, f"{k}_weight") * out[f"{k}_loss"] for k in LOSSES if f"{k}_loss" in out]
     out["loss"] = torch.stack(parts).sum()
     return out, t["pooled"].unflatten(0, views)[0]
@@ -317,7 +317,7 @@ def train(run: Run[DinoConfig], cache: VolumeCache, cases: dict, skipped) -> int
 
     # ---- optimization
     steps_per_epoch = max(loaders["train"].sampler.num_batches // cfg.accumulate, 1)
-    optimizer = torch.optim.AdamW(parameter_groups(modules["student"]), lr=0.0)
+    optimizer = torch.optim.AdamW(parameter_groups(modules["student"]), lr=0.0, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.precision == "fp16")
     schedule = build_schedule(cfg, steps_per_epoch)
     about = checkpoint.describe(cfg, settings_to_match(cfg), cases["train"])

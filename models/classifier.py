@@ -36,7 +36,7 @@ class RunningNorm(nn.Module):
 
     def _note(self, x: torch.Tensor) -> None:
         """Add the batch to the statistics; earlier batches count less with each step."""
-        count = all_reduce(x.new_tensor([float(len(x))]))
+        count = all_reduce(x.new_full((1,), len(x)))
         mean = all_reduce(x.sum(dim=0)) / count
         var = all_reduce((x - mean).square().sum(dim=0)) / count
         self.weight.lerp_(torch.ones_like(self.weight), self.momentum)

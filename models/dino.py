@@ -1,4 +1,9 @@
-"""The student and teacher of DINO: a backbone, pooling, projection heads, reconstruction."""
+"""The student and teacher of DINO: a backbone, pooling, projection heads, reconstruction.
+
+Nothing here waits for the device: what must be known of the masks is found on the CPU.
+"""
+
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,7 +31,7 @@ class BatchNorm(nn.Module):
         x = x.float()
         mean, var = self.running_mean, self.running_var
         if self.training:
-            total = sum_over_ranks(x.new_tensor([float(len(x))]))
+            total = sum_over_ranks(x.new_full((1,), len(x)))
             count = total.clamp(min=1)
             mean = sum_over_ranks(x.sum(dim=0)) / count
             var = sum_over_ranks((x - mean).square().sum(dim=0)) / count
@@ -107,6 +112,22 @@ POOLINGS = {  # (B, C, x, y, z) -> (B, C), or (B, 2 C) for meanmax
 }
 
 
+class Mask(NamedTuple):
+    """The positions of a feature map that are hidden from the student."""
+
+    grid: torch.Tensor  # (N, px, py, pz) bool
+    positions: torch.Tensor  # (M,) where the flattened grid is True
+
+    @classmethod
+    def of(cls, grid: torch.Tensor) -> "Mask":
+        """Find the positions; on a GPU that would wait for it."""
+        return cls(grid, grid.flatten().nonzero().flatten())
+
+    def to(self, device: torch.device) -> "Mask":
+        pinned = [x.pin_memory() if device.type == "cuda" else x for x in self]
+        return Mask(*(x.to(device, non_blocking=True) for x in pinned))
+
+
 class DINONetwork(nn.Module):
     """A backbone, pooling of its deepest map, and what its losses need.
 
@@ -142,23 +163,23 @@ class DINONetwork(nn.Module):
         self,
         global_crops: torch.Tensor,
         local_crops: torch.Tensor | None = None,
-        mask: torch.Tensor | None = None,
+        mask: Mask | None = None,
         hide: bool = False,
     ) -> dict[str, torch.Tensor]:
         """Run the backbone once for each crop size, and the head once for all crops.
 
         Args:
             global_crops: (N, C, X, Y, Z); local_crops: (L, C, x, y, z) or None.
-            mask: (N, px, py, pz) bool on the grid of feature map `patch_level`, or None.
+            mask: of feature map `patch_level`, or None.
             hide: fill the masked parts of the input, as for the student; the teacher sees them.
         Returns:
-            pooled (N + L, D); logits (N + L, K); with a mask patch_logits (mask.sum(), K') at the
-            masked positions and, if they are hidden, `hidden` and the standardised
+            pooled (N + L, D); logits (N + L, K); with a mask patch_logits (M, K') at the masked
+            positions and, if they are hidden, `hidden` and the standardised
             `reconstruction`, both (N, 1, X, Y, Z). What there is no head for is left out.
         """
         out = {}
         if hide and mask is not None:
-            hidden = F.interpolate(mask[:, None].float(), size=global_crops.shape[2:]) > 0.5
+            hidden = F.interpolate(mask.grid[:, None].float(), size=global_crops.shape[2:]) > 0.5
             out["hidden"] = hidden
             global_crops = torch.where(hidden, self.mask_value.to(global_crops.dtype), global_crops)
         features = self.backbone.encode(global_crops)
@@ -172,8 +193,8 @@ class DINONetwork(nn.Module):
             decoded = self.backbone.decode(global_crops, features)
             out["reconstruction"] = self.output(decoded)
         if self.patch_head is not None and mask is not None:
-            positions = features[self.patch_level].movedim(1, -1)[mask]  # (M, C)
-            out["patch_logits"] = self.patch_head(positions)
+            every = features[self.patch_level].movedim(1, -1).flatten(0, 3)
+            out["patch_logits"] = self.patch_head(every.index_select(0, mask.positions))  # (M, C)
         return out
 
 
@@ -200,7 +221,7 @@ def reconstruct(network: DINONetwork, image: np.ndarray, cfg) -> dict[str, np.nd
     """Return what is drawn of an image (X, Y, Z) in 0..1: {name: (1, X, Y, Z) array}."""
     rng, grid = np.random.default_rng(0), mask_grid(network.backbone, cfg)
     x = torch.from_numpy(image)[None, None].to(network.mask_value.device)
-    mask = random_masks(rng, 1, grid, 1.0, cfg.dino.mask_ratio).to(x.device)
+    mask = Mask.of(random_masks(rng, 1, grid, 1.0, cfg.dino.mask_ratio)).to(x.device)
     network.eval()
     out = network(x, mask=mask, hide=True)
     network.train()
@@ -242,23 +263,23 @@ def mask_grid(backbone: nn.Module, cfg) -> tuple[int, ...]:
     return tuple(n // stride for n in cfg.crops.global_size)
 
 
-def sample_masks(cfg, backbone: nn.Module, num_crops: int, keys) -> torch.Tensor:
+def sample_masks(cfg, backbone: nn.Module, num_crops: int, keys) -> Mask:
     """Draw what is hidden of a batch's global crops, from the seed and each case's key.
 
     Args:
         cfg: a dino_config. num_crops: of each case. keys: (epoch, case, draw) of each case.
     Returns:
-        (num_crops * B, px, py, pz) bool, view-major, on the grid of feature map dino.patch_level.
+        a Mask of num_crops * B crops, view-major, of feature map dino.patch_level.
     """
     grid, how = mask_grid(backbone, cfg), (cfg.dino.mask_prob, cfg.dino.mask_ratio)
     # The 1 makes this another stream of random numbers than that of the views.
     rngs = [np.random.Generator(np.random.PCG64([cfg.seed, *key, 1])) for key in keys]
     masks = [random_masks(rng, num_crops, grid, *how) for rng in rngs]
-    return torch.stack(masks, dim=1).flatten(0, 1)
+    return Mask.of(torch.stack(masks, dim=1).flatten(0, 1))
 
 
 @torch.no_grad()
 def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
     """Set all parameters to momentum * teacher + (1 - momentum) * student."""
-    for t, s in zip(teacher.parameters(), student.parameters(), strict=True):
-        t.lerp_(s.detach(), 1 - momentum)
+    pair = list(teacher.parameters()), list(student.parameters())
+    torch._foreach_lerp_(*pair, 1 - momentum)  # a few kernels instead of one per parameter

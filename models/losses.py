@@ -25,9 +25,9 @@ def sinkhorn_knopp(logits: torch.Tensor, temp: float, num_iterations: int = 3) -
         (N, K) probabilities, each row summing to 1.
     """
     logits = logits.float() / temp
-    largest = logits.max() if logits.numel() else logits.new_tensor(-torch.inf)
+    largest = logits.max() if logits.numel() else logits.new_full((), -torch.inf)
     q = torch.exp(logits - all_reduce(largest, "max"))  # (N, K); the common factor cancels
-    num_samples = all_reduce(q.new_tensor(float(len(q))))
+    num_samples = all_reduce(q.new_full((), len(q)))
     for _ in range(num_iterations):
         q = q / (all_reduce(q.sum(dim=0)) * q.shape[1]).clamp(min=1e-30)  # each prototype: 1 / K
         q = q / (q.sum(dim=1, keepdim=True) * num_samples).clamp(min=1e-30)  # each sample: 1 / N
@@ -62,10 +62,10 @@ class TeacherTargets(nn.Module):
     def update_center(self) -> None:
         """Move the center by the batches of all ranks since the last call."""
         total = torch.stack([s for s, _ in self._pending]).sum(dim=0)
-        count = total.new_tensor([float(sum(n for _, n in self._pending))])
+        count = total.new_full((1,), sum(n for _, n in self._pending))
         total, count = all_reduce(torch.cat([total, count])).split([len(total), 1])
-        if count > 0:
-            self.center.lerp_((total / count).to(self.center.dtype), 1 - self.center_momentum)
+        weight = (1 - self.center_momentum) * (count > 0)  # `if` would wait for the device
+        self.center.lerp_(total / count.clamp(min=1), weight.to(total.dtype))
         self._pending.clear()
 
     def forget(self) -> None:
@@ -93,6 +93,7 @@ def patch_loss(
     targets: torch.Tensor,
     logits: torch.Tensor,
     mask: torch.Tensor,
+    positions: torch.Tensor,
     student_temp: float,
     over_ranks: bool = True,
 ) -> torch.Tensor:
@@ -101,7 +102,8 @@ def patch_loss(
     Args:
         targets: (M, K) teacher probabilities at the M masked positions of all crops.
         logits: (M, K) student outputs at the same positions.
-        mask: (N, P) bool, True where hidden; M = mask.sum(), in row-major order.
+        mask: (N, P) bool, True where hidden.
+        positions: (M,) where the flattened mask is True, in the order of targets and logits.
         over_ranks: whether all ranks call this together; in validation each is alone.
     Returns:
         a scalar, the mean over the masked crops of all ranks (0 if there are none), so that uniform
@@ -112,7 +114,7 @@ def patch_loss(
     num_masked = mask.any(dim=1).sum().float()
     if over_ranks:
         num_masked = all_reduce(num_masked, "mean")  # DDP then averages the gradients over ranks
-    return (loss * weight[:, None].expand_as(mask)[mask]).sum() / num_masked.clamp(min=1e-6)
+    return (loss * weight[positions // mask.shape[1]]).sum() / num_masked.clamp(min=1e-6)
 
 
 def reconstruction_loss(
@@ -155,9 +157,9 @@ def koleo_loss(features: torch.Tensor, eps: float = 1e-8) -> torch.Tensor:
     everyone = concat_over_ranks(features)  # (world_size * B, D)
     if len(everyone) == 1:
         return 0.0 * features.sum()
-    own = rank() * len(features) + torch.arange(len(features))
     with torch.no_grad():
         similarity = features @ everyone.T
-        similarity[torch.arange(len(features)), own] = -2  # below any cosine, so not the nearest
+        own = similarity[:, rank() * len(features) :].diagonal()
+        own.fill_(-2)  # below any cosine, so not the nearest
         nearest = similarity.argmax(dim=1)
     return -torch.log(F.pairwise_distance(features, everyone[nearest], eps=eps) + eps).mean()

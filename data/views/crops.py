@@ -140,7 +140,9 @@ def apply_views(
     batch, num = params["matrix"].shape[:2]
     flat = {k: p.cpu().transpose(0, 1).flatten(0, 1) for k, p in params.items()}  # view-major
     with torch.autocast(regions.device.type, enabled=False):
-        grid = sampling_grid(params["matrix"].to(regions.device), size, regions.shape[2:])
+        grid = sampling_grid(
+            params["matrix"].to(regions.device, non_blocking=True), size, regions.shape[2:]
+        )
         x = F.grid_sample(regions.float(), grid, padding_mode="border", align_corners=True)
         x = x.view(batch, num, *size).transpose(0, 1).reshape(num * batch, 1, *size)
         return apply_intensity(x, scale.cpu().repeat(num), offset.cpu().repeat(num), flat)

@@ -62,7 +62,7 @@ def sampling_grid(matrix: Tensor, size: Size, shape: Size) -> Tensor:
     call cuts them all without repeating the region.
     """
     # grid_sample needs -1..1 between the centres of the first and last voxel, and axes z, y, x
-    steps = torch.tensor([max(n - 1, 1) for n in shape], device=matrix.device)
+    steps = torch.tensor([max(n - 1, 1) for n in shape]).to(matrix.device, non_blocking=True)
     matrix = matrix * (2.0 / steps)[:, None]
     matrix[..., 3] -= 1
     matrix = matrix.flip(2)

@@ -131,13 +131,14 @@ def apply_intensity(
     x.clamp_(0, 1)
     views = chosen(params["gamma"] != 1)
     if len(views):
-        on_device = views.to(x.device)
+        on_device = views.to(x.device, non_blocking=True)
         x[on_device] = x[on_device].pow(per_view(params["gamma"][views]))
     x.mul_(per_view(params["scale"])).add_(per_view(params["shift"]))
     views = chosen(params["blur"] > 0)
     if len(views):
-        on_device = views.to(x.device)
-        x[on_device] = blur(x[on_device], params["blur"][views].to(x.device))
+        on_device = views.to(x.device, non_blocking=True)
+        sigma = params["blur"][views].to(x.device, non_blocking=True)
+        x[on_device] = blur(x[on_device], sigma)
     for v in chosen(params["noise"] > 0).tolist():
         generator = torch.Generator(x.device).manual_seed(int(params["seed"][v]))
         noise = torch.randn(x[v].shape, generator=generator, device=x.device)

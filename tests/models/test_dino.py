@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.backbones import build_backbone
 from models.dino import (
@@ -11,11 +12,16 @@ from models.dino import (
     BatchNorm,
     DINOHead,
     DINONetwork,
+    Mask,
     Prototypes,
     random_masks,
     update_teacher,
 )
+from models.losses import TeacherTargets, dino_loss, koleo_loss, patch_loss
 from tests.conftest import equal
+from utils.training import collapse
+
+aten = torch.ops.aten
 
 
 class TinyBackbone(torch.nn.Module):
@@ -105,7 +111,7 @@ def test_output_shapes_and_order():
     glob, local = torch.rand(4, 1, 8, 8, 8), torch.rand(6, 1, 4, 4, 4)
     mask = torch.zeros(4, 4, 4, 4, dtype=torch.bool)
     mask[0, 1, 2, 3] = mask[2, 0, 0, 0] = True
-    out = network(glob, local, mask=mask)
+    out = network(glob, local, mask=Mask.of(mask))
     assert out["pooled"].shape == (10, 6)
     assert out["logits"].shape == (10, 16)
     torch.testing.assert_close(out["pooled"][4:], network(local)["pooled"])
@@ -121,9 +127,9 @@ def test_hidden_voxels_do_not_reach_the_student_but_the_teacher_sees_them():
     a = torch.rand(1, 1, 8, 8, 8)
     b = a.clone()
     b[:, :, 2:4, 4:6, 6:8] += 1  # exactly the voxels of that position
-    hidden = [network(x, mask=mask, hide=True)["patch_logits"] for x in (a, b)]
+    hidden = [network(x, mask=Mask.of(mask), hide=True)["patch_logits"] for x in (a, b)]
     torch.testing.assert_close(*hidden)
-    seen = [network(x, mask=mask)["patch_logits"] for x in (a, b)]
+    seen = [network(x, mask=Mask.of(mask))["patch_logits"] for x in (a, b)]
     assert not torch.allclose(*seen)
 
 
@@ -143,22 +149,68 @@ def test_hidden_voxels_do_not_reach_the_reconstruction(name):
     x = torch.rand(1, 1, side, side, side)
     mask = torch.zeros(1, *network.backbone.encode(x)[0].shape[2:], dtype=torch.bool)
     mask[0, 2:6, 4:8, 4:8] = True
-    out = network(x, mask=mask, hide=True)
+    out = network(x, mask=Mask.of(mask), hide=True)
     assert out["hidden"].shape == out["reconstruction"].shape == x.shape
     assert torch.equal(out["hidden"], F.interpolate(mask[:, None].float(), x.shape[2:]) > 0)
-    other = network(x + out["hidden"], mask=mask, hide=True)
+    other = network(x + out["hidden"], mask=Mask.of(mask), hide=True)
     torch.testing.assert_close(other["reconstruction"], out["reconstruction"])
-    other = network(x + ~out["hidden"] * torch.rand_like(x), mask=mask, hide=True)
+    other = network(x + ~out["hidden"] * torch.rand_like(x), mask=Mask.of(mask), hide=True)
     assert not torch.allclose(other["reconstruction"], out["reconstruction"], atol=1e-3)
-    assert "logits" not in out and "reconstruction" not in network(x, mask=mask)
+    assert "logits" not in out and "reconstruction" not in network(x, mask=Mask.of(mask))
 
 
 def test_every_parameter_gets_a_gradient_even_without_a_masked_crop():
     network = tiny_network()
     mask = torch.zeros(2, 4, 4, 4, dtype=torch.bool)
-    out = network(torch.rand(2, 1, 8, 8, 8), torch.rand(2, 1, 4, 4, 4), mask=mask, hide=True)
+    out = network(
+        torch.rand(2, 1, 8, 8, 8), torch.rand(2, 1, 4, 4, 4), mask=Mask.of(mask), hide=True
+    )
     (out["logits"].sum() + out["patch_logits"].sum()).backward()
     assert all(p.grad is not None for p in network.parameters())
+
+
+class Waits(TorchDispatchMode):
+    """Note the operations for which the CPU would wait if the tensors were on a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        indices = args[1] if func.overloadpacket in (aten.index, aten.index_put_) else ()
+        by_mask = any(i is not None and i.dtype == torch.bool for i in indices)
+        if by_mask or func.overloadpacket in (aten.nonzero, aten._local_scalar_dense, aten.equal):
+            self.seen.append(func)
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("centering", ["center", "sinkhorn"])
+def test_nothing_of_a_step_waits_for_the_device(centering):
+    student = tiny_network()
+    teacher = copy.deepcopy(student).requires_grad_(False)
+    targets = [TeacherTargets(16, centering) for _ in range(2)]
+    grid = torch.zeros(4, 4, 4, 4, dtype=torch.bool)
+    grid[0, 1, 2, 3] = grid[2, 0, 0, 0] = True
+    mask, globals_ = Mask.of(grid), torch.rand(4, 1, 8, 8, 8)
+    with Waits() as waits:
+        t = teacher(globals_, mask=mask)
+        s = student(globals_, torch.rand(6, 1, 4, 4, 4), mask=mask, hide=True)
+        p = targets[0](t["logits"], 0.04).unflatten(0, (2, 2))
+        loss = dino_loss(p, s["logits"].unflatten(0, (5, 2)), 0.1)
+        where = mask.grid.flatten(1), mask.positions
+        loss = loss + patch_loss(
+            targets[1](t["patch_logits"], 0.04), s["patch_logits"], *where, 0.1
+        )
+        loss = loss + koleo_loss(s["pooled"][:2]) + collapse.usage(p.flatten(0, 1), True)
+        loss.backward()
+        update_teacher(teacher, student, 0.9)
+        for target in targets:
+            target.update_center()
+    assert not waits.seen
+    assert not any(x.requires_grad for x in t.values()), "the teacher keeps no graph"
+    with Waits() as waits:
+        globals_[grid[:, 0, 0, 0]], grid.any().item()
+    assert len(waits.seen) == 2, "the test sees what it looks for"
 
 
 def test_masks_hide_what_is_asked():

@@ -61,6 +61,14 @@ def test_center_is_a_moving_average_moved_only_by_update():
     torch.testing.assert_close(targets.center, 0.19 * logits.mean(dim=0))
 
 
+def test_center_stays_where_no_position_was_masked():
+    targets = TeacherTargets(4, "center")
+    targets.center.fill_(3)
+    targets(torch.zeros(0, 4), 0.04)
+    targets.update_center()
+    assert targets.center.eq(3).all()
+
+
 def test_center_over_accumulated_batches_is_that_of_the_whole_batch():
     whole, parts = TeacherTargets(4, "center"), TeacherTargets(4, "center")
     logits = torch.randn(6, 4)
@@ -100,12 +108,14 @@ def test_patch_loss_weighs_crops_equally():
     logits, targets = torch.randn(4, 8), torch.softmax(torch.randn(4, 8), dim=-1)
     ce = [-(targets[i] * F.log_softmax(logits[i] / 0.1, dim=0)).sum() for i in range(4)]
     expected = (sum(ce[:3]) / 3 + ce[3]) / 2  # the second crop has no mask
-    torch.testing.assert_close(patch_loss(targets, logits, mask, 0.1), expected)
+    positions = torch.tensor([0, 1, 3, 9])
+    torch.testing.assert_close(patch_loss(targets, logits, mask, positions, 0.1), expected)
 
 
 def test_patch_loss_without_masks_is_zero_with_a_gradient():
     logits = torch.zeros(0, 8, requires_grad=True)
-    loss = patch_loss(torch.zeros(0, 8), logits, torch.zeros(2, 4, dtype=torch.bool), 0.1)
+    mask = torch.zeros(2, 4, dtype=torch.bool), torch.zeros(0, dtype=torch.long)
+    loss = patch_loss(torch.zeros(0, 8), logits, *mask, 0.1)
     loss.backward()
     assert loss.item() == 0
 

@@ -23,7 +23,8 @@ def usage(probabilities: torch.Tensor, over_ranks: bool) -> torch.Tensor:
 
     over_ranks: whether all ranks call this together, each with its own N, which may be 0.
     """
-    total = torch.cat([probabilities.sum(dim=0), probabilities.new_tensor([len(probabilities)])])
+    count = probabilities.new_full((1,), len(probabilities))
+    total = torch.cat([probabilities.sum(dim=0), count])
     total = all_reduce(total) if over_ranks else total
     return entropy(total[None, :-1] / total[-1])
 

@@ -77,14 +77,21 @@ def update(state: State, numbers: Mapping[str, float], buffers: Buffers) -> bool
     ok = math.isfinite(numbers["loss"]) and math.isfinite(numbers["grad_norm"])
     if ok:
         state.scaler.step(state.optimizer)
-    for buffer, before in buffers:
-        if not ok:
+        _average([buffer for buffer, _ in buffers if buffer.is_floating_point()])
+    else:
+        for buffer, before in buffers:
             buffer.copy_(before)
-        elif buffer.is_floating_point():
-            buffer.copy_(distributed.all_reduce(buffer, "mean"))
     # The scale must fall if gradients overflow, but not because the loss is not a number.
     state.scaler.update(None if math.isfinite(numbers["loss"]) else state.scaler.get_scale())
     return ok
+
+
+def _average(buffers):
+    """Put the mean over ranks into each buffer, by one exchange."""
+    if buffers and distributed.world_size() > 1:
+        means = distributed.all_reduce(torch.cat([x.flatten() for x in buffers]), "mean")
+        for x, mean in zip(buffers, means.split([x.numel() for x in buffers]), strict=True):
+            x.copy_(mean.view_as(x))
 
 
 def refuse_not_finite(patients: list[str]) -> None:
