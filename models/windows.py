@@ -138,8 +138,9 @@ class _ChunkedAttention(torch.autograd.Function):
         ctx.save_for_backward(queries, keys, values, bias)
         ctx.scale = scale
         out = torch.empty_like(queries, memory_format=torch.contiguous_format)
-        for head, q, k, v, part in _chunks(bias, queries, keys, values, out):
-            torch.bmm(_probabilities(q, k, bias[head], scale), v, out=part)
+        for b, *head in zip(bias, queries, keys, values, out, strict=True):
+            for q, k, v, part in _chunks(b, *head):
+                torch.bmm(_probabilities(q, k, b, scale), v, out=part)
         return out
 
     @staticmethod
@@ -147,25 +148,25 @@ class _ChunkedAttention(torch.autograd.Function):
         *qkv, bias = ctx.saved_tensors
         grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in qkv]
         bias_grad = torch.zeros_like(bias)
-        for head, q, k, v, out_grad, q_grad, k_grad, v_grad in _chunks(bias, *qkv, grad, *grads):
-            p = _probabilities(q, k, bias[head], ctx.scale)
-            p_grad = out_grad @ v.transpose(1, 2)
-            scores_grad = torch._softmax_backward_data(p_grad, p, -1, p.dtype)
-            bias_grad[head] += scores_grad[0] if len(q) == 1 else scores_grad.sum(0)
-            torch.bmm(scores_grad, k, out=q_grad)
-            torch.bmm(scores_grad.transpose(1, 2), q, out=k_grad)
-            torch.bmm(p.transpose(1, 2), out_grad, out=v_grad)
+        for b, b_grad, *head in zip(bias, bias_grad, *qkv, grad, *grads, strict=True):
+            for q, k, v, out_grad, q_grad, k_grad, v_grad in _chunks(b, *head):
+                p = _probabilities(q, k, b, ctx.scale)
+                p_grad = torch.bmm(out_grad, v.transpose(1, 2))
+                how = {"dim": -1, "input_dtype": p.dtype, "grad_input": p_grad}
+                scores_grad = torch._softmax_backward_data(p_grad, p, **how)
+                b_grad += scores_grad[0] if len(q) == 1 else scores_grad.sum(0)
+                torch.bmm(scores_grad, k, out=q_grad)
+                torch.bmm(scores_grad.transpose(1, 2), q, out=k_grad)
+                torch.bmm(p.transpose(1, 2), out_grad, out=v_grad)
         return grads[0].mul_(ctx.scale), grads[1].mul_(ctx.scale), grads[2], bias_grad, None
 
 
 def _chunks(bias, *tensors):
-    """Yield the head, and (windows, ., d) of each tensor, for a few windows of it at a time."""
-    count = max(1, NUM_SCORES // bias[0].numel())
-    for head in range(len(bias)):
-        for parts in zip(*(x[head].split(count) for x in tensors), strict=True):
-            yield head, *parts
+    """Yield (windows, ., d) of all tensors of a head, whose bias is (n, m), for a few windows."""
+    count = max(1, NUM_SCORES // bias.numel())
+    return zip(*(x.split(count) for x in tensors), strict=True)
 
 
 def _probabilities(q, k, bias, scale):
-    bias = bias.to(q.dtype)
-    return torch.baddbmm(bias, q, k.transpose(1, 2), alpha=scale).softmax(-1).to(q.dtype)
+    scores = torch.baddbmm(bias.to(q.dtype), q, k.transpose(1, 2), alpha=scale)
+    return torch.softmax(scores, -1, out=scores)
