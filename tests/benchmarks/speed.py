@@ -1,0 +1,253 @@
+"""Forward, backward and whole DINO steps against plain networks of others, on the same settings.
+
+    OMP_NUM_THREADS=1 python -m tests.benchmarks.speed [ROW ...] [--repeats 5]
+
+Both arms run in one process and by turns. Shown are medians, and the median of the ratios: how many
+times as long the other takes. On a CPU it is the time of the CPU, so that other programs disturb
+less, though they still take cache and bandwidth. Run it with one and with two threads. Rows:
+
+    encoder64, encoder32   swinunetr's encoder, forward and backward, against MONAI
+    swinunetr              with its decoder, 96^3
+    dino_swinunetr         a step of student and teacher, against a loop over views with MONAI's
+    dino_resunet           likewise, with our resunet in the loop
+    memory                 the peak of the encoder at 96^3, each in a process of its own
+    resunet                against ResidualEncoderUNet, after `pip install --no-deps
+                           dynamic-network-architectures`, into an environment of your own
+"""
+
+import argparse
+import copy
+import resource
+import statistics
+import subprocess
+import sys
+
+import torch
+import torch.nn.functional as F
+from monai.networks.nets import SwinUNETR
+from torch import nn
+
+from models.backbones import build_backbone
+from models.dino import DINOHead, DINONetwork, update_teacher
+from models.losses import TeacherTargets, dino_loss
+from tests.benchmarks.sliding_window import timed
+
+REPEATS = 5
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+PROTOTYPES, TEACHER_TEMP, STUDENT_TEMP, MOMENTUM = 4096, 0.04, 0.1, 0.99
+
+
+def compare(name: str, ours, other) -> None:
+    """Run both by turns and print their times."""
+    times = []
+    for _ in range(REPEATS + 1):
+        times.append([timed(run, DEVICE)[0] for run in (ours, other)])
+    times = times[1:]  # the first warms up
+    a, b = (statistics.median(column) for column in zip(*times, strict=True))
+    ratio = statistics.median(other / ours for ours, other in times)
+    threads = torch.get_num_threads()
+    print(f"{name}, {DEVICE}, {threads} threads: ours {a:.3f} s, other {b:.3f} s, {ratio:.2f}x")
+
+
+def cube(size: int, batch: int = 1) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.rand(batch, 1, size, size, size, generator=generator).to(DEVICE)
+
+
+def forward_backward(network, x: torch.Tensor):
+    def run():
+        out = network(x)
+        sum(y.square().mean() for y in (out if isinstance(out, list) else [out])).backward()
+
+    return run
+
+
+def swin_pair(decoder: bool) -> tuple[nn.Module, SwinUNETR]:
+    """Return our swinunetr and MONAI's, with the same weights."""
+    torch.manual_seed(0)
+    monai = SwinUNETR(in_channels=1, out_channels=2, feature_size=48)
+    ours = build_backbone("swinunetr", decoder=decoder)
+    ours.load_state_dict({name: monai.state_dict()[name] for name in ours.state_dict()})
+    return ours.to(DEVICE), monai.to(DEVICE)
+
+
+def encoder(size: int, batch: int) -> None:
+    ours, monai = swin_pair(decoder=False)
+    x = cube(size, batch)
+    pair = forward_backward(ours.encode, x), forward_backward(monai.swinViT, x)
+    compare(f"swinunetr's encoder, {batch} x {size}^3", *pair)
+
+
+def swinunetr(size: int = 96) -> None:
+    ours, monai = swin_pair(decoder=True)
+    output = copy.deepcopy(monai.out)
+    x = cube(size)
+    pair = forward_backward(lambda x: output(ours.decode(x, ours.encode(x))), x)
+    compare(f"swinunetr, {size}^3", pair, forward_backward(monai, x))
+
+
+def resunet(size: int = 64) -> None:
+    try:
+        from dynamic_network_architectures.architectures.unet import ResidualEncoderUNet
+    except ImportError:
+        print("resunet: skipped, dynamic-network-architectures is not installed")
+        return
+    ours = build_backbone("resunet").to(DEVICE)
+    widths, blocks = (32, 64, 128, 256, 320, 320), (1, 3, 4, 6, 6, 6)
+    norm = nn.InstanceNorm3d, {"eps": 1e-5, "affine": True}
+    act = nn.LeakyReLU, {"inplace": True}
+    strides = (1, 2, 2, 2, 2, 2)
+    other = ResidualEncoderUNet(
+        1, 6, widths, nn.Conv3d, 3, strides, blocks, 2, 1, True, *norm, None, None, *act
+    ).to(DEVICE)
+    output = copy.deepcopy(other.decoder.seg_layers[-1])
+    x = cube(size)
+    pair = forward_backward(lambda x: output(ours.decode(x, ours.encode(x))), x)
+    compare(f"resunet, {size}^3", pair, forward_backward(other, x))
+
+
+class PlainHead(nn.Module):
+    """DINO's projection head, as lightly and the authors write it."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        layers = nn.Linear(width, 2048), nn.GELU(), nn.Linear(2048, 2048), nn.GELU()
+        self.layers = nn.Sequential(*layers, nn.Linear(2048, 256))
+        last = nn.Linear(256, PROTOTYPES, bias=False)
+        self.last_layer = nn.utils.parametrizations.weight_norm(last)
+        self.last_layer.parametrizations.weight.original0.data.fill_(1)
+        self.last_layer.parametrizations.weight.original0.requires_grad = False
+
+    def forward(self, x):
+        return self.last_layer(F.normalize(self.layers(x), dim=-1))
+
+
+def plain_step(encode: nn.Module, width: int, global_crops: list, local_crops: list):
+    """Return DINO's step as lightly's example takes it: view by view, and the loss pair by pair."""
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encode, self.head = encode, PlainHead(width)
+
+        def forward(self, x):
+            return self.head(self.encode(x)[-1].mean(dim=(2, 3, 4)))
+
+    student = Network().to(DEVICE)
+    teacher = copy.deepcopy(student).requires_grad_(False)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4)
+    center = torch.zeros(PROTOTYPES, device=DEVICE)
+
+    def run():
+        with torch.no_grad():
+            teacher_out = [teacher(view) for view in global_crops]
+        student_out = [student(view) for view in global_crops + local_crops]
+        loss, pairs = 0, 0
+        for i, t in enumerate(teacher_out):
+            p = ((t - center) / TEACHER_TEMP).softmax(-1)
+            for j, s in enumerate(student_out):
+                if i != j:
+                    loss = loss - (p * (s / STUDENT_TEMP).log_softmax(-1)).sum(-1).mean()
+                    pairs += 1
+        optimizer.zero_grad()
+        (loss / pairs).backward()
+        optimizer.step()
+        for t, s in zip(teacher.parameters(), student.parameters(), strict=True):
+            t.data = t.data * MOMENTUM + s.data * (1 - MOMENTUM)
+        center.mul_(0.9).add_(torch.cat(teacher_out).mean(0), alpha=0.1)
+
+    return run
+
+
+def our_step(backbone: nn.Module, global_crops: list, local_crops: list):
+    """Return the same step of the parts that `dino.py` takes it from."""
+    head = DINOHead(backbone.feature_channels[-1], PROTOTYPES, batchnorm=False)
+    student = DINONetwork(backbone, "mean", head).to(DEVICE)
+    teacher = copy.deepcopy(student).requires_grad_(False)
+    targets = TeacherTargets(PROTOTYPES, "center").to(DEVICE)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4, fused=DEVICE.type == "cuda")
+    global_crops, local_crops = torch.cat(global_crops), torch.cat(local_crops)
+
+    def run():
+        with torch.no_grad():
+            p = targets(teacher(global_crops)["logits"], TEACHER_TEMP)
+        logits = student(global_crops, local_crops)["logits"]
+        optimizer.zero_grad()
+        dino_loss(p.unflatten(0, (2, -1)), logits[:, None], STUDENT_TEMP).backward()
+        optimizer.step()
+        update_teacher(teacher, student, MOMENTUM)
+        targets.update_center()
+
+    return run
+
+
+def dino_swinunetr() -> None:
+    ours, monai = swin_pair(decoder=False)
+    views = [cube(64) for _ in range(2)], [cube(32) for _ in range(8)]
+    plain = plain_step(monai.swinViT, ours.feature_channels[-1], *views)
+    compare("DINO, swinunetr, 2 x 64^3 + 8 x 32^3", our_step(ours, *views), plain)
+
+
+class Encode(nn.Module):
+    def __init__(self, backbone):
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, x):
+        return self.backbone.encode(x)
+
+
+def dino_resunet() -> None:
+    ours = build_backbone("resunet", decoder=False)
+    views = [cube(64) for _ in range(2)], [cube(64) for _ in range(4)]
+    plain = plain_step(Encode(copy.deepcopy(ours)), ours.feature_channels[-1], *views)
+    compare("DINO, resunet, 2 x 64^3 + 4 x 64^3", our_step(ours, *views), plain)
+
+
+def memory(size: int = 96) -> None:
+    """Print the peak of each arm above what it takes to be there, by the kernel's count."""
+    for arm in ("ours", "monai"):
+        command = [sys.executable, "-m", "tests.benchmarks.speed", f"peak:{arm}:{size}"]
+        subprocess.run(command, check=True)
+
+
+def peak(arm: str, size: int) -> None:
+    ours, monai = swin_pair(decoder=False)
+    network = ours.encode if arm == "ours" else monai.swinViT
+    forward_backward(network, cube(32))()  # gradients and caches are there
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    forward_backward(network, cube(size))()
+    mib = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    if DEVICE.type == "cuda":
+        mib = torch.cuda.max_memory_allocated() / 2**20
+    print(f"swinunetr's encoder, {size}^3, peak memory of {arm}: {mib:,.0f} MiB")
+
+
+ROWS = {
+    "encoder64": lambda: encoder(64, 1),
+    "encoder32": lambda: encoder(32, 8),
+    "swinunetr": swinunetr,
+    "dino_swinunetr": dino_swinunetr,
+    "dino_resunet": dino_resunet,
+    "memory": memory,
+    "resunet": resunet,
+}
+
+
+def main() -> None:
+    global REPEATS
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("rows", nargs="*", help=f"{', '.join(ROWS)}; all if none is named")
+    parser.add_argument("--repeats", type=int, default=REPEATS, help="after one to warm up")
+    arguments = parser.parse_args()
+    REPEATS = arguments.repeats
+    for name in arguments.rows or ROWS:
+        if name.startswith("peak:"):  # for `memory`
+            _, arm, size = name.split(":")
+            peak(arm, int(size))
+        else:
+            ROWS[name]()
+
+
+if __name__ == "__main__":
+    main()
