@@ -216,13 +216,18 @@ def test_weights_that_saw_test_patients_are_refused_before_anything_runs(scans, 
 def test_all_that_is_wrong_with_the_config_is_listed(scans, tmp_path):
     changes = {"steps": 25, "arms": {"a": None, "b": None}, "tuning.label_count": 5}
     changes |= {"settings": {"seed": 3}, "draws": 1, "with_decoder": ["a"]}
+    changes |= {"arm_settings": {"c": {}, "a": {"n_epochs": 3}}}
     with pytest.raises(InputError) as error:
         program.main(command(scans, tmp_path / "out", **changes), InProcess())
     wrong = ("multiple of 10", "one arm with null", "not among", "the study sets it", "draws")
+    wrong += ("c: not an arm", "arm_settings.a      n_epochs: the study sets it")
     for text in (*wrong, "a: not an arm with a file"):
         assert text in str(error.value)
     with pytest.raises(InputError, match="min_learning_rate"):
         changes = {"tuning.learning_rates": [1e-9]}
+        program.main(command(scans, tmp_path / "out", **changes), InProcess())
+    with pytest.raises(InputError, match="no_such_key"):
+        changes = {"arm_settings": {"dino": {"no_such_key": 1}}}
         program.main(command(scans, tmp_path / "out", **changes), InProcess())
 
 
