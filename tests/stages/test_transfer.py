@@ -171,7 +171,10 @@ def test_a_study_of_segmentation(scans, tmp_path, quick, monkeypatch, capsys):
     assert not list(out.rglob("runs/**/*.pt")) and not list(out.rglob("*.nii.gz"))
     assert "DEMO-" not in (out / "report.html").read_text()  # names are in CSVs alone
 
-    # ---- another plan would test the same patients again
+    # ---- how many run at a time may change, but another plan would test the same patients again
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    fourth = InProcess()
+    assert program.main(command(scans, out, at_once=2), fourth) == 0 and not fourth.started
     with pytest.raises(InputError, match="another study, with other draws"):
         program.main(command(scans, out, draws=3), InProcess())
 

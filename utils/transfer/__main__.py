@@ -42,7 +42,7 @@ STAGES = {
     "segmentation": (SegmentationConfig, impossible_segmentation),
     "classification": (ClassificationConfig, impossible_classification),
 }
-FREE = ("keep_files", "n_workers", "cache_dir")  # keys that may change between starts
+FREE = ("at_once", "keep_files", "n_workers", "cache_dir")  # keys that may change between starts
 
 
 def stage_config(cfg: TransferConfig):
