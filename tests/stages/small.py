@@ -233,7 +233,7 @@ def steps(experiment: Path) -> list[dict]:
 
 
 def epochs(experiment: Path) -> pd.DataFrame:
-    return pd.read_csv(experiment / "metrics.csv")
+    return pd.read_csv(experiment / "metrics.csv", float_precision="round_trip")
 
 
 def log_of(experiment: Path) -> str:
