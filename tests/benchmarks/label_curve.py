@@ -159,11 +159,13 @@ def measure(name: str, files: Sequence[str]) -> list[dict]:
         masks = [torch.from_numpy(mask).long() for mask in read]
         holds = [frozenset(mask.unique().tolist()) for mask in masks[:fitted]]
     tested, rows = range(fitted, len(entries)), []
-    draws = draws_of(holds, COUNTS[kind][0])
+    num_classes = len(frozenset().union(*holds))
+    counts = [n for n in COUNTS[kind] if kind == "masks" or n >= num_classes]
+    draws = draws_of(holds, counts[0])
 
     def score(arm: str, seed: int, probe: Masks | Labels) -> None:
         for draw, order in enumerate(draws):
-            for n in COUNTS[kind]:
+            for n in counts:
                 found = probe.score(order[:n], tested)
                 rows.append({"arm": arm, "seed": seed, "draw": draw, kind: n, "score": found})
 
@@ -205,7 +207,7 @@ def table(rows: Sequence[dict], kind: str) -> list[str]:
                 found[row["draw"]].append(row["score"])
         return np.mean(found, axis=1)
 
-    counts, others = COUNTS[kind], arms[1:]
+    counts, others = sorted({row[kind] for row in rows}), arms[1:]
     lines = [f"| {kind} | {' | '.join([*arms, *(f'over {arm}' for arm in others)])} |"]
     lines.append("|---" * (1 + len(arms) + len(others)) + "|")
     gains = {other: [by_draw(ARMS[0], n) - by_draw(other, n) for n in counts] for other in others}
@@ -221,7 +223,7 @@ def table(rows: Sequence[dict], kind: str) -> list[str]:
 
 
 def plot(path: Path, rows: Sequence[dict], name: str, kind: str) -> None:
-    fig, counts = figure(6, 4, layout="tight"), COUNTS[kind]
+    fig, counts = figure(6, 4, layout="tight"), sorted({row[kind] for row in rows})
     ax = fig.subplots()
     for i, arm in enumerate((*ARMS, "control")):
         for seed in sorted({row["seed"] for row in rows if row["arm"] == arm}):
