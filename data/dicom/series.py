@@ -1,5 +1,6 @@
 """Read a DICOM series as a volume: find its files in a folder and put their frames in order."""
 
+import hashlib
 import os
 import re
 import warnings
@@ -57,8 +58,13 @@ def read_dicom(path: Path, series_uid: str | None = None, uneven_slices: str = "
         affine=affine,
         modality=modalities[0] if modalities else None,
         series_uid=series[0].series_uid or None,
+        patient=_hashed(next((image.patient for image in series if image.patient), "")),
         notices=tuple(notices),
     )
+
+
+def _hashed(patient: str) -> str | None:
+    return hashlib.sha256(patient.encode()).hexdigest()[:16] if patient else None
 
 
 def _one_image(path: Path) -> Image:
