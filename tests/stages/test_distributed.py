@@ -1,9 +1,9 @@
 """Two processes (CPU, gloo) train as one with twice the batch, and test what it tests."""
 
-import functools
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -70,35 +70,35 @@ def settings(stage: str, way: str, num_processes: int = 1) -> str:
     return f"{COMMON[stage]} {others} batch_size={batch_size * num_processes}"
 
 
+def jobs_of(stage: str, results: Path) -> list[tuple]:
+    """What two processes do: see two_processes.py."""
+    step, stopped = DISTURBED[stage], f"experiment=stopped {settings(stage, STOPPED[stage])}"
+    jobs = [("", 0, 0, f"experiment={n} {settings(stage, n)}") for n in WAYS[stage]]
+    jobs.append(("spoil", step, 0, f"experiment=spoiled {settings(stage, 'plain')}"))
+    jobs.append(("stop", step, small.STOPPED, stopped))
+    jobs.append(("", 0, 0, f"{stopped} resume_training_from=auto"))
+    if stage != "dino":  # which tests in one process only
+        best = results / "plain" / "checkpoints" / "best.pt"
+        jobs.append(("", 0, 0, f"experiment=plain test_ckpt={best}"))
+    return jobs
+
+
 @pytest.fixture(scope="module")
 def two_of(scans_of, tmp_path_factory):
-    """A function: stage -> folder of the runs in two processes, which are started once: starting
+    """{stage: folder of the runs in two processes}, which are started once for all stages: starting
     takes longer than running."""
-
-    @functools.cache
-    def two(stage):
-        results, step = tmp_path_factory.mktemp(f"two-{stage}"), DISTURBED[stage]
-        stopped = f"experiment=stopped {settings(stage, STOPPED[stage])}"
-        jobs = [("", 0, 0, f"experiment={n} {settings(stage, n)}") for n in WAYS[stage]]
-        jobs.append(("spoil", step, 0, f"experiment=spoiled {settings(stage, 'plain')}"))
-        jobs.append(("stop", step, small.STOPPED, stopped))
-        jobs.append(("", 0, 0, f"{stopped} resume_training_from=auto"))
-        if stage != "dino":  # which tests in one process only
-            best = results / "plain" / "checkpoints" / "best.pt"
-            jobs.append(("", 0, 0, f"experiment=plain test_ckpt={best}"))
-        command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
-        command += ["--nproc_per_node", "2", "-m", "tests.stages.two_processes", stage]
-        command += [str(scans_of(stage)), str(results), json.dumps(jobs)]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-        return results
-
-    return two
+    folders = {stage: tmp_path_factory.mktemp(f"two-{stage}") for stage in STAGES}
+    todo = [(s, str(scans_of(s)), str(folder), jobs_of(s, folder)) for s, folder in folders.items()]
+    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc_per_node", "2", "-m", "tests.stages.two_processes", json.dumps(todo)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return folders
 
 
 @pytest.fixture
 def two(stage, two_of):
-    return two_of(stage)
+    return two_of[stage]
 
 
 @pytest.mark.parametrize(
