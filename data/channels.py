@@ -9,7 +9,7 @@ import numpy as np
 
 from data.cases import column_of
 from data.readers import Volume, VolumeError, read_volume
-from data.volume import corner_gap, resample, spacing_of, voxel_sizes
+from data.volume import MIN_VOXELS, SPACING_MM, corner_gap, resample, spacing_of, voxel_sizes
 
 CT_RANGE = (-1024, 32767)  # HU; lower values are padding outside the scanner's circle; metal stays
 CT_AIR = -1000  # HU
@@ -102,7 +102,8 @@ def _on_grid(
 ) -> tuple[np.ndarray, list[str]]:
     """Return a volume's voxels on the grid of the first, and a notice if the grids differ.
 
-    What the volume does not cover is air. Raises VolumeError if the two hardly share any space.
+    What the volume does not cover is air. Raises VolumeError if its grid is odd, or if the two
+    hardly share any space.
 
     path: of the volume. name: column of the first.
     """
@@ -115,6 +116,13 @@ def _on_grid(
         gap = corner_gap(affine, first.affine, shape)
         if gap <= SAME_VOXELS * spacing_of(first.affine).min():
             return turned, []
+    grid = " x ".join(map(str, turned.shape)) + " voxels of "
+    grid += " x ".join(f"{mm:.3g}" for mm in spacing_of(affine)) + " mm"
+    low, high = SPACING_MM
+    usual = all(low <= mm <= high for mm in spacing_of(affine))
+    if not usual or min(turned.shape) < MIN_VOXELS:
+        what = f"expected {low:g} to {high:g} mm and at least {MIN_VOXELS} voxels along each axis"
+        raise VolumeError(f"{path}: {grid}; {what}")
     voxels, air = volume.voxels, float(volume.voxels.min())
     if kind == "CT":  # before padding values of -3024 are mixed into the skin
         voxels, air = np.clip(voxels, *CT_RANGE), CT_AIR
@@ -127,7 +135,5 @@ def _on_grid(
             f"{path}: lies elsewhere in space: covers {covered:.0%} of {name}, and their middles "
             f"are {apart:.0f} mm apart; channels must be of one region in one frame of reference"
         )
-    grid = " x ".join(map(str, turned.shape)) + " voxels of "
-    grid += " x ".join(f"{mm:.3g}" for mm in spacing_of(affine)) + " mm"
     share = f", of which it covers {covered:.0%}" if covered < 0.995 else ""
     return found, [f"{path}: {grid}, interpolated to the grid of {name}{share}"]

@@ -10,6 +10,8 @@ TILTED = (
     "slices are shifted sideways, by {:.1f} degrees (gantry tilt): resampled to right angles for "
     "the network; predictions are on the slices as they are"
 )
+SPACING_MM = (0.05, 20.0)  # others mean a wrong unit in the header, or a localizer
+MIN_VOXELS = 2  # along each axis
 GRID_TOL = 0.25  # voxels by which the positions of image and mask may differ
 MAX_SHEAR = 0.5  # degrees; more is undone by resampling
 MAX_TILT = 45.0  # degrees; gantries tilt by up to 30

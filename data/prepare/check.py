@@ -17,12 +17,10 @@ from data.cases import NOTICE, Case, Problem
 from data.nifti import is_nifti
 from data.readers import VolumeError
 from data.standard import CheckMaskd, ReadVolumed, StandardForm
-from data.volume import spacing_of
+from data.volume import MIN_VOXELS, SPACING_MM, spacing_of
 from utils.parallel import in_processes
 
 VERSION = 3  # of the remembered facts: raise it when the readers refuse more than before
-SPACING_MM = (0.05, 20.0)  # others mean a wrong unit in the header, or a localizer
-MIN_VOXELS = 2  # along each axis
 FEW_VOXELS = 8  # fewer are noticed: the network sees mostly padding there
 # {"shape": of the (first) file, "spacing": mm, "series": hash of SeriesInstanceUID or None,
 #  "labels": label values of the mask except 0, "notices": of the readers}
