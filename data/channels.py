@@ -64,12 +64,10 @@ def read_channels(
             kind, voxels, said = "CT" if own.upper() == "CT" else "other", volume.voxels, []
             if first is None:
                 first, name_of_first = volume, name
-            elif volume.patient and first.patient and volume.patient != first.patient:
-                raise VolumeError(
-                    f"{path}: its DICOM PatientID is not that of {name_of_first}: two patients"
-                )
             else:
-                voxels, said = _on_grid(volume, first, kind, path, name_of_first)
+                said = _of_one_space(volume, first, path, name_of_first)
+                voxels, grid = _on_grid(volume, first, kind, path, name_of_first)
+                said += grid
         found[name] = Scan(voxels, kind, own, f"{name}: {path}" if name else path)
         notices += [f"{name}: {what}" if name else what for what in [*volume.notices, *said]]
     missing = Scan(np.zeros(first.voxels.shape, np.int16), "missing", "", "")
@@ -95,6 +93,17 @@ def _named(column: str) -> Iterator[None]:
         yield
     except VolumeError as error:
         raise VolumeError(f"{column}: {error}" if column else str(error)) from error
+
+
+def _of_one_space(volume: Volume, first: Volume, path: str, name: str) -> list[str]:
+    """Return a notice if a DICOM series is in another frame of reference than the first channel,
+    which has a name. Raises VolumeError if it is of another patient."""
+    if volume.patient and first.patient and volume.patient != first.patient:
+        raise VolumeError(f"{path}: its DICOM PatientID is not that of {name}: two patients")
+    if not (volume.frame and first.frame) or volume.frame == first.frame:
+        return []
+    what = "nothing says that both lie alike; look at them, or register them first"
+    return [f"{path}: in another DICOM frame of reference than {name}: {what}"]
 
 
 def _on_grid(

@@ -26,7 +26,7 @@ def read_volume(
     part: of a 4D NIfTI file, which of its volumes, from 0.
 
     Returns voxels (X, Y, Z) as stored, with their affine to RAS+ mm. Of the header's text only
-    modality, SeriesInstanceUID and a hash of PatientID are kept.
+    modality and SeriesInstanceUID are kept, and hashes of PatientID and FrameOfReferenceUID.
 
     Raises VolumeError, naming the file or folder and the reason, rather than return a volume that
     may be wrong.

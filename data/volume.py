@@ -34,7 +34,7 @@ class Volume:
     modality: DICOM Modality ("CT", "MR", ...); None for NIfTI.
     series_uid: DICOM SeriesInstanceUID; None for NIfTI.
     patient: a hash of DICOM's PatientID, by which scans are told to be of two patients; None for
-        NIfTI, or without one.
+        NIfTI, or without one. frame: likewise of FrameOfReferenceUID, by which scans share a space.
     notices: what was likely, but not certain, or changed on the way; for the user, by row.
     """
 
@@ -43,6 +43,7 @@ class Volume:
     modality: str | None = None
     series_uid: str | None = None
     patient: str | None = None
+    frame: str | None = None
     notices: tuple[str, ...] = ()
 
 

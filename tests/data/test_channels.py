@@ -138,6 +138,17 @@ def test_scans_of_two_patients_are_refused_and_nobody_is_named(tmp_path):
     assert "phantom-1" not in read_volume(own).patient
 
 
+def test_another_frame_of_reference_is_said(tmp_path):
+    paths = {}
+    for name, uid in (("a", "1.2.3"), ("b", "1.2.3"), ("c", "1.2.4")):
+        series = make_series()
+        for ds in series:
+            ds.FrameOfReferenceUID = uid
+        paths[name] = str(save_series(series, tmp_path / name))
+    (notice,) = read(tmp_path, **paths)[0].notices
+    assert notice.startswith("c: ") and "frame of reference than a" in notice
+
+
 def test_a_missing_channel_is_zeros_and_the_first_that_is_there_gives_the_grid(tmp_path):
     paths = {
         "a": None,

@@ -106,11 +106,12 @@ def moved(*voxels: float) -> np.ndarray:
     return change
 
 
-def two_patients(same: bool, folder: Path) -> Cells:
-    for name, patient in (("t1", "one"), ("t2", "one" if same else "two")):
+def dicom(folder: Path, patient="one", frame="1.2") -> Cells:
+    """Two DICOM series; patient and frame of reference are those of the second."""
+    for name, (who, space) in {"t1": ("one", "1.2"), "t2": (patient, frame)}.items():
         series = make_series(8, 12, 14)
         for ds in series:
-            ds.PatientID = patient
+            ds.PatientID, ds.FrameOfReferenceUID = who, space
             if name == "t2":
                 words = np.frombuffer(ds.PixelData, "<u2") + np.uint16(500)
                 ds.PixelData = words.astype("<u2").tobytes()
@@ -173,8 +174,11 @@ FAULTS = [
     fault("moved by half a voxel", RIGHT, second(moved(0.5, 0, 0)), "interpolated"),
     fault("elsewhere in space", NAMED, second(moved(200, 0, 0)), "t2_path: ", "elsewhere in space"),
     fault("hardly touching", NAMED, second(moved(13, 0, 0)), "t2_path: ", "elsewhere in space"),
-    fault("of one patient", RIGHT, partial(two_patients, True)),
-    fault("of another patient", NAMED, partial(two_patients, False), "t2_path: ", "two patients"),
+    fault("of one patient", RIGHT, dicom),
+    fault("of another patient", NAMED, partial(dicom, patient="two"), "t2_path: ", "two patients"),
+    fault(
+        "of another visit", RIGHT, partial(dicom, frame="1.3"), "t2_path: ", "frame of reference"
+    ),
     *(
         Fault(f"checkpoint of two, here {given}", partial(of_checkpoint, given), kind)
         for given, kind in (
