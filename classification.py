@@ -37,7 +37,7 @@ from utils.memory import explained
 from utils.metrics.evaluation import evaluate
 from utils.metrics.predictions import pool
 from utils.report.classification import write_test_report
-from utils.report.plots import plot_crops, plot_curves
+from utils.report.plots import plot_crops, plot_curves, views_of
 from utils.signals import StopSignal
 from utils.training import schedules, step
 from utils.training.loop import Epoch
@@ -194,7 +194,7 @@ def draw_inputs(run: Run[ClassificationConfig], loaders: dict) -> None:
     views, size = {}, run.cfg.image.size
     for name, loader in loaders.items():
         items = [loader.dataset[key] for key in loader.sampler.global_keys()[:3]]
-        views[name] = cut_images(collate(items), size, run.device)[:, 0].cpu().numpy()
+        views |= views_of(cut_images(collate(items), size, run.device), name, run.cfg.data.channels)
     run.log.image("inputs", plot_crops(run.folder / "plots" / "inputs.png", views), 0)
 
 
@@ -211,7 +211,7 @@ def settings_to_match(cfg: ClassificationConfig, targets: Targets) -> dict:
     """Return what a checkpoint and the config must agree on: network, input and targets."""
     learned = {"classes": targets.classes, "moments": targets.moments}
     image = {"pooling": cfg.head.pooling, "image": cfg.image.model_dump(mode="json")}
-    data = ("spacing", "hu_window", "percentiles", "crop_background")
+    data = ("channels", "spacing", "hu_window", "percentiles", "crop_background")
     return checkpoint.settings_of(cfg, "classification", data, **learned, **image)
 
 

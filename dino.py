@@ -34,7 +34,7 @@ from utils.config.command_line import parse_command_line
 from utils.config.dino import DinoConfig, impossible_dino
 from utils.errors import InputError, NotFinite
 from utils.memory import explained, in_parts
-from utils.report.plots import plot_crops, plot_curves, plot_feature_pca
+from utils.report.plots import plot_crops, plot_curves, plot_feature_pca, views_of
 from utils.signals import StopSignal
 from utils.training import collapse, schedules, step
 from utils.training.loop import Epoch
@@ -56,7 +56,7 @@ PICTURES = {
 
 
 def cut_views(run: Run, batch: dict) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Cut global (2 B, 1, X, Y, Z) and local (num_local B, 1, x, y, z) crops, in 0..1."""
+    """Cut global (2 B, C, X, Y, Z) and local (num_local B, C, x, y, z) crops, in 0..1."""
     crops = run.cfg.crops
     source = (batch["region"].to(run.device, non_blocking=True), batch["scale"], batch["offset"])
     global_crops = apply_views(*source, batch["global"], crops.global_size)
@@ -239,19 +239,19 @@ def draw_crops(run: Run[DinoConfig], batch: dict) -> None:
     for name, crops in zip(("global", "local"), cut_views(run, batch), strict=True):
         if crops is not None:
             for i, view in enumerate(crops.unflatten(0, (-1, len(batch["index"])))):
-                views[f"{name} {i + 1}"] = view[:, 0].cpu().numpy()
+                views |= views_of(view, f"{name} {i + 1}", run.cfg.data.channels)
     run.log.image("crops", plot_crops(run.folder / "plots" / "crops.png", views), 0)
 
 
 def draw_progress(run: Run[DinoConfig], state: State, entry) -> None:
     """Renew plots/features.png, plots/curves.png and report.html."""
     plots, teacher, d = run.folder / "plots", state.modules["teacher"], run.cfg.dino
-    volume, maps = feature_maps(run, teacher, entry)
+    volumes, maps = feature_maps(run, teacher, entry)
     names = [f"stride {stride}" for stride in teacher.backbone.strides]
-    picture = plot_feature_pca(plots / "features.png", volume, maps, names)
+    picture = plot_feature_pca(plots / "features.png", volumes, maps, names)
     run.log.image("features", picture, state.step)
     if d.recon_weight > 0:
-        views = reconstruct(state.bare("student"), volume, run.cfg)
+        views = reconstruct(state.bare("student"), volumes, run.cfg)
         picture = plot_crops(plots / "reconstruction.png", views)
         run.log.image("reconstruction", picture, state.step)
     plot_curves(plots / "curves.png", run.log.rows, d.out_dim, d.patch_out_dim)
@@ -266,7 +266,7 @@ def settings_to_match(cfg: DinoConfig) -> dict:
     head = "pooling out_dim head_hidden head_bottleneck head_batchnorm norm_last_layer".split()
     head += ["patch_level", "patch_out_dim"] if cfg.dino.patch_weight > 0 else []
     d = cfg.dino.model_dump(mode="json")
-    data = ("spacing", "hu_window", "percentiles")
+    data = ("channels", "spacing", "hu_window", "percentiles")
     about = {name: d[name] for name in head} | ({"decoder": True} if d["recon_weight"] else {})
     return checkpoint.settings_of(cfg, "dino", data, dino=about)
 

@@ -48,7 +48,7 @@ from utils.config.segmentation import OF_THE_TEST, SegmentationConfig, impossibl
 from utils.errors import NotFinite
 from utils.memory import explained
 from utils.metrics.segmentation import case_dice, mean_dice
-from utils.report.plots import plot_crops, plot_curves
+from utils.report.plots import plot_crops, plot_curves, views_of
 from utils.report.segmentation import write_test_report
 from utils.signals import Stopped, StopSignal
 from utils.sliding_window import mirrored
@@ -192,7 +192,7 @@ def draw_patches(run: Run[SegmentationConfig], batch: dict) -> None:
     """Draw plots/patches.png: the patches of the first batch, and what is to be answered."""
     images, targets = apply_patches(batch, run.cfg.patches.size, run.device)
     targets = torch.where(targets == IGNORE, 0, targets).float() / len(run.cfg.classes)
-    views = {"image": images[:, 0].cpu().numpy(), "target": targets.cpu().numpy()}
+    views = views_of(images, "image", run.cfg.data.channels) | {"target": targets.cpu().numpy()}
     run.log.image("patches", plot_crops(run.folder / "plots" / "patches.png", views), 0)
 
 
@@ -208,7 +208,7 @@ def draw_progress(run: Run, state: State) -> None:
 def settings_to_match(cfg: SegmentationConfig, classes: Classes) -> dict:
     """Return what a checkpoint and the config must agree on: network, input and classes."""
     learned = {"deep_supervision": cfg.loss.deep_supervision, "classes": classes.to_dict()}
-    data = ("spacing", "hu_window", "percentiles", "crop_background")
+    data = ("channels", "spacing", "hu_window", "percentiles", "crop_background")
     return checkpoint.settings_of(cfg, "segmentation", data, **learned)
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data.cases import Case
+from data.cases import Case, column_of
 from data.dicom.elements import NotDicom
 from data.dicom.header import read_header
 from data.dicom.pixels import check_pixels
@@ -49,7 +49,8 @@ class VolumeCache:
 
     def key(self, case: Case) -> str:
         """Return the name of the case's file. Raises VolumeError if a source is missing."""
-        facts = (case.path, case.series_uid, case.modality, case.seg_path)
+        channels = [(path, column_of(name)[1]) for name, path in case.channels.items()]
+        facts = (case.path, case.series_uid, case.modality, case.seg_path, *channels)
         if facts not in self._keys:
             self._keys[facts] = _compute_key(case, self.form)
         return self._keys[facts]
@@ -149,6 +150,12 @@ def fingerprint(path: str | Path) -> list[tuple[str, int, int]]:
     return [(file, stat.st_size, stat.st_mtime_ns) for file, stat in stats]
 
 
+def fingerprints(case: Case) -> list:
+    """Return of each channel its `fingerprint` and, of a 4D file, which volume; None: missing."""
+    parts = [(path, column_of(name)[1]) for name, path in case.channels.items()]
+    return [path and [fingerprint(path)] + [part] * (part is not None) for path, part in parts]
+
+
 def hash_series(uid: str | None) -> str | None:
     """Return the first 16 hex digits of a SeriesInstanceUID's SHA-256, or None without a UID."""
     return hashlib.sha256(uid.encode()).hexdigest()[:16] if uid else None
@@ -157,18 +164,18 @@ def hash_series(uid: str | None) -> str | None:
 def _compute_key(case: Case, form: StandardForm) -> str:
     try:
         sources = [fingerprint(p) for p in (case.path, case.seg_path) if p]
+        channels = fingerprints(case)
     except VolumeError as error:
         raise VolumeError(f"patient {case.patient}: {error}") from error
     facts = [FORMAT, form.to_dict(), sources, bool(case.seg_path), case.series_uid, case.modality]
+    facts += [channels] if channels else []  # the keys of one channel stay the same
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
 
 
 def _build(path: Path, case: Case, form: StandardForm) -> None:
     """Read one case, bring it into standard form and write it."""
-    item = {"path": case.path, "series_uid": case.series_uid, "modality": case.modality}
-    item["seg_path"] = case.seg_path
     try:
-        standard = standard_transform(form)(item)
+        standard = standard_transform(form)(case.files)
     except (RuntimeError, VolumeError) as error:  # MONAI wraps what a transform raises
         cause = error if isinstance(error, VolumeError) else error.__cause__
         if not isinstance(cause, VolumeError):
@@ -204,8 +211,9 @@ def _report(case: Case, error: VolumeError, on_error: Callable | None) -> None:
 
 def _estimate(case: Case, form: StandardForm) -> float:
     """Estimate the bytes of a case in the cache from a header or, without one, its size on disk."""
+    each = BYTES_PER_VOXEL * max(1, sum(path is not None for path in case.channels.values()))
     if form.size is not None:
-        return float(np.prod(form.size, dtype=float)) * BYTES_PER_VOXEL
+        return float(np.prod(form.size, dtype=float)) * each
     sources = fingerprint(case.path)
     try:
         shape, spacing = _read_grid(Path(case.path), [Path(path) for path, _, _ in sources])
@@ -214,7 +222,7 @@ def _estimate(case: Case, form: StandardForm) -> float:
     voxels = np.prod(shape, dtype=float)
     if form.spacing is not None:
         voxels *= np.prod(spacing, dtype=float) / np.prod(form.spacing)
-    return float(voxels) * BYTES_PER_VOXEL
+    return float(voxels) * each
 
 
 def _read_grid(path: Path, sources: list[Path]) -> tuple[tuple, tuple]:

@@ -55,7 +55,13 @@ class CasesError(InputError):
 
 @dataclass(frozen=True)
 class Case:
-    """One row of the CSV. labels: {column: text}, "" if empty, of requested columns that exist."""
+    """One row of the CSV.
+
+    labels: {column: text}, "" if empty, of requested columns that exist.
+    channels: {column: absolute path, None where it is missing} of data.channels; {} without those.
+        `path` is then that of the first one that is there, to whose grid the others are brought. A
+        name such as path:2 is the volume 2, from 0, of a 4D file in the column path.
+    """
 
     patient: str
     path: str  # absolute
@@ -65,6 +71,34 @@ class Case:
     modality: str | None = None
     seg_path: str | None = None  # absolute
     labels: dict[str, str] = field(default_factory=dict)
+    channels: dict[str, str | None] = field(default_factory=dict)
+
+    @property
+    def files(self) -> dict:
+        """What `data.standard.standard_transform` takes."""
+        names = ("path", "series_uid", "modality", "seg_path", "channels")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def drawn(self) -> str:
+        """For pictures: which of several channels `path` is; "" if there is one."""
+        return next((name for name, path in self.channels.items() if path), "")
+
+    @property
+    def part(self) -> int | None:
+        """Which volume of `path` is drawn, and the first channel, if that is a 4D file."""
+        return column_of(self.drawn)[1]
+
+    @property
+    def missing(self) -> list[str]:
+        """The channels that are missing."""
+        return [name for name, path in self.channels.items() if not path]
+
+
+def column_of(channel: str) -> tuple[str, int | None]:
+    """Return the column of a channel, and which volume of its 4D file it is, or None."""
+    column, colon, part = channel.rpartition(":")
+    return (column, int(part)) if colon and part.isdecimal() else (channel, None)
 
 
 def read_cases(
@@ -73,6 +107,8 @@ def read_cases(
     label_columns: Sequence[str] = (),
     path_columns: Sequence[str] = ("path",),
     optional_columns: Sequence[str] = (),
+    channels: Sequence[str] | None = None,
+    missing_channels: str = "refuse",
 ) -> tuple[list[Case], list[Problem]]:
     """Read all rows, whatever their fold.
 
@@ -83,6 +119,8 @@ def read_cases(
         label_columns: columns kept as `Case.labels`.
         path_columns: names of the image column; the first that the CSV has is used.
         optional_columns: kept as labels too if the CSV has them.
+        channels: data.channels: columns read in place of the image column, or None.
+        missing_channels: of these: "refuse" an empty cell, or "zero" lets some of a row be empty.
     Returns:
         the cases whose rows can be used; all problems, in the order of the rows.
     """
@@ -91,13 +129,17 @@ def read_cases(
     except ValueError as e:
         return [], [Problem(0, "", f"{csv_path}: {e}")]
     path_column = next((name for name in path_columns if name in header), path_columns[0])
-    problems += _check_header(header, ["PatientID", path_column, "fold", *label_columns])
+    columns = [column_of(name)[0] for name in channels or ()]
+    required = ["PatientID", *(columns or [path_column]), "fold", *label_columns]
+    problems += _check_header(header, required)
+    may_lack = channels if channels and missing_channels == "zero" else ()
     columns = [name for name in (*label_columns, *optional_columns) if name in header]
     folder, cases = Path(csv_path).resolve().parent, []
     for line, cells in rows:
-        case, wrong = _read_case(line, cells, path_column, columns, folder)
-        problems += wrong
-        if case is not None:
+        paths, wrong = _read_paths(line, cells, channels or [path_column], may_lack, folder)
+        case, others = _read_case(line, cells, paths, channels or (), columns)
+        problems += others + wrong
+        if case is not None and not wrong:
             cases.append(case)
     if not rows and not problems:
         problems.append(Problem(0, "", f"{csv_path}: has a header but no rows"))
@@ -155,12 +197,50 @@ def _missing_column(name: str, header: list[str]) -> str:
     return f"no column {name!r}; {hint}"
 
 
+def _read_paths(
+    line: int, cells: dict[str, str], images: Sequence[str], may_lack: Sequence[str], folder: Path
+) -> tuple[dict[str, str], list[Problem]]:
+    """Return the absolute paths of a row, {column: path}, and their problems.
+
+    images: the image column or all channels. may_lack: those of them that may be empty, but one.
+    """
+    paths, problems = {}, []
+    for name in (*images, "seg_path"):
+        column = column_of(name)[0]
+        text = cells.get(column, "")
+        if not text and (name in ("seg_path", *may_lack) or column not in cells):
+            continue
+        try:
+            paths[name] = os.path.join(folder, expand_path(text))
+            os.stat(paths[name])
+        except OSError as e:
+            what = f"{name} {paths[name]}: {e.strerror}"
+            problems.append((what, "paths"))
+        except ValueError as e:
+            hint = "; data.missing_channels=zero allows it" if len(images) > 1 and not text else ""
+            problems.append((f"{name} {text!r}: {e}{hint}", "paths"))
+    if may_lack and not any(name in paths for name in images):
+        problems.append((f"{', '.join(images)}: all empty", "paths"))
+    if len(images) > 1 and cells.get("series_uid"):
+        what = "series_uid: there are several channels; give each series a folder of its own"
+        problems.append((what, "CSV"))
+    patient = cells.get("PatientID", "")
+    return paths, [Problem(line, patient, *problem) for problem in problems]
+
+
 def _read_case(
-    line: int, cells: dict[str, str], path_column: str, label_columns: Sequence[str], folder: Path
+    line: int,
+    cells: dict[str, str],
+    paths: dict[str, str],
+    channels: Sequence[str],
+    label_columns: Sequence[str],
 ) -> tuple[Case | None, list[Problem]]:
-    """Return one row as a case, or None if it cannot be used, and its problems."""
+    """Return one row as a case, or None if it cannot be used, and the problems of its other cells.
+
+    paths: of `_read_paths`.
+    """
     patient, modality = cells.get("PatientID", ""), cells.get("modality", "").upper()
-    problems, paths = [], {}
+    problems = []
     for name in ("PatientID", "fold"):
         if cells.get(name) == "":
             problems.append(Problem(line, patient, f"empty {name}"))
@@ -171,29 +251,20 @@ def _read_case(
         near = nearest(modality, list(MODALITIES))
         choices = f"nearest: {near}" if near else f"one of {', '.join(MODALITIES)}"
         problems.append(Problem(line, patient, f"modality {modality!r} is unknown; {choices}"))
-    for name in (path_column, "seg_path"):
-        text = cells.get(name, "")
-        if not text and (name == "seg_path" or name not in cells):
-            continue
-        try:
-            paths[name] = os.path.join(folder, expand_path(text))
-            os.stat(paths[name])
-        except OSError as e:
-            what = f"{name} {paths[name]}: {e.strerror}"
-            problems.append(Problem(line, patient, what, "paths"))
-        except ValueError as e:
-            problems.append(Problem(line, patient, f"{name} {text!r}: {e}", "paths"))
-    if problems or not {"PatientID", "fold", path_column} <= cells.keys():
+    images = [path for name, path in paths.items() if name != "seg_path"]
+    columns = {column_of(name)[0] for name in channels}
+    if problems or not images or not {"PatientID", "fold", *columns} <= cells.keys():
         return None, problems
     case = Case(
         patient=patient,
-        path=paths[path_column],
+        path=images[0],
         fold=cells["fold"],
         row=line,
         series_uid=cells.get("series_uid") or None,
         modality=modality or None,
         seg_path=paths.get("seg_path"),
         labels={name: cells[name] for name in label_columns},
+        channels={name: paths.get(name) for name in channels},
     )
     return case, []
 
@@ -234,15 +305,22 @@ def _check_patients(
 
 
 def _check_repeats(cases: list[Case]) -> list[Problem]:
-    """Find volumes in two rows. Symbolic links to one count; two series of one folder do not."""
+    """Find volumes in two rows, or in two channels of one. Symbolic links to one count; two series
+    of one folder do not."""
     first, problems = {}, []
     for case in cases:
-        earlier = first.setdefault((os.path.realpath(case.path), case.series_uid), case)
-        if earlier is case:
-            continue
-        patient = "" if earlier.patient == case.patient else f"patient {earlier.patient}, "
-        what = f"same path as {patient}line {earlier.row}: {case.path}"
-        problems.append(Problem(case.row, case.patient, what, "repeated volumes"))
+        for name, path in (case.channels or {"": case.path}).items():
+            if path is None:
+                continue
+            key = (os.path.realpath(path), case.series_uid, column_of(name)[1])
+            earlier, other = first.setdefault(key, (case, name))
+            if (earlier, other) == (case, name):
+                continue
+            patient = "" if earlier.patient == case.patient else f"patient {earlier.patient}, "
+            where = f"{name}: " if name else ""
+            there = f"{patient}line {earlier.row}" + (f", {other}" if other else "")
+            what = f"{where}same path as {there}: {path}"
+            problems.append(Problem(case.row, case.patient, what, "repeated volumes"))
     return problems
 
 

@@ -1,6 +1,6 @@
 """One file of the cache: a volume in standard form that can be read region by region.
 
-The file is a blosc2 array (`.b2nd`) of shape (C, X, Y, Z) int16: channel 0 is the image, channel 1
+The file is a blosc2 array (`.b2nd`) of shape (C, X, Y, Z) int16: the channels of the image, then
 the mask, if there is one. Its facts are in the array's metadata ("vlmeta"). Our own checksums
 follow: one of everything except the chunks, compared when a process first opens the file, and one
 of each chunk, compared when it is first used. blosc2 gets only data that has passed, since it
@@ -16,6 +16,7 @@ import uuid
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import blosc2
 import numpy as np
@@ -41,14 +42,29 @@ MAX_COORDS = 10_000  # voxels remembered per class
 SPAN = np.dtype([("start", "<u8"), ("size", "<u4"), ("crc", "<u4")])
 FOOTER = struct.Struct("<8sQQQI")
 MAGIC = b"dino3d-1"
-COPIED = ("scale", "offset", "background", "kind", "modality", "notices")  # facts as they are
-COPIED += ("uneven_slices", "mask_grid")
+OF_CHANNELS = ("scale", "offset", "background", "kind", "modality")  # lists, but of a case of one
+COPIED = ("notices", "uneven_slices", "mask_grid")  # facts as they are
 
 log = logging.getLogger(__name__)
 
 
 class DamagedEntry(Exception):
     """A file of the cache does not hold the data that was written."""
+
+
+class Channel(NamedTuple):
+    """How the stored values of a channel are meant.
+
+    scale, offset: value = stored * scale + offset: HU for CT, else 0..1 between percentiles.
+    background: stored value of air.
+    kind: "CT", "other" or "missing", whose values are 0. modality: from config, CSV or header.
+    """
+
+    scale: float
+    offset: float
+    background: int
+    kind: str
+    modality: str
 
 
 class CacheEntry:
@@ -59,10 +75,8 @@ class CacheEntry:
         shape: (X, Y, Z) of the cached volume.
         affine: (4, 4) float64, index in the cached volume -> RAS+ mm.
         spacing: (3,) mm of the cached volume.
-        scale, offset: value = stored * scale + offset: HU for CT, else 0..1 between percentiles.
-        background: stored value of air.
-        kind: "CT" or "other"; modality: from config, CSV or header.
-        original_shape, original_affine: of the file that was read.
+        channels: a `Channel` for each channel of the image.
+        original_shape, original_affine: of the file that was read, of several the first channel's.
         slice_spacing: (3,) mm, the file's spacing along x, y, z.
         through_plane: the axis with the largest slice_spacing; 2 if all are equal.
         body: uint8 (ceil(X/8), ceil(Y/8), ceil(Z/8)), body fraction of each block, 0..255.
@@ -106,6 +120,9 @@ class CacheEntry:
             raise DamagedEntry(f"{self.path}: another volume's file")
         for name in (*COPIED, "series_hash"):
             setattr(self, name, facts[name])
+        values = [facts[name] for name in OF_CHANNELS]
+        several = isinstance(values[0], list | tuple)
+        self.channels = [Channel(*v) for v in (zip(*values, strict=True) if several else [values])]
         self.shape = tuple(facts["shape"])
         self.original_shape = tuple(facts["original_shape"])
         self.affine = np.array(facts["affine"])
@@ -140,33 +157,37 @@ class CacheEntry:
         return self._heal(read)
 
     def read_region(self, start, size) -> np.ndarray:
-        """Return the part of a region inside the volume, (1, x, y, z) int16 stored values."""
-        return self._heal(lambda: self._read(0, start, size))
+        """Return the part of a region inside the volume, (C, x, y, z) int16 stored values."""
+        return self._heal(lambda: self._read(slice(len(self.channels)), start, size))
 
     def read_seg(self, start, size) -> np.ndarray:
         """Return the mask's labels in the region as `read_region`, (x, y, z) int16."""
         if not self.has_seg:
             raise ValueError(f"{self.path}: there is no mask to this volume")
-        return self._heal(lambda: self._read(1, start, size))[0]
+        mask = slice(len(self.channels), len(self.channels) + 1)
+        return self._heal(lambda: self._read(mask, start, size))[0]
 
-    def _read(self, channel: int, start, size) -> np.ndarray:
+    def _read(self, channels: slice, start, size) -> np.ndarray:
         low = [max(0, int(a)) for a in start]
         high = [min(n, int(a) + int(s)) for n, a, s in zip(self.shape, start, size, strict=True)]
         if any(a >= b for a, b in zip(low, high, strict=True)):
-            return np.empty((1, *(max(0, b - a) for a, b in zip(low, high, strict=True))), np.int16)
-        self._check_chunks(channel, low, high)
+            num = channels.stop - (channels.start or 0)
+            shape = (max(0, b - a) for a, b in zip(low, high, strict=True))
+            return np.empty((num, *shape), np.int16)
+        self._check_chunks(channels, low, high)
         box = (slice(a, b) for a, b in zip(low, high, strict=True))
         # opened for each read (0.2 ms), as a process cannot keep thousands of files open
         try:
-            return _open(self.path)[(slice(channel, channel + 1), *box)]
+            return _open(self.path)[(channels, *box)]
         except RuntimeError as error:  # the only type that blosc2 raises
             raise DamagedEntry(f"{self.path}: {error}") from error
 
-    def _check_chunks(self, channel: int, low: list, high: list) -> None:
+    def _check_chunks(self, channels: slice, low: list, high: list) -> None:
         """Compare the checksums of the chunks that a box touches, once per process."""
         counts = [-(-n // CHUNK) for n in self.shape]
         touched = [range(a // CHUNK, -(-b // CHUNK)) for a, b in zip(low, high, strict=True)]
-        numbers = np.ravel_multi_index(np.ix_([channel], *touched), (1 + self.has_seg, *counts))
+        whole = (len(self.channels) + self.has_seg, *counts)
+        numbers = np.ravel_multi_index(np.ix_(range(whole[0])[channels], *touched), whole)
         numbers = numbers[~self._checked[numbers]]
         if len(numbers) == 0:
             return
@@ -232,7 +253,7 @@ def write_entry(path: Path, standard: dict, series_hash: str | None, seed: int) 
     )
     metadata = {}
     if seg is not None:
-        metadata["class_coords"] = _class_steps(voxels[1], seed)
+        metadata["class_coords"] = _class_steps(voxels[-1], seed)
     metadata["facts"] = {
         "key": path.stem,
         "shape": shape,
@@ -244,7 +265,7 @@ def write_entry(path: Path, standard: dict, series_hash: str | None, seed: int) 
         "has_seg": seg is not None,
         "series_hash": series_hash,
         "body": standard["body"].tobytes(),
-        **{k: standard[k] for k in COPIED},
+        **{k: standard[k] for k in (*OF_CHANNELS, *COPIED)},
     }
     for name, content in metadata.items():
         array.schunk.vlmeta[name] = content

@@ -53,18 +53,21 @@ def nifti_files(path: str | Path) -> list[Path]:
     return [path]
 
 
-def read_nifti(path: Path) -> Volume:
-    """Read a NIfTI-1 or NIfTI-2 file of one volume, with its scaling applied.
+def read_nifti(path: Path, part: int | None = None) -> Volume:
+    """Read a NIfTI-1 or NIfTI-2 file of one volume, or one of a 4D file, with its scaling applied.
 
     A compressed file is read to its end, where its length and checksum are compared.
 
-    Raises VolumeError for damaged files, for more or fewer than 3 dimensions, for voxels that are
-    not finite real numbers, and if orientation or voxel size is missing or ambiguous.
+    part: of a file (X, Y, Z, N), which of its volumes, 0 to N - 1.
+
+    Raises VolumeError for damaged files, for other dimensions, for voxels that are not finite real
+    numbers, and if orientation or voxel size is missing or ambiguous.
     """
-    header, shape, affine, notices = _read_grid(path)
+    header, shape, affine, notices = _read_grid(path, part)
     voxels = nifti_files(path)[-1]
     with _opened(voxels) as file:
         stored = _read_voxels(file, header, shape, _dtype(header, path), voxels)
+    stored = stored if part is None else stored[..., part]
     return Volume(voxels=_real_values(stored, header, path), affine=affine, notices=notices)
 
 
@@ -99,11 +102,11 @@ def _is_compressed(path: Path) -> bool:
 
 
 def _read_grid(
-    path: Path,
-) -> tuple[nib.Nifti1Header, tuple[int, int, int], np.ndarray, tuple[str, ...]]:
+    path: Path, part: int | None = None
+) -> tuple[nib.Nifti1Header, tuple[int, ...], np.ndarray, tuple[str, ...]]:
     """Read header, shape, affine and notices before anything is allocated for the voxels."""
     header, path = read_nifti_header(path), nifti_files(path)[-1]
-    shape = _shape(header, path)
+    shape = _shape(header, path, part)
     num_bytes = math.prod(shape) * _dtype(header, path).itemsize
     end = int(header["vox_offset"]) + num_bytes
     if end > os.path.getsize(path) * (GZIP_RATIO if _is_compressed(path) else 1):
@@ -113,7 +116,7 @@ def _read_grid(
         )
     if _is_compressed(path):
         check_expansion(num_bytes, path)
-    affine, notices = _affine(header, shape, path)
+    affine, notices = _affine(header, shape[:3], path)
     return header, shape, affine, tuple(f"{path}: {what}" for what in notices)
 
 
@@ -150,18 +153,27 @@ def _read_header(file: BinaryIO, path: Path) -> nib.Nifti1Header:
     return header
 
 
-def _shape(header: nib.Nifti1Header, path: Path) -> tuple[int, int, int]:
-    """Return (X, Y, Z), without trailing axes of length 1."""
+def _shape(header: nib.Nifti1Header, path: Path, part: int | None) -> tuple[int, ...]:
+    """Return (X, Y, Z), without trailing axes of length 1, or with a part (X, Y, Z, N)."""
     num_axes = int(header["dim"][0])
     if not 1 <= num_axes <= 7:
         raise VolumeError(f"{path}: {num_axes} dimensions")
     shape = [int(size) for size in header["dim"][1 : num_axes + 1]]
     if min(shape) < 1:
         raise VolumeError(f"{path}: shape {shape}")
-    while len(shape) > 3 and shape[-1] == 1:
+    while len(shape) > 3 + (part is not None) and shape[-1] == 1:
         shape.pop()
-    if len(shape) != 3:
-        raise VolumeError(f"{path}: shape {shape}; expected one volume (X, Y, Z)")
+    if part is not None:
+        if len(shape) != 4:
+            raise VolumeError(f"{path}: shape {shape}; expected several volumes (X, Y, Z, N)")
+        if part >= shape[3]:
+            what = f"no volume {part}; it holds 0 to {shape[3] - 1}"
+            raise VolumeError(f"{path}: {what}")
+    elif len(shape) != 3:
+        hint = ""
+        if len(shape) == 4:
+            hint = "; its volumes can be channels: data.channels=[COLUMN:0, COLUMN:1, ...]"
+        raise VolumeError(f"{path}: shape {shape}; expected one volume (X, Y, Z){hint}")
     return tuple(shape)
 
 

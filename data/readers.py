@@ -13,16 +13,20 @@ __all__ = ["Volume", "VolumeError", "read_mask", "read_volume"]
 
 
 def read_volume(
-    path: str | os.PathLike, series_uid: str | None = None, uneven_slices: str = "refuse"
+    path: str | os.PathLike,
+    series_uid: str | None = None,
+    uneven_slices: str = "refuse",
+    part: int | None = None,
 ) -> Volume:
     """Read one volume.
 
     path: DICOM folder, enhanced multi-frame DICOM file, .nii, .nii.gz, or .hdr or .img of a pair.
     series_uid: DICOM SeriesInstanceUID, if a folder holds several series. Not for NIfTI.
     uneven_slices: of DICOM: "refuse", or "resample" to the narrowest distance.
+    part: of a 4D NIfTI file, which of its volumes, from 0.
 
     Returns voxels (X, Y, Z) as stored, with their affine to RAS+ mm. Of the header's text only
-    modality and SeriesInstanceUID are kept.
+    modality and SeriesInstanceUID are kept, and hashes of PatientID and FrameOfReferenceUID.
 
     Raises VolumeError, naming the file or folder and the reason, rather than return a volume that
     may be wrong.
@@ -34,7 +38,9 @@ def read_volume(
         if not (path.is_file() or path.is_dir()):  # opening a pipe would block forever
             raise VolumeError(f"{path}: neither a file nor a folder")
         if is_nifti(path) and path.is_file():
-            return read_nifti(path)
+            return read_nifti(path, part)
+        if part is not None:
+            raise VolumeError(f"{path}: not a NIfTI file, which volumes 0, 1, ... could be of")
         return read_dicom(path, series_uid, uneven_slices)
     except NotDicom:
         raise VolumeError(

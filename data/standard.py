@@ -5,7 +5,7 @@ is deterministic, and `data.cache` stores its result. The body is found on block
 whose mean is nearly free of noise.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
@@ -15,15 +15,14 @@ from monai.data import MetaTensor
 from monai.transforms import Compose, MapTransform, Orientationd, Spacingd, SpatialCrop, Transform
 from scipy import ndimage
 
+from data.channels import CT_AIR, CT_RANGE, read_channels
 from data.nifti import is_nifti
-from data.readers import Volume, VolumeError, read_mask, read_volume
-from data.volume import MAX_SHEAR, grid_difference, shear_of, spacing_of
+from data.readers import Volume, VolumeError, read_mask
+from data.volume import MAX_SHEAR, grid_difference, resample, shear_of, spacing_of
 
 BLOCK = 4  # voxels along the edge of the blocks on which the body is found
 MARGIN = 1  # blocks of air left around the body
-CT_RANGE = (-1024, 32767)  # HU; lower values are padding outside the scanner's circle; metal stays
 CT_BODY = -900  # HU, for block means: lung is -850 and above, air and foam are below
-CT_AIR = -1000  # HU
 # Modalities other than CT:
 DARK = 0.06  # air is darker than this fraction of bright tissue, CSF is not
 STEPS = 4096  # stored steps between the two percentiles (12 bits)
@@ -36,7 +35,7 @@ class StandardForm:
     """Settings that define the cached voxels.
 
     spacing: mm per voxel along x, y, z; None keeps each volume's own.
-    modality: "auto" (CSV, else DICOM header) or one for all volumes.
+    modality: "auto" (CSV, else DICOM header), one for all volumes, or one for each channel.
     percentiles: of the body's intensities, mapped to 0 and 1 (not for CT).
     crop_background: cut away the air around the body.
     size: voxels along x, y, z to which the whole (cropped) volume is resized, at any resulting
@@ -47,7 +46,7 @@ class StandardForm:
     """
 
     spacing: tuple[float, float, float] | None
-    modality: str = "auto"
+    modality: str | tuple[str, ...] = "auto"
     percentiles: tuple[float, float] = (0.5, 99.5)
     crop_background: bool = True
     size: tuple[int, int, int] | None = None
@@ -69,13 +68,14 @@ class StandardForm:
 
 
 def standard_transform(form: StandardForm) -> Compose:
-    """Return the transform from {"path", "series_uid"?, "modality"?, "seg_path"?} to the form.
+    """Return the transform from {"path", "series_uid"?, "modality"?, "seg_path"?, "channels"?} to
+    the form.
 
-    Its result holds `image` (1, X, Y, Z) int16 and, with a mask, `seg` (1, X, Y, Z) int16, both
+    Its result holds `image` (C, X, Y, Z) int16 and, with a mask, `seg` (1, X, Y, Z) int16, both
     MetaTensors whose affine is RAS+ mm; `series_uid`; and, as described in
-    `data.entry.CacheEntry`: body, body_box, kind, modality, scale, offset, background, notices,
-    original_shape, original_affine, slice_spacing. It raises VolumeError (inside MONAI's
-    RuntimeError).
+    `data.entry.CacheEntry`: body, body_box, notices, original_shape, original_affine,
+    slice_spacing, and kind, modality, scale, offset, background, lists if there are `channels`
+    (see `data.cases.Case`). It raises VolumeError (inside MONAI's RuntimeError).
     """
     keys = ("image", "seg")
     steps = [
@@ -95,35 +95,30 @@ def standard_transform(form: StandardForm) -> Compose:
 
 
 class ReadVolumed(Transform):
-    """Read `path` and `seg_path` with `data.readers` and determine the modality."""
+    """Read `path` or the `channels`, and `seg_path`; determine the modalities."""
 
     def __init__(self, modality="auto", uneven_slices="refuse", mask_grid="header"):
         self.modality, self.uneven_slices, self.mask_grid = modality, uneven_slices, mask_grid
 
     def __call__(self, data: dict) -> dict:
-        volume = read_volume(data["path"], data.get("series_uid"), self.uneven_slices)
-        modality = self.modality
-        if modality == "auto":
-            modality = data.get("modality") or volume.modality
-        if not modality:
-            raise VolumeError(
-                f"{data['path']}: its modality is unknown; set data.modality, "
-                "or add a modality column to the CSV"
-            )
-        out = dict(data)
-        out["image"] = _meta_tensor(volume.voxels, volume.affine)
-        out["kind"] = "CT" if modality.upper() == "CT" else "other"
-        out["modality"] = modality
+        paths = data.get("channels") or {"": data["path"]}
+        how = (self.modality, data.get("modality"), data.get("series_uid"), self.uneven_slices)
+        volume, channels, notices = read_channels(paths, *how)
+        voxels, out = [channel.voxels for channel in channels], dict(data)
+        out["image"] = _meta_tensor(voxels, volume.affine)
+        out["kinds"] = [channel.kind for channel in channels]
+        out["modalities"] = [channel.modality for channel in channels]
+        out["sources"] = [channel.source for channel in channels]
         out["series_uid"] = volume.series_uid
         out["original_shape"] = tuple(volume.voxels.shape)
         out["original_affine"] = np.asarray(volume.affine, np.float64)
-        out["notices"] = [*volume.notices]
+        out["notices"] = notices
         out["uneven_slices"], out["mask_grid"] = self.uneven_slices, self.mask_grid
         if data.get("seg_path"):
             mask = read_mask(data["seg_path"])
             if self.mask_grid == "voxels":
                 mask = _on_voxels(mask, volume, data)
-            out["seg"] = _meta_tensor(mask.voxels, mask.affine)
+            out["seg"] = _meta_tensor([mask.voxels], mask.affine)
             out["notices"] += mask.notices
         return out
 
@@ -150,7 +145,7 @@ def off_by_header(mask: Volume, affine: np.ndarray, shape: tuple) -> str:
     if mask.voxels.shape != tuple(shape):
         return ""
     empty = np.zeros(shape, np.uint8)
-    grids = {"seg": _meta_tensor(empty, mask.affine), "image": _meta_tensor(empty, affine)}
+    grids = {"seg": _meta_tensor([empty], mask.affine), "image": _meta_tensor([empty], affine)}
     grids = Orientationd(("seg", "image"), axcodes="RAS", labels=None)(grids)
     return grid_difference(grids["seg"], grids["image"])
 
@@ -164,7 +159,7 @@ class CheckMaskd(Transform):
             different = grid_difference(seg, image)
             if different:
                 hint = ""
-                if seg.shape == image.shape and is_nifti(data["path"]):
+                if seg.shape[1:] == image.shape[1:] and is_nifti(data["path"]):
                     hint = "; if it was drawn on these voxels, set data.mask_grid=voxels"
                 what = f"mask {data['seg_path']} of {data['path']}: {different}{hint}"
                 raise VolumeError(what)
@@ -176,9 +171,12 @@ class ClipCTd(MapTransform):
     """Clip CT to CT_RANGE before resampling mixes padding values of -3024 into the skin."""
 
     def __call__(self, data: dict) -> dict:
-        if data["kind"] != "CT":
-            return data
-        return data | {key: torch.clamp(data[key], *CT_RANGE) for key in self.keys}
+        out, kinds = dict(data), data["kinds"]
+        for key in self.keys:
+            pairs = zip(data[key].split(1), kinds, strict=True)
+            clipped = [torch.clamp(x, *CT_RANGE) if kind == "CT" else x for x, kind in pairs]
+            out[key] = _joined(clipped)
+        return out
 
 
 class Resampled(MapTransform):
@@ -219,18 +217,17 @@ class ToRightAnglesd(Transform):
             return data
         new, shape = _right_angles(old, data["image"].shape[1:], axis, self.spacing)
         index = np.linalg.solve(old, new)  # voxel of the new grid -> of the old one
-        air = CT_AIR if data["kind"] == "CT" else float(data["image"].min())
-        out = dict(data)
-        for key, order, outside in (("image", 1, air), ("seg", 0, 0)):
-            if key in out:
-                x = out[key][0].numpy().astype(np.float32)
-                found = ndimage.affine_transform(
-                    x, index, output_shape=shape, order=order, mode="nearest"
-                )
-                for i in range(shape[0]):  # plane by plane, to save memory
-                    covered = _is_covered(index, i, shape, x.shape)
-                    found[i] = np.where(covered, found[i], outside)
-                out[key] = _meta_tensor(found, new)
+        images, out = data["image"].numpy(), dict(data)
+        air = [
+            CT_AIR if kind == "CT" else float(x.min())
+            for x, kind in zip(images, data["kinds"], strict=True)
+        ]
+        pairs = zip(images, air, strict=True)
+        found = [resample(x, index, shape, 1, outside)[0] for x, outside in pairs]
+        out["image"] = _meta_tensor(found, new)
+        if "seg" in out:
+            found = resample(out["seg"][0].numpy(), index, shape, 0, 0)[0]
+            out["seg"] = _meta_tensor([found], new)
         return out
 
 
@@ -258,14 +255,6 @@ def _right_angles(affine, shape, axis: int, spacing) -> tuple[np.ndarray, tuple[
     return new, tuple(map(int, size))
 
 
-def _is_covered(index: np.ndarray, i: int, shape: tuple, old_shape: tuple) -> np.ndarray:
-    """Return (Y, Z): whether voxels of plane i of a grid lie in the voxels of another one."""
-    _, y, z = np.meshgrid([i], *map(np.arange, shape[1:]), indexing="ij")
-    at = index[:3, :3] @ np.stack([np.full(y.shape, i), y, z]).reshape(3, -1) + index[:3, 3:]
-    limit = np.array(old_shape)[:, None] - 0.5
-    return ((at >= -0.5) & (at <= limit)).all(0).reshape(shape[1:])
-
-
 class ToGridd(MapTransform):
     """Resize to a fixed number of voxels. Fewer voxels are means with triangular weights, so that
     nothing aliases; MONAI's Resized would blur zeros into the border."""
@@ -277,7 +266,7 @@ class ToGridd(MapTransform):
     def __call__(self, data: dict) -> dict:
         out, (nx, ny, nz) = dict(data), self.size
         for key in self.key_iterator(out):
-            x, old = data[key].as_tensor().float(), data[key].shape[1:]  # (1, X, Y, Z)
+            x, old = data[key].as_tensor().float(), data[key].shape[1:]  # (C, X, Y, Z)
             if key == "seg":
                 x = F.interpolate(x[None], self.size, mode="nearest-exact")[0]
             else:  # torch can do this in 2D only: along y and z, then along x
@@ -292,17 +281,20 @@ class ToGridd(MapTransform):
 
 
 class FindBodyd(Transform):
-    """Add `body`: bool, one value per block of 4^3 voxels (see `find_body`)."""
+    """Add `bodies`: of each channel bool, one value per block of 4^3 voxels (see `find_body`); None
+    of a missing one."""
 
     def __call__(self, data: dict) -> dict:
-        return data | {"body": find_body(data["image"].as_tensor(), data["kind"])}
+        channels = zip(data["image"].as_tensor().split(1), data["kinds"], strict=True)
+        bodies = [None if kind == "missing" else find_body(x, kind) for x, kind in channels]
+        return data | {"bodies": bodies}
 
 
 class CropToBodyd(MapTransform):
-    """Crop to the body and all labels, plus a margin; turn `body` into fractions of 8^3 blocks.
+    """Crop to the body and all labels, plus a margin; add `body`, fractions of 8^3 blocks.
 
-    The box starts at multiples of 4 voxels, so that the map stays aligned with the voxels.
-    `body_box` is the part that would remain without a mask.
+    The body is that of any channel. The box starts at multiples of 4 voxels, so that the map stays
+    aligned with the voxels. `body_box` is the part that would remain without a mask.
     """
 
     def __init__(self, keys, crop: bool):
@@ -310,8 +302,10 @@ class CropToBodyd(MapTransform):
         self.crop = crop
 
     def __call__(self, data: dict) -> dict:
-        out, body = dict(data), data["body"]
-        out["body_sample"] = _sample_body(data["image"][0], body)
+        out, bodies = dict(data), data["bodies"]
+        body = np.logical_or.reduce([found for found in bodies if found is not None])
+        pairs = zip(data["image"], bodies, strict=True)
+        out["body_samples"] = [b is not None and _sample_body(x, b) for x, b in pairs]
         if self.crop:
             keep = body
             if "seg" in data:
@@ -363,15 +357,27 @@ class Storedd(Transform):
 
     def __call__(self, data: dict) -> dict:
         out = dict(data)
-        body, air = out.pop("body_sample")
-        image = data["image"]
-        if data["kind"] == "CT":
-            out.update(scale=1.0, offset=0.0, background=CT_AIR)
-        else:
+        names = ("kinds", "sources", "body_samples")
+        parts = zip(data["image"].split(1), *(data[name] for name in names), strict=True)
+        channels, *numbers = zip(*(self._stored(*part) for part in parts), strict=True)
+        out["image"] = _joined(channels)
+        names = ("kind", "modality", "scale", "offset", "background")
+        for name, values in zip(names, (data["kinds"], data["modalities"], *numbers), strict=True):
+            # the cache's files of a case without `channels` hold no lists
+            out[name] = list(values) if data.get("channels") else values[0]
+        if "seg" in out:
+            out["seg"] = out["seg"].to(torch.int16)
+        return out
+
+    def _stored(self, image: torch.Tensor, kind: str, source: str, sample) -> tuple:
+        """Return a channel (1, X, Y, Z) int16 and its scale, offset and background."""
+        numbers = {"CT": (1.0, 0.0, CT_AIR), "missing": (0.0, 0.0, 0)}.get(kind)
+        if numbers is None:
+            body, air = sample
             low, high = np.percentile(body, self.percentiles)
             if not high > low:
                 raise VolumeError(
-                    f"{data['path']}: percentiles {self.percentiles} of its intensities are both "
+                    f"{source}: percentiles {self.percentiles} of its intensities are both "
                     f"{low:g}; nothing to see"
                 )
             scale, offset = 1 / STEPS, LOWEST + 32768 / STEPS
@@ -381,13 +387,10 @@ class Storedd(Transform):
             image = image.float() * slope + shift
             background = float(np.median(air)) if len(air) else low
             background = int(np.clip(round(background * slope + shift), -32768, 32767))
-            out.update(scale=scale, offset=offset, background=background)
+            numbers = (scale, offset, background)
         if image.is_floating_point():
             image = image.round().clamp(-32768, 32767)
-        out["image"] = image.to(torch.int16)
-        if "seg" in out:
-            out["seg"] = out["seg"].to(torch.int16)
-        return out
+        return image.to(torch.int16), *numbers
 
 
 def find_body(image: torch.Tensor, kind: str) -> np.ndarray:
@@ -432,8 +435,14 @@ def _sample_body(image: torch.Tensor, body: np.ndarray) -> tuple[np.ndarray, np.
     return values[inside], values[~inside]
 
 
-def _meta_tensor(voxels: np.ndarray, affine: np.ndarray) -> MetaTensor:
-    """Return voxels (X, Y, Z) as a (1, X, Y, Z) MetaTensor."""
+def _joined(channels: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return (C, X, Y, Z) of C tensors (1, X, Y, Z)."""
+    return channels[0] if len(channels) == 1 else torch.cat(channels)
+
+
+def _meta_tensor(channels: Sequence[np.ndarray], affine: np.ndarray) -> MetaTensor:
+    """Return C arrays (X, Y, Z) as a (C, X, Y, Z) MetaTensor, int16 if all are."""
+    voxels = np.stack(channels) if len(channels) > 1 else channels[0][None]
     if min(voxels.strides) < 0:  # torch cannot wrap negative strides
         voxels = voxels.copy()
-    return MetaTensor(torch.as_tensor(voxels)[None], affine=torch.as_tensor(affine).double())
+    return MetaTensor(torch.as_tensor(voxels), affine=torch.as_tensor(affine).double())

@@ -4,11 +4,14 @@ from dataclasses import dataclass
 
 import numpy as np
 from monai.data import MetaTensor
+from scipy import ndimage
 
 TILTED = (
     "slices are shifted sideways, by {:.1f} degrees (gantry tilt): resampled to right angles for "
     "the network; predictions are on the slices as they are"
 )
+SPACING_MM = (0.05, 20.0)  # others mean a wrong unit in the header, or a localizer
+MIN_VOXELS = 2  # along each axis
 GRID_TOL = 0.25  # voxels by which the positions of image and mask may differ
 MAX_SHEAR = 0.5  # degrees; more is undone by resampling
 MAX_TILT = 45.0  # degrees; gantries tilt by up to 30
@@ -30,6 +33,8 @@ class Volume:
     affine: (4, 4) float64, voxel index -> RAS+ mm.
     modality: DICOM Modality ("CT", "MR", ...); None for NIfTI.
     series_uid: DICOM SeriesInstanceUID; None for NIfTI.
+    patient: a hash of DICOM's PatientID, by which scans are told to be of two patients; None for
+        NIfTI, or without one. frame: likewise of FrameOfReferenceUID, by which scans share a space.
     notices: what was likely, but not certain, or changed on the way; for the user, by row.
     """
 
@@ -37,6 +42,8 @@ class Volume:
     affine: np.ndarray
     modality: str | None = None
     series_uid: str | None = None
+    patient: str | None = None
+    frame: str | None = None
     notices: tuple[str, ...] = ()
 
 
@@ -59,6 +66,41 @@ def voxel_sizes(affine) -> np.ndarray:
     sizes, (axis, shear) = spacing_of(affine), shear_of(affine)
     sizes[axis] *= np.cos(np.radians(shear))
     return sizes
+
+
+def resample(
+    x: np.ndarray, index: np.ndarray, shape: tuple[int, ...], order: int, outside: float
+) -> tuple[np.ndarray, float]:
+    """Interpolate voxels (X, Y, Z) at those of another grid.
+
+    Args:
+        index: (4, 4), voxel of the other grid -> voxel of this one. shape: of the other grid.
+        order: 1 linear, 0 nearest. outside: value where no voxel of this grid reaches.
+    Returns:
+        float32 values of that shape; the share of them that this grid's voxels cover.
+    """
+    x, total = x.astype(np.float32), 0
+    found = ndimage.affine_transform(x, index, output_shape=shape, order=order, mode="nearest")
+    for i in range(shape[0]):  # plane by plane, to save memory
+        covered = _is_covered(index, i, shape, x.shape)
+        found[i] = np.where(covered, found[i], outside)
+        total += np.count_nonzero(covered)
+    return found, total / found.size
+
+
+def _is_covered(index: np.ndarray, i: int, shape: tuple, old_shape: tuple) -> np.ndarray:
+    """Return (Y, Z): whether voxels of plane i of a grid lie in the voxels of another one."""
+    _, y, z = np.meshgrid([i], *map(np.arange, shape[1:]), indexing="ij")
+    at = index[:3, :3] @ np.stack([np.full(y.shape, i), y, z]).reshape(3, -1) + index[:3, 3:]
+    limit = np.array(old_shape)[:, None] - 0.5
+    return ((at >= -0.5) & (at <= limit)).all(0).reshape(shape[1:])
+
+
+def corner_gap(one: np.ndarray, other: np.ndarray, shape) -> float:
+    """Return how far apart in mm two affines put a corner voxel of a grid, at most."""
+    extent = np.subtract(shape, 1)
+    corners = np.stack(np.meshgrid(*[(0, n) for n in extent], [1])).reshape(4, -1)
+    return float(np.linalg.norm(((one - other) @ corners)[:3], axis=0).max())
 
 
 def shear_of(affine) -> tuple[int, float]:
@@ -150,8 +192,7 @@ def grid_difference(seg: MetaTensor, image: MetaTensor) -> str:
         sizes = [" x ".join(map(str, shape)) for shape in shapes]
         found = [f"{sizes[0]} voxels in RAS+ order, image {sizes[1]}"]
     else:
-        corners = np.stack(np.meshgrid(*[(0, n) for n in extent], [1])).reshape(4, -1)
-        gap = np.linalg.norm(((affines[0] - affines[1]) @ corners)[:3], axis=0).max()
+        gap = corner_gap(*affines, shapes[1])
         if gap <= tolerance:
             return ""
         found = [f"lies up to {gap:.2f} mm away from the image"]

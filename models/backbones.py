@@ -66,4 +66,9 @@ def facts_of(values: Mapping[str, Any], decoder: bool) -> Facts | None:
 def from_config(cfg, decoder: bool) -> nn.Module:
     """Build the backbone that the config of any stage describes."""
     options = cfg.model_dump()[cfg.backbone] | {"grad_checkpointing": cfg.grad_checkpointing}
-    return build_backbone(cfg.backbone, decoder=decoder, **options)
+    return build_backbone(cfg.backbone, num_channels(cfg), decoder, **options)
+
+
+def num_channels(cfg) -> int:
+    """Return the number of channels of the input that the config of any stage describes."""
+    return len(cfg.data.channels) if cfg.data.channels else 1

@@ -106,13 +106,13 @@ class Classifier(nn.Module):
         return self
 
     def pooled(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the pooled deepest map, (B, D), of images (B, 1, X, Y, Z) in 0..1."""
+        """Return the pooled deepest map, (B, D), of images (B, C, X, Y, Z) in 0..1."""
         x = pad(x, self.backbone.stride)
         parts = x.split(1) if self.one_by_one else [x]
         return torch.cat([self.pool(self.backbone.encode(part)[-1]) for part in parts])
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return {target: (B, outputs) float32} for images (B, 1, X, Y, Z) in 0..1, of any size."""
+        """Return {target: (B, outputs) float32} for images (B, C, X, Y, Z) in 0..1, of any size."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             pooled = self.pooled(x)
         with torch.autocast(x.device.type, enabled=False):
@@ -180,7 +180,8 @@ def depth_of_parameters(backbone: nn.Module) -> dict[str, int]:
     parameters = dict(backbone.named_parameters())
     was_training, device = backbone.training, next(iter(parameters.values())).device
     backbone.eval()
-    maps = backbone.encode(torch.zeros(1, 1, *[backbone.min_size] * 3, device=device))
+    first = next(parameters[name] for name in backbone.input_layers if name in parameters)
+    maps = backbone.encode(torch.zeros(1, first.shape[1], *[backbone.min_size] * 3, device=device))
     depth = {}
     for i, feature_map in enumerate(maps):
         left = [name for name in parameters if name not in depth]

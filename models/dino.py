@@ -3,6 +3,7 @@
 Nothing here waits for the device: what must be known of the masks is found on the CPU.
 """
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.backbones import from_config
+from models.backbones import from_config, num_channels
 from models.losses import MIN_STD
 from utils.distributed import sum_over_ranks
 
@@ -136,7 +137,8 @@ class DINONetwork(nn.Module):
         pooling: a key of POOLINGS.
         head: the DINOHead on the pooled features, or None.
         patch_head: the DINOHead on the positions of feature map `patch_level`, or None.
-        reconstructing: reconstruct what is hidden, by the decoder that the backbone then needs.
+        reconstructing: number of channels of which it reconstructs what is hidden, by the decoder
+            that the backbone then needs; 0 for none.
     """
 
     def __init__(
@@ -146,13 +148,14 @@ class DINONetwork(nn.Module):
         head: DINOHead | None,
         patch_head: DINOHead | None = None,
         patch_level: int = 0,
-        reconstructing: bool = False,
+        reconstructing: int = 0,
     ):
         super().__init__()
         self.backbone, self.pool = backbone, POOLINGS[pooling]
         self.head, self.patch_head, self.patch_level = head, patch_head, patch_level
-        self.output = nn.Conv3d(backbone.decoder_channels[0], 1, 1) if reconstructing else None
-        masking = reconstructing or patch_head is not None
+        width = backbone.decoder_channels[0] if reconstructing else 0
+        self.output = nn.Conv3d(width, reconstructing, 1) if reconstructing else None
+        masking = reconstructing > 0 or patch_head is not None
         self.mask_value = nn.Parameter(torch.zeros(())) if masking else None
 
     def prototype_parameters(self) -> list[nn.Parameter]:
@@ -174,8 +177,8 @@ class DINONetwork(nn.Module):
             hide: fill the masked parts of the input, as for the student; the teacher sees them.
         Returns:
             pooled (N + L, D); logits (N + L, K); with a mask patch_logits (M, K') at the masked
-            positions and, if they are hidden, `hidden` and the standardised
-            `reconstruction`, both (N, 1, X, Y, Z). What there is no head for is left out.
+            positions and, if they are hidden, `hidden` and the standardised `reconstruction`,
+            (N, 1, X, Y, Z) and (N, C, X, Y, Z). What there is no head for is left out.
         """
         out = {}
         if hide and mask is not None:
@@ -213,22 +216,28 @@ def build_network(cfg) -> DINONetwork:
     width = backbone.feature_channels[d.patch_level]
     patch_head = DINOHead(width, d.patch_out_dim, **head) if d.patch_weight > 0 else None
     heads = (dino_head, patch_head, d.patch_level)
-    return DINONetwork(backbone, d.pooling, *heads, reconstructing=d.recon_weight > 0)
+    reconstructing = num_channels(cfg) if d.recon_weight > 0 else 0
+    return DINONetwork(backbone, d.pooling, *heads, reconstructing=reconstructing)
 
 
 @torch.no_grad()
-def reconstruct(network: DINONetwork, image: np.ndarray, cfg) -> dict[str, np.ndarray]:
-    """Return what is drawn of an image (X, Y, Z) in 0..1: {name: (1, X, Y, Z) array}."""
+def reconstruct(
+    network: DINONetwork, image: Mapping[str, np.ndarray], cfg
+) -> dict[str, np.ndarray]:
+    """Return what is drawn of an image, {channel: (X, Y, Z) in 0..1}: {name: (1, X, Y, Z)}."""
     rng, grid = np.random.default_rng(0), mask_grid(network.backbone, cfg)
-    x = torch.from_numpy(image)[None, None].to(network.mask_value.device)
+    x = torch.from_numpy(np.stack([*image.values()]))[None].to(network.mask_value.device)
     mask = Mask.of(random_masks(rng, 1, grid, 1.0, cfg.dino.mask_ratio)).to(x.device)
     network.eval()
     out = network(x, mask=mask, hide=True)
     network.train()
-    std, mean = torch.std_mean(x)
+    std, mean = torch.std_mean(x, dim=(2, 3, 4), keepdim=True)
     made = out["reconstruction"].float() * std.clamp(min=MIN_STD) + mean
-    views = {"image": x, "seen": torch.where(out["hidden"], 0, x), "reconstruction": made}
-    return {name: view[:, 0].clamp(0, 1).cpu().numpy() for name, view in views.items()}
+    views, seen = {}, torch.where(out["hidden"], 0, x)
+    for c, channel in enumerate(image):
+        of = f"{channel} " * (len(image) > 1)
+        views |= {channel: x[:, c], f"{of}seen": seen[:, c], f"{of}reconstruction": made[:, c]}
+    return {name: view.clamp(0, 1).cpu().numpy() for name, view in views.items()}
 
 
 def random_masks(

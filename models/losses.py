@@ -122,15 +122,18 @@ def reconstruction_loss(
 ) -> torch.Tensor:
     """Return the mean squared error of hidden voxels; all crops with a hidden part weigh the same.
 
-    The target is the crop standardised by its own mean and standard deviation (MAE, section 4.1),
-    which is at least MIN_STD, so that the noise of a crop of air is not blown up.
+    The target is each channel of the crop standardised by its own mean and standard deviation (MAE,
+    section 4.1), which is at least MIN_STD, so that the noise of a crop of air is not blown up. Of
+    several channels those that are 0 throughout, as where one is missing, do not count.
 
     Args:
-        output: (N, 1, X, Y, Z). images: the same shape, in 0..1. hidden: the same shape, bool.
+        output: (N, C, X, Y, Z). images: the same shape, in 0..1. hidden: (N, 1, X, Y, Z), bool.
         over_ranks: as in `patch_loss`.
     Returns:
         a scalar; 1 is what the mean of a crop gives, 0 is perfect. 0 if nothing is hidden.
     """
+    if images.shape[1] > 1:
+        hidden = hidden & images.flatten(2).any(dim=2)[..., None, None, None]  # (N, C, X, Y, Z)
     error = (output.float() - standardised(images)).square() * hidden
     per_crop = error.flatten(1).sum(dim=1) / hidden.flatten(1).sum(dim=1).clamp(min=1)
     num_masked = hidden.flatten(1).any(dim=1).sum().float()
@@ -140,8 +143,8 @@ def reconstruction_loss(
 
 
 def standardised(images: torch.Tensor) -> torch.Tensor:
-    """Return images (N, 1, X, Y, Z) as the target of `reconstruction_loss`."""
-    dims = {"dim": (1, 2, 3, 4), "keepdim": True}
+    """Return images (N, C, X, Y, Z) as the target of `reconstruction_loss`."""
+    dims = {"dim": (2, 3, 4), "keepdim": True}
     images = images.float()
     return (images - images.mean(**dims)) / images.std(**dims).clamp(min=MIN_STD)
 

@@ -68,7 +68,7 @@ class Segmenter(nn.Module):
         return self
 
     def forward(self, x: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
-        """Return logits (B, num_classes, X, Y, Z) for images (B, 1, X, Y, Z) in 0..1.
+        """Return logits (B, num_classes, X, Y, Z) for images (B, C, X, Y, Z) in 0..1.
 
         The stride of the backbone must divide the sizes. In training with deep supervision the
         result is a list of these and of coarser logits, finest first.

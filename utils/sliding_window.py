@@ -22,7 +22,7 @@ from utils.memory import attempt
 
 SIGMA = 0.125  # of the Gaussian, in windows
 CPU = torch.device("cpu")
-Predict = Callable[[Tensor], Tensor]  # (B, 1, x, y, z) -> (B, K, x, y, z)
+Predict = Callable[[Tensor], Tensor]  # (B, C, x, y, z) -> (B, K, x, y, z)
 Box = tuple[slice, slice, slice]
 
 
@@ -40,7 +40,7 @@ def window_slabs(
     overlap: float,
     batch: int,
     axis: int | None,
-    background: float = 0.0,
+    background: float | Sequence[float] = 0.0,
     device: torch.device | None = None,
     out_device: torch.device | None = None,
     log: Callable[[str], None] | None = None,
@@ -49,13 +49,13 @@ def window_slabs(
 
     Args:
         predict: the network; its outputs, probabilities or logits, are averaged.
-        image: (1, X, Y, Z).
+        image: (C, X, Y, Z).
         roi: (x, y, z) voxels of a window. A smaller volume is padded on both sides.
         overlap: of neighbouring windows, 0 <= overlap < 1.
         batch: windows in one call of predict; always one on a CPU, where more are slower.
         axis: 0, 1 or 2, the axis along which the volume is cut into slabs; the longest needs the
             least memory. None: the whole volume is one slab.
-        background: value of the padding.
+        background: value of the padding, or one for each channel.
         device: where predict is called; default: the device of the image.
         out_device: where outputs are summed up; default: `device`.
         log: function that is called with a message when memory runs out. The batch is then halved,
@@ -75,7 +75,7 @@ def window_slabs(
         boxes.sort(key=lambda box: box[axis].start)
     values = _constants(padded, boxes)
     sums = _Sums(padded.shape[1:], axis, roi, torch.device(out_device or device), say)
-    known: dict[float, Tensor] = {}  # {value: output of the windows that hold only it}
+    known: dict[tuple, Tensor] = {}  # {value: output of the windows that hold only it}
     first = 0
     while first < len(boxes):
         todo, end = _next_windows(values, known, first, batch)
@@ -216,14 +216,18 @@ def _evaluate(predict: Predict, image: Tensor, boxes: list[Box], device) -> Tens
     return predict(torch.stack([image[(slice(None), *box)] for box in boxes]).to(device))
 
 
-def _pad(image: Tensor, roi, background: float) -> tuple[Tensor, Box]:
+def _pad(image: Tensor, roi, background: float | Sequence[float]) -> tuple[Tensor, Box]:
     """The image padded to at least the size of a window, and the box of the image in it."""
     gaps = [max(0, r - n) for r, n in zip(roi, image.shape[1:], strict=True)]
     widths = [w for gap in reversed(gaps) for w in (gap // 2, gap - gap // 2)]
     inside = tuple(
         slice(gap // 2, gap // 2 + n) for gap, n in zip(gaps, image.shape[1:], strict=True)
     )
-    return (F.pad(image, widths, value=background) if any(gaps) else image), inside
+    if not any(gaps):
+        return image, inside
+    air = [background] * len(image) if isinstance(background, float) else background
+    pairs = zip(image, air, strict=True)
+    return torch.stack([F.pad(x, widths, value=value) for x, value in pairs]), inside
 
 
 def _boxes(shape: Sequence[int], roi: Sequence[int], overlap: float) -> list[Box]:
@@ -234,16 +238,16 @@ def _boxes(shape: Sequence[int], roi: Sequence[int], overlap: float) -> list[Box
     return dense_patch_slices(tuple(shape), tuple(roi), step)
 
 
-def _constants(image: Tensor, boxes: list[Box]) -> list[float | None]:
-    """The value of each window that holds only one, else None."""
-    values: list[float | None] = [0.0] * len(boxes)
+def _constants(image: Tensor, boxes: list[Box]) -> list[tuple | None]:
+    """The value in each channel of each window that holds only one there, else None."""
+    values: list[tuple | None] = [()] * len(boxes)
     for every in (8, 1):  # every eighth voxel rules out most windows
         chosen = [i for i, value in enumerate(values) if value is not None]
-        parts = [image[0][boxes[i]][::every, ::every, ::every] for i in chosen]
-        ends = [torch.stack([part.amin(), part.amax()]) for part in parts]
+        parts = [image[(slice(None), *boxes[i])][:, ::every, ::every, ::every] for i in chosen]
+        ends = [torch.stack(part.flatten(1).aminmax(dim=1)) for part in parts]  # (2, C)
         ends = torch.stack(ends).tolist() if ends else []  # waits only once for the device
         for i, (low, high) in zip(chosen, ends, strict=True):
-            values[i] = low if low == high else None
+            values[i] = tuple(low) if low == high else None
     return values
 
 

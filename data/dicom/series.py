@@ -1,5 +1,6 @@
 """Read a DICOM series as a volume: find its files in a folder and put their frames in order."""
 
+import hashlib
 import os
 import re
 import warnings
@@ -57,8 +58,14 @@ def read_dicom(path: Path, series_uid: str | None = None, uneven_slices: str = "
         affine=affine,
         modality=modalities[0] if modalities else None,
         series_uid=series[0].series_uid or None,
+        patient=_hashed(next((image.patient for image in series if image.patient), "").encode()),
+        frame=_hashed(frames[0].phase.get("FrameOfReferenceUID", b"").strip(b" \0")),
         notices=tuple(notices),
     )
+
+
+def _hashed(value: bytes) -> str | None:
+    return hashlib.sha256(value).hexdigest()[:16] if value else None
 
 
 def _one_image(path: Path) -> Image:

@@ -24,11 +24,12 @@ MAX_CHUNKS = 8  # chunks of 64³ voxels that are read for a volume's mean intens
 
 
 def control_features(entry) -> np.ndarray:
-    """Return (7,): logarithms of the file's voxels and mm per voxel along x, y, z; mean intensity.
+    """Return (6 + C,): logarithms of the file's voxels and mm per voxel along x, y, z; mean
+    intensities of the channels.
 
-    Sums of the logarithms are logarithms of lengths and volumes in mm. The intensity is the body's
-    mean, in HU for CT, else relative to the percentiles. In a large volume it is taken from a few
-    chunks, spread evenly over those that hold body.
+    Sums of the logarithms are logarithms of lengths and volumes in mm. An intensity is the body's
+    mean, in HU for CT, else relative to the percentiles; 0 if the channel is missing. In a large
+    volume it is taken from a few chunks, spread evenly over those that hold body.
     """
     axes = io_orientation(entry.original_affine)[:, 0].astype(int)  # x, y or z of each file axis
     voxels = np.empty(3)
@@ -43,15 +44,18 @@ def control_features(entry) -> np.ndarray:
     few = np.linspace(0, len(chunks) - 1, min(MAX_CHUNKS, len(chunks))).round().astype(int)
     total, count = 0.0, 0
     for start, inside in (chunks[i] for i in few):
-        values = entry.read_region(start, [CHUNK] * 3)[0]
+        values = entry.read_region(start, [CHUNK] * 3)
         for axis in range(3):
             inside = inside.repeat(BODY_BLOCK, axis)
-        values = values[inside[tuple(map(slice, values.shape))]]
-        total, count = total + values.sum(dtype=np.float64), count + values.size
-    stored = total / count if count else entry.background
+        values = values[:, inside[tuple(map(slice, values.shape[1:]))]]  # (C, n)
+        total, count = total + values.sum(axis=1, dtype=np.float64), count + values.shape[1]
+    background, scale, offset = np.transpose(
+        [(c.background, c.scale, c.offset) for c in entry.channels]
+    )
+    stored = total / count if count else background
     # rounded, as spacings that differ by less than 0.1 % differ only in the file's last digits
     lengths = np.log([*voxels, *entry.slice_spacing]).round(3)
-    return np.array([*lengths, stored * entry.scale + entry.offset])
+    return np.array([*lengths, *(stored * scale + offset)])
 
 
 def control_features_of(cases: Sequence[Case], cache: VolumeCache) -> np.ndarray:

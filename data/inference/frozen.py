@@ -48,7 +48,7 @@ def dense_probe(
         backbone: frozen, on run.device, in eval mode.
         cases: with masks.
     Returns:
-        a function from windows (B, 1, X, Y, Z) in 0..1 to (B, 1 + K, X, Y, Z): by how much each
+        a function from windows (B, C, X, Y, Z) in 0..1 to (B, 1 + K, X, Y, Z): by how much each
         class exceeds its threshold, 0 for the background, so that the largest is the prediction.
     Raises:
         NotFinite: naming the patient.
@@ -56,7 +56,7 @@ def dense_probe(
     cfg, size, probe = run.cfg, run.cfg.patches.size, DenseProbe([*range(classes.num_outputs)])
 
     def maps_of(x: torch.Tensor) -> list[torch.Tensor]:
-        """Maps (C, x, y, z) of one image (1, 1, X, Y, Z)."""
+        """Maps (C, x, y, z) of one image (1, C, X, Y, Z)."""
         with autocast(run.device, cfg.precision):
             return [m[0] for m in backbone.encode(x.to(run.device))]
 
@@ -107,7 +107,7 @@ def _thresholds(probe: DenseProbe) -> torch.Tensor:
 def pooled_features(run: Run, pooled: Callable, cache: VolumeCache, cases) -> torch.Tensor:
     """Return the features (N, D) of the fixed views of cases, float32 on the CPU.
 
-    run: with a ClassificationConfig. pooled: a function from images (B, 1, X, Y, Z) to (B, D).
+    run: with a ClassificationConfig. pooled: a function from images (B, C, X, Y, Z) to (B, D).
     """
     cfg, found = run.cfg, []
     settings = ImageSettings.from_config(cfg, augment=False)

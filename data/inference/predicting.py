@@ -57,10 +57,11 @@ class Tested:
         return ImageDataset(cases, self.cache, settings, 0, at), sampler
 
     def image(self, case: Case) -> np.ndarray:
-        """Return the plain view of a case, (X, Y, Z) in 0..1."""
+        """Return the plain view of a case, (X, Y, Z) in 0..1, of several channels `case.drawn`."""
         settings = ImageSettings.from_config(self.cfg, augment=False)
         item = ImageDataset([case], self.cache, settings, 0, [PLAIN])[0, 0, 0]
-        return cut_images(collate([item]), settings.size, torch.device("cpu"))[0, 0].numpy()
+        channels = cut_images(collate([item]), settings.size, torch.device("cpu"))[0]
+        return channels[[*case.channels, ""].index(case.drawn)].numpy()
 
     def control(self, cases: Sequence[Case]) -> Predictions:
         """Return the predictions of the control that was fitted when the network was trained."""

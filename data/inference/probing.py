@@ -74,8 +74,9 @@ def embed(run: Run, network, cache, cases, limit=10**9) -> np.ndarray:
 
 
 @torch.no_grad()
-def feature_maps(run: Run, network, entry) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Return a volume's middle window (X, Y, Z) in 0..1 and its maps (C, x, y, z), finest first."""
+def feature_maps(run: Run, network, entry) -> tuple[dict[str, np.ndarray], list[np.ndarray]]:
+    """Return a volume's middle window, {channel or "image": (X, Y, Z) in 0..1}, and its maps
+    (C, x, y, z), finest first."""
     cfg, size = run.cfg, run.cfg.crops.global_size
     start = [max(0, (n - s) // 2) for n, s in zip(entry.shape, size, strict=True)]
     x = fixed_view(entry, start, size, cfg.data.hu_window)
@@ -83,7 +84,8 @@ def feature_maps(run: Run, network, entry) -> tuple[np.ndarray, list[np.ndarray]
     with autocast(run.device, cfg.precision):
         maps = network.backbone.encode(x[None].to(run.device))
     network.train()
-    return x[0].numpy(), [m[0].float().cpu().numpy() for m in maps]
+    volumes = dict(zip(cfg.data.channels or ["image"], x.numpy(), strict=True))
+    return volumes, [m[0].float().cpu().numpy() for m in maps]
 
 
 @torch.no_grad()

@@ -19,11 +19,10 @@ from torch import Tensor
 
 from data.cases import Case
 from data.entry import CacheEntry
-from data.inference.windows import fixed_view
+from data.inference.windows import air_of, fixed_view
 from data.nifti import is_nifti, read_nifti_header
 from data.readers import VolumeError, read_mask, read_volume
 from data.standard import off_by_header
-from data.views.intensity import normalise
 from data.volume import MAX_SHEAR, shear_of, spacing_of
 from utils.classes import Classes
 from utils.errors import NotFinite
@@ -50,7 +49,7 @@ def predict_case(
     """Predict the most probable class at every voxel of the file.
 
     Args:
-        predict: (B, 1, x, y, z) in 0..1 -> probabilities (B, K, x, y, z), K <= 255.
+        predict: (B, C, x, y, z) in 0..1 -> probabilities (B, K, x, y, z), K <= 255.
         entry: the case in standard form; the part that only its mask added is not used.
         roi, overlap, batch, device, log: see `utils.sliding_window.window_slabs`.
         hu_window: HU mapped to 0 and 1 (CT only).
@@ -62,8 +61,7 @@ def predict_case(
     start, stop = np.array(entry.body_box).T
     image = fixed_view(entry, start, stop - start, hu_window)
     affine = entry.affine @ nib.affines.from_matvec(np.eye(3), start)
-    air = torch.tensor(entry.background)
-    air = float(normalise(air, entry.scale, entry.offset, entry.kind, hu_window))
+    air = air_of(entry, hu_window)
     axis = int(np.argmax(image.shape[1:]))
     sums = torch.device("cpu") if device.type == "mps" else device  # MPS cannot resample in 3D
     slabs = window_slabs(predict, image, roi, overlap, batch, axis, air, device, sums, log)
@@ -246,9 +244,10 @@ def read_picture(
     """Read what `utils.report.plots_segmentation.plot_overlay` needs of a case from its files.
 
     Returns:
-        {image, prediction, truth (None without a mask), spacing_mm}: arrays (X, Y, Z) in RAS+.
+        {image, prediction, truth (None without a mask), spacing_mm}: arrays (X, Y, Z) in RAS+; and
+        channel, of which the image is ("" if there is one).
     """
-    volume = read_volume(case.path, case.series_uid, entry.uneven_slices)
+    volume = read_volume(case.path, case.series_uid, entry.uneven_slices, case.part)
     found = read_mask(prediction_path)
 
     def to_ras(voxels: np.ndarray, affine: np.ndarray) -> np.ndarray:
@@ -263,6 +262,7 @@ def read_picture(
         "prediction": indices(found),
         "truth": to_ras(read_truth(case, entry, classes), volume.affine) if case.seg_path else None,
         "spacing_mm": spacing_of(volume.affine)[order],
+        "channel": case.drawn,
     }
 
 

@@ -25,7 +25,7 @@ from utils.training.step import autocast, refuse_not_finite
 
 
 def probabilities(run: Run, networks: Sequence[nn.Module]) -> Callable:
-    """Return a function (B, 1, x, y, z) -> (B, K, x, y, z), the mean of the networks' softmax."""
+    """Return a function (B, C, x, y, z) -> (B, K, x, y, z), the mean of the networks' softmax."""
 
     def of(network: nn.Module) -> Callable:
         def predict(x: torch.Tensor) -> torch.Tensor:
@@ -87,7 +87,9 @@ def predict_and_score(
 def draw_case(path: Path, case: Case, entry, found, truth, classes: Classes) -> np.ndarray:
     """Draw prediction and truth (class indices on the file's grid) as outlines on the image."""
     turn = nib.io_orientation(entry.original_affine)
-    volumes = (read_volume(case.path, case.series_uid, entry.uneven_slices).voxels, found, truth)
+    image = read_volume(case.path, case.series_uid, entry.uneven_slices, case.part).voxels
+    volumes = (image, found, truth)
     in_ras = [nib.apply_orientation(voxels, turn) for voxels in volumes]
     title = f"line {case.row} of the CSV: {describe(case_dice(found, truth, classes.names))}"
+    title += f"; drawn on {case.drawn}" * bool(case.drawn)
     return plot_overlay(path, *in_ras, entry.slice_spacing, classes.names, title)

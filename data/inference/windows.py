@@ -21,8 +21,16 @@ def window_starts(shape: Sequence[int], size: Sequence[int]) -> list[Size]:
 def fixed_view(
     entry: Any, start: Sequence[int], size: Sequence[int], hu_window: tuple[float, float]
 ) -> Tensor:
-    """Return a window of a cached volume, (1, *size) float32 in 0..1, with air past its end."""
+    """Return a window of a cached volume, (C, *size) float32 in 0..1, with air past its end."""
     region = entry.read_region(start, size)
-    widths = [(0, n - m) for n, m in zip(size, region.shape[1:], strict=True)]
-    region = np.pad(region, [(0, 0), *widths], constant_values=entry.background)
-    return normalise(torch.from_numpy(region), entry.scale, entry.offset, entry.kind, hu_window)
+    widths, views = [(0, n - m) for n, m in zip(size, region.shape[1:], strict=True)], []
+    for x, channel in zip(region, entry.channels, strict=True):
+        x = torch.from_numpy(np.pad(x, widths, constant_values=channel.background))
+        views.append(normalise(x, channel.scale, channel.offset, channel.kind, hu_window))
+    return torch.stack(views)
+
+
+def air_of(entry: Any, hu_window: tuple[float, float]) -> list[float]:
+    """Return what air is in each channel of `fixed_view`."""
+    channels = [(torch.tensor(channel.background), channel) for channel in entry.channels]
+    return [float(normalise(x, c.scale, c.offset, c.kind, hu_window)) for x, c in channels]

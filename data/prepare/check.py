@@ -12,19 +12,17 @@ import numpy as np
 from monai.transforms import Orientationd
 from tqdm import tqdm
 
-from data.cache import VolumeCache, fingerprint, hash_series
+from data.cache import VolumeCache, fingerprint, fingerprints, hash_series
 from data.cases import NOTICE, Case, Problem
 from data.nifti import is_nifti
 from data.readers import VolumeError
 from data.standard import CheckMaskd, ReadVolumed, StandardForm
-from data.volume import spacing_of
+from data.volume import MIN_VOXELS, SPACING_MM, spacing_of
 from utils.parallel import in_processes
 
 VERSION = 3  # of the remembered facts: raise it when the readers refuse more than before
-SPACING_MM = (0.05, 20.0)  # others mean a wrong unit in the header, or a localizer
-MIN_VOXELS = 2  # along each axis
 FEW_VOXELS = 8  # fewer are noticed: the network sees mostly padding there
-# {"shape": of the file, "spacing": mm, "series": hash of SeriesInstanceUID or None,
+# {"shape": of the (first) file, "spacing": mm, "series": hash of SeriesInstanceUID or None,
 #  "labels": label values of the mask except 0, "notices": of the readers}
 Facts = dict
 
@@ -34,7 +32,7 @@ def check_volumes(
     cache: VolumeCache,
     build: bool,
     n_workers: int,
-    default_modality: str,
+    default_modality: str | tuple[str, ...],
     progress: bool = True,
 ) -> list[Problem]:
     """Read every volume and mask that has not been read before.
@@ -100,12 +98,15 @@ def volume_notices(cases: Sequence[Case], cache: VolumeCache) -> list[Problem]:
         if min(facts["shape"]) < FEW_VOXELS:
             shown = " x ".join(map(str, facts["shape"]))
             notices.append(f"{case.path}: {shown} voxels: few along an axis, the rest is padding")
+        if case.missing:
+            notices.append(f"{', '.join(case.missing)}: missing; zeros for the network")
         found += [Problem(case.row, case.patient, what, NOTICE) for what in notices]
     return found
 
 
-def _lacks_modality(case: Case, default_modality: str) -> bool:
-    return is_nifti(case.path) and default_modality == "auto" and case.modality is None
+def _lacks_modality(case: Case, default_modality: str | tuple[str, ...]) -> bool:
+    paths = [path for path in case.channels.values() if path] or [case.path]
+    return default_modality == "auto" and case.modality is None and any(map(is_nifti, paths))
 
 
 def _build(
@@ -155,18 +156,15 @@ def _read_new(
             yield case, result
 
 
-def _read(case: Case, default_modality: str, form: StandardForm) -> Facts | VolumeError:
+def _read(case: Case, default_modality, form: StandardForm) -> Facts | VolumeError:
     """Read the volume and its mask as the cache would, but keep no voxels."""
-    fixed = None if default_modality == "auto" else default_modality
-    modality = case.modality or fixed or ("OT" if _lacks_modality(case, "auto") else None)
-    item = {"path": case.path, "series_uid": case.series_uid, "modality": modality}
-    if case.seg_path:
-        item["seg_path"] = case.seg_path
+    item, lacking = case.files, _lacks_modality(case, default_modality)
+    item["modality"] = "OT" if lacking else case.modality
     try:
-        item = ReadVolumed("auto", form.uneven_slices, form.mask_grid)(item)
-        voxels = item["image"].numpy()
-        if voxels.min() == voxels.max():
-            raise VolumeError(f"{case.path}: every voxel is {voxels.min():g}")
+        item = ReadVolumed(default_modality, form.uneven_slices, form.mask_grid)(item)
+        for voxels, source in zip(item["image"].numpy(), item["sources"], strict=True):
+            if source and voxels.min() == voxels.max():
+                raise VolumeError(f"{source}: every voxel is {voxels.min():g}")
         keys = ["image", "seg"] if case.seg_path else ["image"]
         CheckMaskd()(Orientationd(keys, axcodes="RAS", labels=None)(item))
         return {
@@ -205,9 +203,11 @@ def _source_key(case: Case, form: StandardForm) -> str | None:
     they are read."""
     try:
         sources = [fingerprint(path) for path in (case.path, case.seg_path) if path]
+        channels = fingerprints(case)
     except VolumeError:
         return None
     facts = [VERSION, sources, case.series_uid, form.uneven_slices, form.mask_grid]
+    facts += [channels] if channels else []
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
 
 

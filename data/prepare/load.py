@@ -68,7 +68,8 @@ def _load(cfg, cache, columns, check, classes, needed, find_problems, n_workers)
     if Path(cfg.csv_path) in (DEMO / "demo.csv", DEMO / "segmentation.csv"):
         make_demo(DEMO)
     folds = _folds(cfg)
-    cases, problems = read_cases(cfg.csv_path, folds, *columns)
+    channels = (cfg.data.channels, cfg.data.missing_channels)
+    cases, problems = read_cases(cfg.csv_path, folds, *columns, *channels)
     problems += find_problems(split(cases, cfg))
     if not check:
         unused = [] if cfg.test_ckpt else cfg.test_folds

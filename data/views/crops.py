@@ -17,7 +17,7 @@ from torch import Tensor
 
 from data.loading import Key, generator_of
 from data.views.geometry import Size, body_fraction, sample_rotation, sampling_grid, view_matrix
-from data.views.intensity import IntensitySettings, apply_intensity, sample_intensity
+from data.views.intensity import IntensitySettings, apply_intensity, sample_channels
 
 NUM_GLOBAL = 2
 MAX_TRIES = 10  # draws for a region, and for each view, until it holds enough body
@@ -77,14 +77,14 @@ def sample_views(
 
     Args:
         rng: the only source of randomness.
-        entry: a cache entry (spacing in mm, through_plane, slice_spacing, body, kind).
+        entry: a cache entry (spacing in mm, through_plane, slice_spacing, body, channels).
         start, shape: the region, in voxels of the cached volume.
     Returns:
         {"global": params, "local": params}, tensors on the CPU for V views: matrix (V, 3, 4) from
         output voxels to voxels of the region, body (V,) the fraction of body in the crop's box, and
-        the intensity changes of `sample_intensity`.
+        the intensity changes of `sample_channels`.
     """
-    views = {}
+    views, kinds = {}, [channel.kind for channel in entry.channels]
     for name, num, size, zoom in (
         ("global", NUM_GLOBAL, settings.global_size, settings.global_zoom),
         ("local", settings.num_local, settings.local_size, settings.local_zoom),
@@ -98,7 +98,7 @@ def sample_views(
             degrees = sample_rotation(rng, entry, settings.rotate)
             matrices[v] = view_matrix(size, fov, centre, flips, degrees, entry.spacing)
         views[name] = {"matrix": torch.from_numpy(matrices), "body": torch.from_numpy(body)}
-        views[name] |= sample_intensity(rng, num, entry.kind, settings.intensity)
+        views[name] |= sample_channels(rng, num, kinds, settings.intensity)
     return views
 
 
@@ -130,30 +130,32 @@ def apply_views(
     """Cut V views of one size from each of B regions: one resampling, then intensity changes.
 
     Args:
-        regions: (B, 1, X, Y, Z) int16, on the device where the views are wanted.
-        scale, offset: (B,) value = stored * scale + offset.
+        regions: (B, C, X, Y, Z) int16, on the device where the views are wanted.
+        scale, offset: (B, C) value = stored * scale + offset.
         params: stacked "global" or "local" of `sample_views`, (B, V, ...), on the CPU.
         size: voxels of a view.
     Returns:
-        (V * B, 1, *size) float32 in 0..1: all cases of view 0, then of view 1, ...
+        (V * B, C, *size) float32 in 0..1: all cases of view 0, then of view 1, ...
     """
-    batch, num = params["matrix"].shape[:2]
-    flat = {k: p.cpu().transpose(0, 1).flatten(0, 1) for k, p in params.items()}  # view-major
+    (batch, num), channels = params["matrix"].shape[:2], regions.shape[1]
+    of_channels = {k: p.cpu() for k, p in params.items() if k not in ("matrix", "body")}
+    flat = {k: p.transpose(0, 1).flatten(0, 2) for k, p in of_channels.items()}  # view-major
     with torch.autocast(regions.device.type, enabled=False):
         grid = sampling_grid(
             params["matrix"].to(regions.device, non_blocking=True), size, regions.shape[2:]
         )
         x = F.grid_sample(regions.float(), grid, padding_mode="border", align_corners=True)
-        x = x.view(batch, num, *size).transpose(0, 1).reshape(num * batch, 1, *size)
-        return apply_intensity(x, scale.cpu().repeat(num), offset.cpu().repeat(num), flat)
+        x = x.view(batch, channels, num, *size).permute(2, 0, 1, 3, 4, 5).reshape(-1, 1, *size)
+        values = (values.cpu().flatten().repeat(num) for values in (scale, offset))
+        return apply_intensity(x, *values, flat).view(num * batch, channels, *size)
 
 
 class RegionDataset(Dataset):
     """One region of a case and its view parameters per (epoch, index, draw) key.
 
-    Items: region (1, *region_size) int16; scale, offset (value = stored * scale + offset); global
-    and local (see `sample_views`); index of the case; key. They depend on seed and key alone.
-    Raises what cache.get raises for a case that cannot be read.
+    Items: region (C, *region_size) int16; scale, offset (C,) (value = stored * scale + offset);
+    global and local (see `sample_views`); index of the case; key. They depend on seed and key
+    alone. Raises what cache.get raises for a case that cannot be read.
     """
 
     def __init__(self, cases: Sequence[Any], cache: Any, settings: ViewSettings, seed: int):
@@ -170,8 +172,8 @@ class RegionDataset(Dataset):
         region = np.pad(region, [(0, 0), *widths], mode="edge")
         return {
             "region": torch.from_numpy(np.ascontiguousarray(region)),
-            "scale": torch.tensor(entry.scale, dtype=torch.float32),
-            "offset": torch.tensor(entry.offset, dtype=torch.float32),
+            "scale": torch.tensor([channel.scale for channel in entry.channels]),
+            "offset": torch.tensor([channel.offset for channel in entry.channels]),
             **sample_views(rng, entry, start, shape, self.settings),
             "index": key[1],
             "key": torch.tensor(key),

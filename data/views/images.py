@@ -22,7 +22,7 @@ from data.loading import Key, generator_of
 from data.standard import StandardForm
 from data.views.crops import apply_views
 from data.views.geometry import Size, sample_rotation, view_matrix
-from data.views.intensity import IntensitySettings, sample_intensity
+from data.views.intensity import IntensitySettings, sample_channels
 
 Placement = tuple[tuple[float, ...], tuple[float, ...]]  # 1 or -1 per axis; shift / size per axis
 PLAIN: Placement = ((1.0, 1.0, 1.0), (0.0, 0.0, 0.0))
@@ -73,9 +73,9 @@ def placements(flips: Sequence[bool], shift: float) -> list[Placement]:
 class ImageDataset(Dataset):
     """The views of a case per (epoch, index, draw) key: a random one, or one per placement.
 
-    Items: region (1, x, y, z) int16, the part of the volume that the views touch; scale, offset
-    (value = stored * scale + offset); views (see `apply_views`); index of the case. They depend on
-    seed and key alone. Raises what cache.get raises for a case that cannot be read.
+    Items: region (C, x, y, z) int16, the part of the volume that the views touch; scale, offset
+    (C,) (value = stored * scale + offset); views (see `apply_views`); index of the case. They
+    depend on seed and key alone. Raises what cache.get raises for a case that cannot be read.
 
     Args:
         placements: None for a random view (training).
@@ -102,11 +102,12 @@ class ImageDataset(Dataset):
         low, high = touched(matrices, size, entry.shape)
         matrices[:, :, 3] -= low
         views = {"matrix": torch.from_numpy(matrices.astype(np.float32))}
-        views |= sample_intensity(rng, len(matrices), entry.kind, self.settings.intensity)
+        kinds = [channel.kind for channel in entry.channels]
+        views |= sample_channels(rng, len(matrices), kinds, self.settings.intensity)
         return {
             "region": entry.read_region(low, high - low),
-            "scale": torch.tensor(entry.scale, dtype=torch.float32),
-            "offset": torch.tensor(entry.offset, dtype=torch.float32),
+            "scale": torch.tensor([channel.scale for channel in entry.channels]),
+            "offset": torch.tensor([channel.offset for channel in entry.channels]),
             "views": views,
             "index": key[1],
         }
@@ -154,6 +155,6 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def cut_images(batch: Mapping[str, Any], size: Size, device: torch.device) -> Tensor:
-    """Return images (V * B, 1, *size) float32 in 0..1: all cases of view 0, then of view 1, ..."""
+    """Return images (V * B, C, *size) float32 in 0..1: all cases of view 0, then of view 1, ..."""
     region = batch["region"].to(device, non_blocking=True)
     return apply_views(region, batch["scale"], batch["offset"], batch["views"], size)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,9 @@ PROB_NOISE = 0.3
 MIN_WINDOW_HU = 300.0
 SOFT_TISSUE_HU = 40.0
 
+# Changes that turn any image into 0, as that of a channel that is not there
+HIDDEN = {"gamma": 1.0, "scale": 0.0, "shift": 0.0, "blur": 0.0, "noise": 0.0}
+
 # Products of matrices (N, i, j) with one axis of (N, C, X, Y, Z).
 ALONG_AXES = ((2, "nij,ncjyz->nciyz"), (3, "nij,ncxjz->ncxiz"), (4, "nij,ncxyj->ncxyi"))
 
@@ -36,6 +39,7 @@ class IntensitySettings:
     gamma: tuple[float, float] = (1.0, 1.0)
     noise: float = 0.0
     blur: float = 0.0
+    drop_channel: float = 0.0
     window_prob: float = 0.0  # augment.hu_window
     hu_window: tuple[float, float] = (-1000.0, 1000.0)
 
@@ -44,7 +48,7 @@ class IntensitySettings:
         cls, augment: Mapping[str, Any], hu_window: tuple[float, float]
     ) -> IntensitySettings:
         """Build the settings. augment: the section, other keys are ignored; {} for no changes."""
-        names = ("scale", "shift", "gamma", "noise", "blur")
+        names = ("scale", "shift", "gamma", "noise", "blur", "drop_channel")
         fields = {name: augment[name] for name in names if name in augment}
         fields |= {"window_prob": augment.get("hu_window", 0.0), "hu_window": hu_window}
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
@@ -106,13 +110,41 @@ def sample_intensity(
     return params
 
 
+def sample_channels(
+    rng: np.random.Generator, num: int, kinds: Sequence[str], settings: IntensitySettings
+) -> dict[str, Tensor]:
+    """Draw the intensity changes of `num` views, for each of their C channels by itself.
+
+    Missing channels become 0, and so do those that `drop_channel` hides, each with that
+    probability, but never all that are there (ModDrop, Neverova et al. 2015, arXiv 1501.00102).
+
+    Args:
+        kinds: of the channels: "CT", "other" or "missing".
+    Returns:
+        the tensors of `sample_intensity` with shape (num, C, ...).
+    """
+    drawn = [sample_intensity(rng, num, kind, settings) for kind in kinds]
+    params = {name: torch.stack([p[name] for p in drawn], dim=1) for name in drawn[0]}
+    there = np.array([kind != "missing" for kind in kinds])
+    hidden = np.tile(~there, (num, 1))
+    if settings.drop_channel > 0 and there.sum() > 1:
+        drop = there & (rng.random((num, len(kinds))) < settings.drop_channel)
+        kept = rng.choice(np.flatnonzero(there), num)
+        drop[np.arange(num), kept] &= ~(drop | hidden).all(1)
+        hidden |= drop
+    for name, value in HIDDEN.items():
+        params[name][torch.from_numpy(hidden)] = value
+    return params
+
+
 def apply_intensity(
     x: Tensor, scale: Tensor, offset: Tensor, params: Mapping[str, Tensor]
 ) -> Tensor:
     """Apply window, gamma, scale and shift, blur and noise, in this order.
 
     Args:
-        x: (N, 1, X, Y, Z) float32 in stored units, on any device; changed in place.
+        x: (N, 1, X, Y, Z) float32 in stored units, on any device; changed in place. The channels
+            of a view are N images here.
         scale, offset: (N,) value = x * scale + offset, in HU for CT.
         params: of `sample_intensity` for N views, on the CPU, so that choosing the views of a
             change need not wait for the device.

@@ -36,7 +36,7 @@ from data.views.intensity import (
     IntensitySettings,
     apply_intensity,
     lower_resolution,
-    sample_intensity,
+    sample_channels,
 )
 from utils.classes import IGNORE, Classes
 
@@ -90,13 +90,14 @@ def sample_patch(
 
     Args:
         rng: the only source of randomness.
-        entry: a cache entry (shape, spacing in mm, through_plane, slice_spacing, kind, ...).
+        entry: a cache entry (shape, spacing in mm, through_plane, slice_spacing, channels).
         point: (3,) voxel of the volume; None for a random place.
     Returns:
         start and size of the smallest region of the volume that covers the patch; the parameters,
         tensors on the CPU: matrix (3, 4) from patch voxels to voxels of the region, displacement
         (3, CELLS + 3, ...) of the control points in voxels of the region, flip (3,) bool, low_res
-        (3,) factors, background, scale, offset, and intensity, of `sample_intensity` for 1 view.
+        (C, 3) factors, background, scale, offset (C,), and intensity, of `sample_channels` for 1
+        view.
     """
     size, shape = np.array(settings.patch_size), np.array(entry.shape)
     fov = sample_fov(rng, settings)
@@ -124,16 +125,19 @@ def sample_patch(
     start, end = covered_box(matrix, displacement, size)
     start, end = np.maximum(start, 0), np.minimum(end, shape)
     matrix[:, 3] -= start
+    channels = entry.channels
+    low_res = [sample_low_res(rng, entry.through_plane, settings.low_res) for _ in channels]
     params = {
         "matrix": torch.from_numpy(matrix.astype(np.float32)),
         "displacement": torch.from_numpy(displacement.astype(np.float32)),
         "flip": torch.from_numpy(flip),
-        "low_res": torch.from_numpy(sample_low_res(rng, entry.through_plane, settings.low_res)),
-        "background": torch.tensor(float(entry.background)),
-        "scale": torch.tensor(entry.scale, dtype=torch.float32),
-        "offset": torch.tensor(entry.offset, dtype=torch.float32),
+        "low_res": torch.from_numpy(np.stack(low_res)),
+        "background": torch.tensor([float(channel.background) for channel in channels]),
+        "scale": torch.tensor([channel.scale for channel in channels]),
+        "offset": torch.tensor([channel.offset for channel in channels]),
     }
-    intensity = sample_intensity(rng, 1, entry.kind, settings.intensity)
+    kinds = [channel.kind for channel in channels]
+    intensity = sample_channels(rng, 1, kinds, settings.intensity)
     return start, end - start, params | {"intensity": intensity}
 
 
@@ -176,7 +180,7 @@ def apply_patches(
         batch: of `collate_patches`, on the CPU; what is needed is copied to the device.
         size: voxels of a patch.
     Returns:
-        images (B, 1, *size) float32 in 0..1; targets (B, *size) uint8: 0, 1..K, IGNORE.
+        images (B, C, *size) float32 in 0..1; targets (B, *size) uint8: 0, 1..K, IGNORE.
     """
     device = torch.device(device)
     with torch.autocast(device.type, enabled=False):
@@ -187,43 +191,51 @@ def apply_patches(
                 mask.to(device, non_blocking=True),
                 batch["matrix"][b],
                 batch["displacement"][b],
-                float(batch["background"][b]),
+                batch["background"][b].tolist(),
                 size,
             )
             images.append(image)
             targets.append(target)
-        x = torch.stack(images)[:, None]
-        coarse = (batch["low_res"] > 1).any(1).nonzero().flatten()
+        x = torch.cat(images)[:, None]  # channels are images of their own: (B * C, 1, *size)
+        low_res = batch["low_res"].flatten(0, 1)
+        coarse = (low_res > 1).any(1).nonzero().flatten()
         if len(coarse):
             x[coarse.to(device)] = lower_resolution(
-                x[coarse.to(device)], batch["low_res"][coarse].to(device)
+                x[coarse.to(device)], low_res[coarse].to(device)
             )
-        intensity = {name: values.flatten(0, 1) for name, values in batch["intensity"].items()}
-        x = apply_intensity(x, batch["scale"], batch["offset"], intensity)
-    return x, torch.stack(targets)
+        intensity = {name: values.flatten(0, 2) for name, values in batch["intensity"].items()}
+        x = apply_intensity(x, batch["scale"].flatten(), batch["offset"].flatten(), intensity)
+    return x.view(len(targets), -1, *size), torch.stack(targets)
 
 
 def cut_patch(
-    region: Tensor, mask: Tensor, matrix: Tensor, displacement: Tensor, background: float, size
+    region: Tensor,
+    mask: Tensor,
+    matrix: Tensor,
+    displacement: Tensor,
+    background: Sequence[float],
+    size: Size,
 ) -> tuple[Tensor, Tensor]:
     """Cut one patch, interpolating image and mask linearly, or copying voxels where none is moved.
 
     Args:
-        region: (X, Y, Z) int16; mask: (X, Y, Z) uint8; on the device of the result.
+        region: (C, X, Y, Z) int16; mask: (X, Y, Z) uint8; on the device of the result.
         matrix, displacement: of `sample_patch`, on the CPU.
-        background: stored value outside the region.
+        background: stored value of each channel outside the region.
     Returns:
-        (*size) float32 in stored units; (*size) uint8.
+        (C, *size) float32 in stored units; (*size) uint8.
     """
     whole = matrix.round()
     still = not displacement.any()
     if still and (matrix - whole).abs().max() < EXACT and whole[:, :3].abs().equal(torch.eye(3)):
-        image = _copy(region, whole.int(), size, background).float()
+        pairs = zip(region, background, strict=True)
+        image = torch.stack([_copy(x, whole.int(), size, air) for x, air in pairs]).float()
         return image, _copy(mask, whole.int(), size, IGNORE)
     # a border of one outside voxel, which grid_sample repeats
-    image = F.pad(region.float()[None, None], [1] * 6, value=background)
+    pairs = zip(region.float(), background, strict=True)
+    image = torch.stack([F.pad(x, [1] * 6, value=air) for x, air in pairs])
     labels = F.pad(mask, [1] * 6, value=IGNORE)
-    shape = image.shape[2:]
+    shape = labels.shape
     matrix = matrix.to(region.device, non_blocking=True)
     moved = torch.cat([matrix[:, :3], matrix[:, 3:] + 1], dim=1)
     grid = sampling_grid(moved[None, None], size, shape)
@@ -231,7 +243,7 @@ def cut_patch(
         steps = torch.tensor([2 / (n - 1) for n in shape], device=grid.device)
         field = spline_field(displacement.to(region.device), size)
         grid = grid + (field * steps.view(3, 1, 1, 1)).permute(1, 2, 3, 0).flip(-1)
-    image = F.grid_sample(image, grid, padding_mode="border", align_corners=True)[0, 0]
+    image = F.grid_sample(image[None], grid, padding_mode="border", align_corners=True)[0]
     return image, interpolate_labels(labels, grid[0])
 
 
@@ -256,7 +268,7 @@ def _copy(source: Tensor, matrix: Tensor, size: Size, outside: float) -> Tensor:
 class PatchDataset(Dataset):
     """One patch of a case per (epoch, index, draw) key, as `apply_patches` needs it.
 
-    Items: region (X, Y, Z) int16 and mask (X, Y, Z) uint8 class indices that the patch is cut from,
+    Items: region (C, X, Y, Z) int16 and mask (X, Y, Z) uint8 class indices that it is cut from,
     left and right swapped in the mask if the patch is flipped along x; the parameters of
     `sample_patch`; foreground, index of the class it is centred on, 0 for a random place; index of
     the case; key. They depend on seed and key alone. Raises what cache.get raises for a case that
@@ -288,7 +300,7 @@ class PatchDataset(Dataset):
         table = self.tables[bool(params["flip"][0])]
         # negative values count from the table's end
         mask = np.take(table, entry.read_seg(start, size), mode="wrap")
-        region = np.ascontiguousarray(entry.read_region(start, size)[0])
+        region = np.ascontiguousarray(entry.read_region(start, size))
         return params | {
             "region": torch.from_numpy(region),
             "mask": torch.from_numpy(mask),

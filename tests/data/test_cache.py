@@ -16,6 +16,7 @@ import data.cache
 import data.entry
 from data.cache import VolumeCache, fingerprint
 from data.cases import Case
+from data.entry import Channel
 from data.readers import VolumeError
 from data.standard import StandardForm, standard_transform
 from utils.errors import InputError
@@ -65,8 +66,8 @@ def test_regions_and_facts_are_those_of_the_standard_form(tmp_path):
     assert np.array_equal(entry.affine, wanted["image"].affine.numpy())
     assert np.array_equal(entry.body, wanted["body"])
     assert entry.body.shape == tuple(-(-n // 8) for n in entry.shape)
-    for name in ("scale", "offset", "background", "kind", "original_shape"):
-        assert getattr(entry, name) == wanted[name]
+    assert entry.channels == [Channel(*(wanted[name] for name in Channel._fields))]
+    assert entry.original_shape == wanted["original_shape"]
     assert np.array_equal(entry.original_affine, wanted["original_affine"])
     assert np.allclose(entry.slice_spacing, (1, 1.2, 3)) and entry.through_plane == 2
     assert np.allclose(entry.spacing, (1, 1.2, 3)) and entry.series_hash is None

@@ -210,3 +210,43 @@ def test_real_csv(name, rows):
     folds = {"train": ["0", "1", "2"], "val": ["3"], "test": ["4"]}
     cases, found = read_cases(DATA / name, folds)
     assert len(cases) == rows and found == []
+
+
+# ---- several channels
+
+SEVERAL = {"channels": ["t1", "t2"]}
+
+
+def test_channels_are_columns_in_the_order_of_the_config(folder):
+    text = "PatientID,t2,fold,t1\np1,b.nii,0,a.nii\np2,,1,c.nii\np3,b.nii,0,\n"
+    cases, found = read_cases(
+        write(folder, text), FOLDS, channels=["t1", "t2"], missing_channels="zero"
+    )
+    paths = [str(folder / f"{name}.nii") for name in "abc"]
+    assert list(cases[0].channels.items()) == [("t1", paths[0]), ("t2", paths[1])]
+    assert cases[1].channels == {"t1": paths[2], "t2": None} and cases[1].path == paths[2]
+    assert (cases[0].path, cases[0].drawn, cases[0].missing) == (paths[0], "t1", [])
+    assert (cases[2].path, cases[2].drawn, cases[2].missing) == (paths[1], "t2", ["t1"])
+    assert [p.what for p in found] == [f"t2: same path as patient p1, line 2, t2: {paths[1]}"]
+
+
+@pytest.mark.parametrize(
+    ("row", "missing", "what"),
+    [
+        ("a.nii,", "refuse", "2: t2 '': empty path; data.missing_channels=zero allows it"),
+        (",", "zero", "2: t1, t2: all empty"),
+        ("a.nii,a.nii", "refuse", "2: t2: same path as line 2, t1: "),
+        ("a.nii,none.nii", "zero", "2: t2 "),
+    ],
+)
+def test_what_is_wrong_with_channels(folder, row, missing, what):
+    text = f"PatientID,fold,t1,t2\np1,0,{row}\np2,1,b.nii,c.nii\n"
+    found = problems(folder, text, **SEVERAL, missing_channels=missing)
+    assert len(found) == 1 and found[0].startswith(what)
+
+
+def test_columns_that_the_channels_lack(folder):
+    text = "PatientID,fold,t1,T2,series_uid\np1,0,a.nii,b.nii,1.2\np2,1,c.nii,,\n"
+    found = problems(folder, text, **SEVERAL)
+    assert found[0] == "1: no column 't2'; nearest: 'T2'"
+    assert found[1].startswith("2: series_uid: there are several channels")

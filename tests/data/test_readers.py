@@ -51,6 +51,8 @@ def test_volume_holds_nothing_else_of_the_header(tmp_path):
         "affine",
         "modality",
         "series_uid",
+        "patient",
+        "frame",
         "notices",
     }
     assert b"Secret" not in pickle.dumps(volume) and b"phantom-1" not in pickle.dumps(volume)

@@ -79,10 +79,11 @@ def test_predictions_return_to_the_slices_as_they_are(tmp_path):
     nib.save(nib.Nifti1Image(truth, volume.affine), tmp_path / "mask.nii.gz")
     case = Case("p", str(folder), "0", 2, seg_path=str(tmp_path / "mask.nii.gz"))
     entry = VolumeCache(tmp_path, StandardForm((1.0, 1.0, 1.0), crop_background=False)).get(case)
-    image = entry.read_region((0, 0, 0), entry.shape)[0] * entry.scale + entry.offset
+    (channel,) = entry.channels
+    image = entry.read_region((0, 0, 0), entry.shape)[0] * channel.scale + channel.offset
     assert np.array_equal(read_truth(case, entry, CLASSES), truth)
     seg = entry.read_seg((0, 0, 0), entry.shape)
-    clear = (np.abs(image + 200) > 60) & (image != entry.background)
+    clear = (np.abs(image + 200) > 60) & (image != channel.background)
     assert np.array_equal(seg[clear], image[clear] > -200) and seg.any()
 
     scores = torch.as_tensor(np.stack([-200 - image, image + 200]), dtype=torch.float32)

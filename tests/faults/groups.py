@@ -10,6 +10,7 @@ from tests.faults.dicom.decoders import DECODERS
 from tests.faults.dicom.folder import DICOM
 from tests.faults.dicom.pydicom_files import PYDICOM
 from tests.faults.files.bombs import BOMBS, ESTIMATES
+from tests.faults.files.channels import CHANNELS
 from tests.faults.files.csv_files import CSV
 from tests.faults.files.masks import MASKS
 from tests.faults.files.nifti import NIFTI, NIFTI_FLIPS
@@ -36,6 +37,7 @@ GROUPS = [
     NIFTI,
     NIFTI_FLIPS,
     MASKS,
+    CHANNELS,
     CSV,
     YAML,
     CACHE,

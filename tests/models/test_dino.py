@@ -144,7 +144,7 @@ def test_hidden_voxels_do_not_reach_the_reconstruction(name):
         "segresnet": {"feature_size": 8, "blocks": [1, 1]},
     }
     backbone = build_backbone(name, **options[name])
-    network = DINONetwork(backbone, "max", None, reconstructing=True).eval()
+    network = DINONetwork(backbone, "max", None, reconstructing=1).eval()
     side = 64 if name == "swinunetr" else 16
     x = torch.rand(1, 1, side, side, side)
     mask = torch.zeros(1, *network.backbone.encode(x)[0].shape[2:], dtype=torch.bool)

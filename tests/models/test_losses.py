@@ -134,6 +134,23 @@ def test_reconstruction_is_the_error_of_hidden_voxels_alone_and_weighs_crops_equ
     torch.testing.assert_close(reconstruction_loss(output, images, hidden), expected)
 
 
+def test_reconstruction_of_several_channels_is_of_those_that_are_there():
+    torch.manual_seed(0)
+    images, output = torch.rand(2, 3, 4, 4, 4), torch.randn(2, 3, 4, 4, 4)
+    images[0, 1], images[1, :2] = 0, 0  # missing or dropped
+    hidden = torch.zeros(2, 1, 4, 4, 4, dtype=torch.bool)
+    hidden[:, :, 1:3] = True
+    alone = [
+        [
+            reconstruction_loss(output[i : i + 1, [c]], images[i : i + 1, [c]], hidden[:1])
+            for c in there
+        ]
+        for i, there in enumerate(([0, 2], [2]))
+    ]
+    expected = (sum(alone[0]) / 2 + alone[1][0]) / 2
+    torch.testing.assert_close(reconstruction_loss(output, images, hidden), expected)
+
+
 def test_reconstruction_of_air_is_easy_and_without_masks_zero_with_a_gradient():
     output = torch.zeros(2, 1, 4, 4, 4, requires_grad=True)
     air = 1e-4 * torch.randn(2, 1, 4, 4, 4)

@@ -101,7 +101,9 @@ def test_other_backbones_train_and_are_tested(stage, network, run, folder):
     # the network of the test is that of the checkpoint, whatever the config says
     best = folder / "checkpoints" / "best.pt"
     saved = checkpoint.load(best)
-    del saved["config"]["steps_per_epoch"]  # as in files from before that key
+    config = saved["config"]  # as in files from before these keys
+    del config["steps_per_epoch"], config["augment"]["drop_channel"]
+    del config["data"]["channels"], config["data"]["missing_channels"]
     checkpoint.save(best, saved)
     assert run(f"test_ckpt={best}") == 0
     if stage == "classification":  # 4 cases: a class and a number of each

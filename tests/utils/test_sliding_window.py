@@ -177,3 +177,23 @@ def test_left_and_right_trade_places_in_the_mirror():
     for axes in [(0,), (0, 1), (0, 1, 2)]:
         assert torch.allclose(mirrored(sides, axes, [(1, 2)])(x), sides(x))
     assert not torch.allclose(mirrored(sides, (0,))(x), sides(x))
+
+
+def test_channels_are_padded_and_compared_each_by_itself():
+    """Windows of one value in every channel are evaluated once for each set of values."""
+    calls = []
+
+    def network(x):
+        calls.extend(x)
+        return x.sum(dim=1, keepdim=True)
+
+    image = torch.zeros(2, 32, 8, 5)
+    image[1, 16:], image[0, 24:] = 3.0, 7.0
+    found = sliding_window(network, image, (8, 8, 8), 0.0, background=[1.0, 2.0])
+    torch.testing.assert_close(found, image.sum(dim=0, keepdim=True))
+    assert len(calls) == 4 and {(x[0, 0, 0, 0].item(), x[1, 0, 0, 0].item()) for x in calls} == {
+        (1.0, 2.0)
+    }
+    calls.clear()
+    sliding_window(network, image.repeat(1, 1, 1, 2)[..., :8], (8, 8, 8), 0.0)
+    assert len(calls) == 3

@@ -83,6 +83,11 @@ def one_or_more(value: Any) -> Any:
     return [value] if isinstance(value, str | int) else value
 
 
+def one_or_each(value: Any, check: Any) -> Any:
+    """Check a value alone, or each of a list, which becomes a tuple."""
+    return tuple(map(check, value)) if isinstance(value, list) else check(value)
+
+
 def or_word(kind: Any, word: str, expected: str) -> Any:
     """Return the type of values that are either `word` or of the type `kind`."""
 
@@ -119,6 +124,11 @@ Range = Annotated[
 ]
 Percentiles = Annotated[
     tuple[Percent, Percent], Strict(False), AfterValidator(rising), AfterValidator(not_equal)
+]
+Modalities = Annotated[
+    Literal["auto", Modality],
+    WrapValidator(one_or_each, json_schema_input_type=Literal["auto", Modality] | list[Modality]),
+    PlainSerializer(lambda value: list(value) if isinstance(value, tuple) else value),
 ]
 Factors = Annotated[tuple[AboveZero, AboveZero], Strict(False), AfterValidator(rising)]
 Fractions = Annotated[tuple[Fraction, Fraction], Strict(False), AfterValidator(rising)]

@@ -41,7 +41,9 @@ class SegResNet(f.Section):
 
 
 class Data(f.Section):
-    modality: Literal["auto", f.Modality]
+    channels: Annotated[f.Texts, Field(min_length=1)] | None
+    missing_channels: Literal["refuse", "zero"]
+    modality: f.Modalities
     spacing: f.Spacing
     hu_window: f.Range
     percentiles: f.Percentiles
@@ -93,6 +95,7 @@ class IntensityAugment(f.Section):
     noise: f.NotNegative
     blur: f.NotNegative
     hu_window: f.Fraction
+    drop_channel: f.Fraction
 
 
 class FineTuned(Run):
@@ -129,10 +132,26 @@ def impossible_run(values: Values) -> Wrong:
     yield from longer_than_run("warmup_epochs", values)
     if values.get("min_learning_rate", 0) > values.get("learning_rate", math.inf):
         yield "min_learning_rate", f"{values['min_learning_rate']}: more than learning_rate"
+    yield from _impossible_channels(values)
     features, blocks = values.get("resunet.features"), values.get("resunet.blocks")
     if features and blocks and len(features) != len(blocks):
         what = f"{len(blocks)} stages, but resunet.features has {len(features)}"
         yield "resunet.blocks", what
+
+
+def _impossible_channels(values: Values) -> Wrong:
+    """Report what only several channels can have. A test takes the channels of its checkpoint."""
+    if "data.channels" not in values or values.get("test_ckpt") is not None:
+        return
+    channels = values["data.channels"] or []
+    shown = f"data.channels is {channels or 'null'}"
+    modality = values.get("data.modality")
+    if isinstance(modality, list | tuple) and len(modality) != len(channels):
+        yield "data.modality", f"{len(modality)} modalities, but {shown}"
+    if values.get("data.missing_channels") == "zero" and len(channels) < 2:
+        yield "data.missing_channels", f"zero, but {shown}: none can be missing"
+    if values.get("augment.drop_channel") and len(channels) < 2:
+        yield "augment.drop_channel", f"{values['augment.drop_channel']}, but {shown}"
 
 
 def longer_than_run(key: str, values: Values) -> Wrong:

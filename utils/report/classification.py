@@ -240,7 +240,10 @@ def _draw_worst(folder: Path, targets, cases, predictions, images: Callable) -> 
                 captions.append(f"truth {lines[0]}\npredicted {lines[1]}")
         else:
             captions = [f"truth {truth[r]:.4g}\npredicted {predictions[name][r]:.4g}" for r in rows]
-        captions = [f"line {cases[r].row}\n{c}" for r, c in zip(rows, captions, strict=True)]
+        lines = [
+            f"line {cases[r].row}" + f", {cases[r].drawn}" * bool(cases[r].drawn) for r in rows
+        ]
+        captions = [f"{line}\n{c}" for line, c in zip(lines, captions, strict=True)]
         slug = re.sub(r"[^A-Za-z0-9]+", "_", name)[:40]
         path = folder / "plots" / f"worst_{i + 1}_{slug}.png"
         plot_cases(path, [images(cases[row]) for row in rows], captions)

@@ -7,7 +7,7 @@ sagittal ones, and the head is at the top of coronal and sagittal slices. Figure
 pyplot, which would keep them in memory.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatch
 from itertools import product
 from math import log
@@ -119,6 +119,14 @@ def draw_middles(
                 letters(ax, sides)
 
 
+def views_of(images, name: str, channels: Sequence[str] | None) -> dict[str, np.ndarray]:
+    """Return images (N, C, X, Y, Z), on any device, as `plot_crops` takes them: {name: (N, X, Y,
+    Z)} or, of several channels, {"name channel": ...}."""
+    names = [f"{name} {channel}" for channel in channels] if channels else [name]
+    views = zip(names, images.unbind(1), strict=True)
+    return {name: view.float().cpu().numpy() for name, view in views}
+
+
 def plot_curves(path, metrics, out_dim: int | None = None, patch_out_dim: int | None = None):
     """Draw metrics over epochs in small panels; columns that are absent or empty are left out.
 
@@ -159,41 +167,45 @@ def plot_curves(path, metrics, out_dim: int | None = None, patch_out_dim: int | 
 
 def plot_feature_pca(
     path,
-    volume: np.ndarray,
+    volume: np.ndarray | Mapping[str, np.ndarray],
     features: np.ndarray | Sequence[np.ndarray],
     names: Sequence[str] | None = None,
     num_slices: int = 5,
 ) -> np.ndarray:
     """Draw the first three principal components of feature maps in red, green and blue.
 
-    volume: (X, Y, Z), values in 0..1, drawn above the maps. features: (C, x, y, z), or several of
-    them, over the same field of view; each has its own components and is upsampled linearly.
-    names: a label for each map.
+    volume: (X, Y, Z), values in 0..1, drawn above the maps; of several channels {name: (X, Y, Z)}.
+    features: (C, x, y, z), or several of them, over the same field of view; each has its own
+    components and is upsampled linearly. names: a label for each map.
     """
-    volume = np.asarray(volume, np.float32)
+    volumes = volume if isinstance(volume, Mapping) else {"image": np.asarray(volume, np.float32)}
+    shape, above = next(iter(volumes.values())).shape, len(volumes)
     maps = [features] if getattr(features, "ndim", 0) == 4 else list(features)
     names = names or [f"map {i}\n" + "×".join(map(str, m.shape[1:])) for i, m in enumerate(maps)]
     pictures = [pca_rgb(np.asarray(m, np.float32)) for m in maps]
     side = 1.7  # inches
-    width, height = side * num_slices + 0.7, side * (len(maps) + 1) + 0.55
+    width, height = side * num_slices + 0.7, side * (len(maps) + above) + 0.55
     fig = figure(width, height)
     edges = {"left": 0.7 / width, "right": 0.995, "bottom": 0.01, "top": 1 - 0.55 / height}
-    grid = fig.add_gridspec(len(maps) + 1, num_slices, **edges, wspace=0.03, hspace=0.03)
-    fig.suptitle("Feature maps: principal components 1-3 as RGB, axial slices", fontsize=11)
+    grid = fig.add_gridspec(len(maps) + above, num_slices, **edges, wspace=0.03, hspace=0.03)
+    title = "Feature maps: principal components 1-3 as RGB, axial slices"
+    fig.suptitle(title, y=1 - 0.1 / height, va="top", fontsize=11)
     for column, fraction in enumerate(np.linspace(0.15, 0.85, num_slices)):
-        z = round(fraction * (volume.shape[2] - 1))
-        ax = fig.add_subplot(grid[0, column])
-        _draw_slice(ax, volume, "axial", z)
-        ax.set_title(f"slice {z + 1} of {volume.shape[2]}", fontsize=8)
-        if column == 0:
-            ax.set_ylabel("image", fontsize=8)
-            letters(ax, PLANES["axial"][1])
-        for row, rgb in enumerate(pictures, start=1):
+        z = round(fraction * (shape[2] - 1))
+        for row, (name, image) in enumerate(volumes.items()):
             ax = fig.add_subplot(grid[row, column])
-            ax.imshow(_upsampled_slice(rgb, volume.shape, z))
+            _draw_slice(ax, image, "axial", z)
+            if row == 0:
+                ax.set_title(f"slice {z + 1} of {shape[2]}", fontsize=8)
+            if column == 0:
+                ax.set_ylabel(name, fontsize=8)
+                letters(ax, PLANES["axial"][1])
+        for row, rgb in enumerate(pictures, start=above):
+            ax = fig.add_subplot(grid[row, column])
+            ax.imshow(_upsampled_slice(rgb, shape, z))
             bare(ax)
             if column == 0:
-                ax.set_ylabel(names[row - 1], fontsize=8)
+                ax.set_ylabel(names[row - above], fontsize=8)
     return save(fig, path)
 
 

@@ -62,7 +62,7 @@ def write_test_report(
         names: names of the classes; names[k] belongs to index k + 1.
         tolerance_mm: tolerance of surface Dice.
         read: function that returns {image, prediction, truth, spacing_mm}, the arguments of
-            `plot_overlay`, for a csv_line.
+            `plot_overlay`, for a csv_line, and perhaps the `channel` that the image is of.
         notes: warnings at the top of the page. settings: shown at its end.
         num_pictures: how many cases are drawn, the worst first.
     Returns:
@@ -89,8 +89,11 @@ def write_test_report(
     overlays = []
     for rank, (line, of_case) in enumerate(list(cases.items())[:num_pictures], 1):
         path = folder / "plots" / f"overlay_{rank:03}_line{line}.png"
+        picture = read(line)
+        channel = picture.pop("channel", "")
         caption = f"line {line} of the CSV: {describe(of_case)}"
-        plot_overlay(path, **read(line), names=names, title=caption)
+        caption += f"; drawn on {channel}" * bool(channel)
+        plot_overlay(path, **picture, names=names, title=caption)
         overlays.append((path, caption))
     left = len(cases) - len(overlays)
     counts = {

@@ -9,8 +9,13 @@ from utils import checkpoint
 from utils.checkpoint import CheckpointError
 
 Config = TypeVar("Config", bound=BaseModel)
-LATER = {"steps_per_epoch": None}  # settings that came later, with what runs did before
-READING = {"uneven_slices": "refuse", "mask_grid": "header"}  # likewise, of data
+# settings that came later, with what runs did before
+LATER = {"steps_per_epoch": None}
+READING = {"uneven_slices": "refuse", "mask_grid": "header"}
+LATER_IN = {
+    "data": READING | {"channels": None, "missing_channels": "refuse"},
+    "augment": {"drop_channel": 0.0},
+}
 
 
 def open_tested(path: str, stage: str, cfg: Config, keys: Sequence[str]) -> tuple[dict, Config]:
@@ -22,9 +27,11 @@ def open_tested(path: str, stage: str, cfg: Config, keys: Sequence[str]) -> tupl
         stage: the stage that it must be from, such as segmentation.
         cfg: the config at hand.
         keys: keys that are taken from the config at hand, as are data.max_bad_cases, how scans and
-            masks are read (READING) and, unless it is auto, data.modality.
+            masks are read (READING), unless it is auto, data.modality, and a
+            data.missing_channels of zero.
     Raises:
-        CheckpointError: it cannot be read, or is from another stage or a version with other keys.
+        CheckpointError: it cannot be read, is from another stage or a version with other keys, or
+            its channels are not those of the config at hand, if that has any.
     """
     saved = checkpoint.load(path)
     found = checkpoint.stage_of(saved)
@@ -32,15 +39,24 @@ def open_tested(path: str, stage: str, cfg: Config, keys: Sequence[str]) -> tupl
         what = f"of stage {found}; test_ckpt takes best.pt or last.pt of {stage}.py"
         raise CheckpointError(f"{path}: {what}")
     try:
-        data = READING | saved["config"].get("data", {})
-        own = type(cfg).model_validate(LATER | saved["config"] | {"data": data})
+        config = saved["config"]
+        later = {name: keys | config.get(name, {}) for name, keys in LATER_IN.items()}
+        own = type(cfg).model_validate(LATER | config | later)
     except ValidationError as e:
         raise CheckpointError(f"{path}: its settings are not of this version: {e}") from e
+    if cfg.data.channels not in (None, own.data.channels):
+        what = f"data.channels is {_listed(own.data.channels)}, here {_listed(cfg.data.channels)}"
+        raise CheckpointError(f"{path}: does not fit the config: in the checkpoint {what}")
     data = {key: getattr(cfg.data, key) for key in ("max_bad_cases", *READING)}
     data |= {} if cfg.data.modality == "auto" else {"modality": cfg.data.modality}
+    data |= {"missing_channels": "zero"} if cfg.data.missing_channels == "zero" else {}
     changes = {key: getattr(cfg, key) for key in keys}
     changes |= {"data": own.data.model_copy(update=data), "train_folds": [], "val_folds": []}
     return saved, own.model_copy(update=changes)
+
+
+def _listed(channels: Sequence[str] | None) -> str:
+    return f"[{', '.join(channels)}]" if channels else "null"
 
 
 def refuse_unlike(paths: Sequence[str], parts: Sequence[Mapping]) -> None:

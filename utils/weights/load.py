@@ -24,8 +24,10 @@ _AGES = {  # WeightsFile.recent
     False: "the file was written by PyTorch before 2.7",
     None: "the file does not say how old it is",
 }
+SHARED_INPUT = ("channels", "spacing", "hu_window", "percentiles")  # keys of data
 INPUT_TEXTS = {
     "modality": "{}",
+    "channels": "channels {}",
     "spacing": "spacing {} mm",
     "hu_window": "HU {} to 0..1",
     "percentiles": "percentiles {} to 0..1",
@@ -41,7 +43,8 @@ class LoadReport:
     origin: the published file or the run of ours that was recognised.
     container: the prefix of the encoder's names in the file.
     encoder, decoder: number of tensors loaded, and of tensors that the backbone has.
-    adapted: tensors that were changed to another number of input channels.
+    adapted: tensors that were changed to another number of input channels; channels: how many
+        there are in the file and in the backbone, if they differ.
     left_random: tensors of the backbone that keep their initial values.
     random_in: how many of these are in the encoder and in the decoder.
     ignored: tensors of the file that are not used.
@@ -57,6 +60,7 @@ class LoadReport:
     encoder: tuple[int, int]
     decoder: tuple[int, int]
     adapted: list[str] = field(default_factory=list)
+    channels: tuple[int, int] | None = None
     left_random: list[str] = field(default_factory=list)
     ignored: list[str] = field(default_factory=list)
     duplicates: list[str] = field(default_factory=list)
@@ -81,12 +85,19 @@ class LoadReport:
             "left random": _summary(self.left_random),
             "not used": _summary(self.ignored),
             "duplicates": _summary(self.duplicates),
-            "other channels": _summary(self.adapted),
+            "other channels": self._adapted(),
             "patch merging": f"order {self.merge_order}" if self.merge_order else "",
             "trained on": _input_text(self.expected_input),
         }
         optional = ("duplicates", "other channels", "patch merging")
         return {name: text or "none" for name, text in rows.items() if text or name not in optional}
+
+    def _adapted(self) -> str:
+        if not self.adapted or not self.channels:
+            return _summary(self.adapted)
+        given, here = self.channels
+        how = "added up" if here < given else "repeated, and divided by the number of repeats"
+        return f"{given} in the file, {here} here: {how} in {_summary(self.adapted)}"
 
     def __str__(self) -> str:
         rows = self.rows()
@@ -122,8 +133,10 @@ def load_backbone(backbone: nn.Module, path: str | Path) -> LoadReport:
     if too_few or match.extra or any(name in match.other_shape for name in needed):
         raise WeightsError(_misfit(path, backbone, tensors, targets, needed, match))
     values = {x: tensors[raw] for x, raw in match.used.items() if not x.endswith(INDEX)}
+    channels = None
     for name in match.adapted:
-        values[name] = match_names.to_channels(values[name], targets[name].shape[1])
+        channels = values[name].shape[1], targets[name].shape[1]
+        values[name] = match_names.to_channels(values[name], channels[1])
     broken = [name for name, x in values.items() if not torch.isfinite(x.float()).all()]
     if broken:
         raise WeightsError(f"{path}: NaN or infinite values in {_summary(broken)}")
@@ -138,6 +151,7 @@ def load_backbone(backbone: nn.Module, path: str | Path) -> LoadReport:
         encoder=(sum(name in match.used for name in encoder), len(encoder)),
         decoder=(sum(name in match.used for name in decoder), len(decoder)),
         adapted=match.adapted,
+        channels=channels,
         left_random=left_random,
         random_in=(len(random), len(left_random) - len(random)),
         ignored=ignored,
@@ -176,8 +190,7 @@ def _describe_ours(report: LoadReport, content: Any) -> bool:
         run += f", an epoch chosen by the labels {', '.join(labels)}"
     report.origin = f"this repository: {run}"
     report.seen_patients = list(seen)
-    keys = ("spacing", "hu_window", "percentiles")
-    report.expected_input = {key: data[key] for key in keys if key in data}
+    report.expected_input = {key: data[key] for key in SHARED_INPUT if data.get(key)}
     if data.get("modality", "auto") != "auto":
         report.expected_input["modality"] = data["modality"]
     return True
@@ -239,8 +252,10 @@ def _summary(names: Collection[str]) -> str:
 
 def _text(value: Any) -> str:
     """Write numbers as [1.5, 1.5, 2], of whatever type they are."""
+    if value is None:
+        return "null"
     if isinstance(value, list | tuple):
-        return f"[{', '.join(f'{x:g}' for x in value)}]"
+        return f"[{', '.join(x if isinstance(x, str) else f'{x:g}' for x in value)}]"
     return str(value)
 
 
@@ -286,7 +301,7 @@ def compare_input(report: LoadReport, cfg) -> list[str]:
     expected, config = report.expected_input or {}, cfg.model_dump(mode="json")
     sections = {name: config.get(name) or {} for name in ("data", "crops", "patches")}
     found = {f"{name}.{key}": x for name, section in sections.items() for key, x in section.items()}
-    wanted = {f"data.{key}": expected.get(key) for key in ("spacing", "hu_window", "percentiles")}
+    wanted = {f"data.{key}": expected.get(key) for key in SHARED_INPUT}
     wanted["data.modality"] = expected.get("modality") if found["data.modality"] != "auto" else None
     wanted |= {key: expected.get("crop") for key in ("crops.global_size", "patches.size")}
     warnings = []

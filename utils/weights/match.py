@@ -170,8 +170,9 @@ def _differ_in_channels(tensor: torch.Tensor, target: torch.Tensor) -> bool:
 def to_channels(weight: torch.Tensor, channels: int) -> torch.Tensor:
     """Change weights (out, C, x, y, z) to another number of input channels.
 
-    They are repeated and divided, or added up, so that an image whose channels are all equal gives
-    the same output as before.
+    They are repeated and divided by the number of repeats, or added up, so that an image whose
+    channels are all equal gives the same output as before (as Carreira and Zisserman 2017, arXiv
+    1705.07750, section 2.3, repeat the kernels of images along the time of videos).
     """
     given = weight.shape[1]
     if channels < given:

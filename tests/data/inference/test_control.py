@@ -10,6 +10,7 @@ from sklearn.preprocessing import StandardScaler
 
 from data.cache import VolumeCache
 from data.cases import Case, read_cases
+from data.entry import Channel
 from data.inference.control import Control, control_features
 from data.prepare.targets import Targets
 from data.standard import StandardForm
@@ -35,9 +36,7 @@ def entry_of(shape, value=1.0, body=255):
         slice_spacing=np.ones(3),
         body=blocks,
         read_region=read_region,
-        scale=2.0,
-        offset=-1.0,
-        background=-7,
+        channels=[Channel(2.0, -1.0, -7, "CT", "CT")],
         reads=reads,
     )
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from data.cases import Case
+from data.entry import Channel
 from data.inference import frozen
 from data.prepare.targets import Targets
 from utils.classes import IGNORE, Classes
@@ -20,7 +21,7 @@ CLASSES = Classes(("one", "two"), ((3,), (5, 6)), (9,))
 class Entry:
     """A volume of 12 x 8 x 8 voxels whose mask is a function of its intensity."""
 
-    scale, offset, kind, background = 1.0, 0.0, "CT", 0
+    channels = [Channel(1.0, 0.0, 0, "CT", "CT")]
 
     def __init__(self, seed):
         rng = np.random.default_rng(seed)

@@ -181,3 +181,29 @@ def test_few_slices_are_read_with_a_notice(tmp_path):
     assert check(cases, cache) == [] and check(cases, cache, build=True) == []
     assert cache.get(cases[0]).read_region((0, 0, 0), (12, 12, 2)).shape == (1, 12, 12, 2)
     assert [notice.row for notice in volume_notices(cases, cache)] == [2, 7]
+
+
+@pytest.mark.parametrize("build", [False, True])
+def test_problems_and_notices_of_channels_name_row_and_column(tmp_path, build):
+    good = write(tmp_path / "good.nii")
+    (tmp_path / "text.nii").write_text("no image")
+    others = {
+        2: (write(tmp_path / "thick.nii", spacing=(1, 1, 25)), "expected 0.05 to 20 mm"),
+        3: (str(tmp_path / "text.nii"), "neither a NIfTI file"),
+        4: (write(tmp_path / "flat.nii", value=3), "every voxel is 3" * (not build)),
+        5: (write(tmp_path / "thin.nii", shape=(12, 12, 1)), "2 voxels along each axis"),
+        6: (write(tmp_path / "two.nii", (7, 5, 5), spacing=(2, 2, 4)), ""),
+        7: (None, ""),
+    }
+    channels = {row: {"t1": good, "t2": path} for row, (path, _) in others.items()}
+    cases = [case(good, row, channels=paths) for row, paths in channels.items()]
+    cache = cache_in(tmp_path)
+    found = {p.row: p for p in check(cases, cache, build)}
+    assert set(found) == {2, 3, 4, 5}
+    for row, problem in found.items():
+        assert problem.what.startswith("t2: ") and others[row][1] in problem.what, problem.what
+    notices = {p.row: p.what for p in volume_notices(cases[4:], cache)}
+    assert notices[7] == "t2: missing; zeros for the network"
+    assert notices[6].startswith("t2: ") and "7 x 5 x 5 voxels of 2 x 2 x 4 mm" in notices[6]
+    assert check(cases[4:], cache, build) == []  # what was remembered says the same
+    assert {p.row: p.what for p in volume_notices(cases[4:], cache)} == notices

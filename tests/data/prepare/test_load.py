@@ -27,7 +27,8 @@ def load(scans, tmp_path):
             row |= {name: scans / row[name] for name in ("path", "seg_path")}
             row["path"] = "absent.nii" if i in damaged else row["path"]
         write_cases(tmp_path / "cases.csv", rows)
-        data = SimpleNamespace(modality="auto", max_bad_cases=max_bad)
+        one = {"modality": "auto", "channels": None, "missing_channels": "refuse"}
+        data = SimpleNamespace(max_bad_cases=max_bad, **one)
         folds = {"train_folds": list(train), "val_folds": list(val), "test_folds": list(test)}
         cfg = SimpleNamespace(
             csv_path=str(tmp_path / "cases.csv"), test_ckpt=ckpt, n_workers=0, data=data, **folds

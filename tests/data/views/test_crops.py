@@ -10,6 +10,7 @@ import yaml
 from scipy.ndimage import map_coordinates
 from scipy.spatial.transform import Rotation
 
+from data.entry import Channel
 from data.views.crops import ViewSettings, apply_views, sample_fov, sample_region, sample_views
 from data.views.geometry import body_fraction, view_matrix
 from data.views.intensity import IntensitySettings
@@ -31,10 +32,10 @@ class FakeEntry:
     """What views and data sets use of a cache entry, in memory."""
 
     def __init__(self, voxels, spacing=(1.5, 1.5, 1.5), through_plane=2, slice_spacing=None):
-        self.voxels, self.shape, self.kind = voxels, voxels.shape, "CT"
+        self.voxels, self.shape = voxels, voxels.shape
         self.spacing, self.through_plane = np.array(spacing), through_plane
         self.slice_spacing = np.array(slice_spacing or spacing)
-        self.scale, self.offset, self.background = 1.0, 0.0, -1000
+        self.channels = [Channel(1.0, 0.0, -1000, "CT", "CT")]
         blocks = np.pad(voxels > -500, [(0, -n % 8) for n in voxels.shape])
         inside = np.pad(np.ones(voxels.shape), [(0, -n % 8) for n in voxels.shape])
         self.body = np.uint8(np.round(255 * _block_sum(blocks) / _block_sum(inside)))
@@ -51,7 +52,7 @@ def _block_sum(x):
 
 def plain_params(matrices):
     """Stacked parameters of (B, V, 3, 4) matrices without any intensity change."""
-    shape = matrices.shape[:2]
+    shape = (*matrices.shape[:2], 1)
     return {
         "matrix": torch.as_tensor(matrices, dtype=torch.float32),
         "window": torch.tensor([-2000.0, 2000.0]).expand(*shape, 2),
@@ -67,7 +68,7 @@ def plain_params(matrices):
 def cut(regions, matrices, size):
     """apply_views back in stored units, (V, B, *size)."""
     regions = torch.from_numpy(np.ascontiguousarray(regions))
-    ones = torch.ones(len(regions))
+    ones = torch.ones(len(regions), 1)
     views = apply_views(regions, ones, 0 * ones, plain_params(matrices), size)
     return (views * 4000 - 2000).view(matrices.shape[1], len(regions), *size).numpy()
 
@@ -152,12 +153,14 @@ def test_views_come_view_by_view_and_do_not_depend_on_the_batch():
     ]
     regions = torch.stack([torch.from_numpy(e.voxels[None]) for e in entries])
     params = {k: torch.stack([d[k] for d in drawn]) for k in drawn[0]}
-    together = apply_views(regions, torch.ones(3), torch.zeros(3), params, (8, 8, 8))
+    together = apply_views(regions, torch.ones(3, 1), torch.zeros(3, 1), params, (8, 8, 8))
     assert together.shape == (4 * 3, 1, 8, 8, 8) and together.dtype == torch.float32
     assert together.min() >= 0 and together.max() <= 1
     for case in range(3):
         own = {k: p[case : case + 1] for k, p in params.items()}
-        alone = apply_views(regions[case : case + 1], torch.ones(1), torch.zeros(1), own, (8, 8, 8))
+        alone = apply_views(
+            regions[case : case + 1], torch.ones(1, 1), torch.zeros(1, 1), own, (8, 8, 8)
+        )
         torch.testing.assert_close(together[case::3], alone, atol=1e-6, rtol=0)
 
 
@@ -169,7 +172,7 @@ def test_no_local_crops_is_an_empty_batch():
     )
     params = {k: p[None] for k, p in views["local"].items()}
     regions = torch.zeros(1, 1, 32, 32, 32, dtype=torch.int16)
-    x = apply_views(regions, torch.ones(1), torch.zeros(1), params, (8, 8, 8))
+    x = apply_views(regions, torch.ones(1, 1), torch.zeros(1, 1), params, (8, 8, 8))
     assert x.shape == (0, 1, 8, 8, 8)
 
 

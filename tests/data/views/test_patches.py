@@ -28,6 +28,7 @@ from utils.classes import IGNORE, Classes
 
 CLASSES = Classes.from_config({"one": 3, "two": [7, 8], "left": 20, "right": 21}, [9])
 PLAIN = PatchSettings((16, 14, 12))
+AIR = -1000
 SPATIAL = replace(
     PLAIN,
     rotate=(30.0, 30.0, 30.0),
@@ -115,7 +116,7 @@ def test_without_changes_patches_are_the_stored_voxels():
         hits = np.argwhere((windows == item["mask"].numpy()).all((3, 4, 5)))
         assert len(hits) == 1
         first = hits[0] + whole[:, 3].int().numpy()
-        padded = np.pad(entry.voxels.astype(float), 40, constant_values=entry.background)
+        padded = np.pad(entry.voxels.astype(float), 40, constant_values=AIR)
         box = tuple(slice(40 + a, 40 + a + n) for a, n in zip(first, size, strict=True))
         np.testing.assert_allclose(image[0, 0], (padded[box] + 1000) / 2000, atol=1e-6, rtol=0)
         padded = np.pad(index_map, 40, constant_values=IGNORE)
@@ -163,9 +164,9 @@ def test_values_linear_in_position_follow_the_sampled_transform(always, spacing)
     checked = 0
     for i in range(20):
         start, size, params = draw(entry, wide, i)
-        item = {"region": torch.from_numpy(entry.read_region(start, size)[0].copy())}
+        item = {"region": torch.from_numpy(entry.read_region(start, size).copy())}
         item["mask"] = torch.zeros(tuple(size), dtype=torch.uint8)
-        got = cut([item | params | {"low_res": torch.ones(3)}], wide)[0][0, 0].numpy()
+        got = cut([item | params | {"low_res": torch.ones(1, 3)}], wide)[0][0, 0].numpy()
         moves = np.einsum(
             "xi,yj,zk,cijk->xyzc", spline_x, spline_y, spline_z, params["displacement"].numpy()
         )
@@ -206,7 +207,7 @@ def test_a_ball_turned_and_flipped_is_where_the_formula_says(always):
         np.testing.assert_allclose(step.T @ step, np.eye(3), atol=1e-5)
         flips = params["flip"].numpy().sum()
         assert np.linalg.det(step) == pytest.approx((-1) ** flips, abs=1e-5)
-        region = torch.from_numpy(entry.read_region(start, size)[0].copy())
+        region = torch.from_numpy(entry.read_region(start, size).copy())
         mask = torch.from_numpy(CLASSES.to_index(entry.read_seg(start, size)))
         target = cut([{"region": region, "mask": mask} | params], settings)[1][0]
         centre = np.linalg.solve(
@@ -219,8 +220,7 @@ def test_a_ball_turned_and_flipped_is_where_the_formula_says(always):
 
 def test_the_region_that_is_read_is_all_a_patch_needs(always):
     entry, settings = noise_entry((60, 50, 40)), replace(SPATIAL, elastic=20.0)
-    background = float(entry.background)
-    volume = torch.from_numpy(entry.voxels)
+    volume = torch.from_numpy(entry.voxels)[None]
     mask = torch.from_numpy(CLASSES.to_index(entry.seg))
     for i in range(30):
         point = np.array([3, 49, 20]) if i % 2 else None
@@ -228,9 +228,9 @@ def test_the_region_that_is_read_is_all_a_patch_needs(always):
         assert (start >= 0).all() and (start + size <= entry.shape).all()
         box = tuple(slice(a, a + n) for a, n in zip(start, size, strict=True))
         matrix, moves = params["matrix"], params["displacement"]
-        small = cut_patch(volume[box], mask[box], matrix, moves, background, PLAIN.patch_size)
+        small = cut_patch(volume[:, *box], mask[box], matrix, moves, [AIR], PLAIN.patch_size)
         moved = torch.cat([matrix[:, :3], matrix[:, 3:] + torch.tensor(start)[:, None]], 1)
-        whole = cut_patch(volume, mask, moved, moves, background, PLAIN.patch_size)
+        whole = cut_patch(volume, mask, moved, moves, [AIR], PLAIN.patch_size)
         torch.testing.assert_close(small[0], whole[0], atol=0.2, rtol=0)  # float32 positions
         assert (small[1] != whole[1]).float().mean() < 1e-3
         corners = np.stack(np.meshgrid(*[(0, n - 1) for n in PLAIN.patch_size])).reshape(3, -1)
@@ -244,7 +244,7 @@ def test_copying_and_resampling_agree():
     almost = torch.full((3, *[CELLS + 3] * 3), 1e-7)  # enough to be resampled
     for i in range(12):
         item = dataset([entry], settings)[(0, 0, i)]
-        args = item["matrix"], item["displacement"], entry.background, PLAIN.patch_size
+        args = item["matrix"], item["displacement"], [AIR], PLAIN.patch_size
         one = cut_patch(item["region"], item["mask"], *args)
         two = cut_patch(item["region"], item["mask"], args[0], almost, *args[2:])
         torch.testing.assert_close(one[0], two[0], atol=0.2, rtol=0)
@@ -332,7 +332,7 @@ def test_each_patch_of_a_batch_gets_its_own_changes(always):
     data = dataset(entries, FULL)
     items = [data[(0, i % 3, i)] for i in range(6)]
     for item in items[::3]:
-        item["low_res"] = torch.ones(3)
+        item["low_res"] = torch.ones(1, 3)
     image, target = cut(items, FULL)
     assert image.shape == (6, 1, 16, 14, 12) and image.dtype == torch.float32
     assert target.shape == (6, 16, 14, 12) and target.dtype == torch.uint8
@@ -354,7 +354,7 @@ def test_how_often_and_how_much():
         assert 0.7 / 1.2 < scale < 1.4 * 1.2
         turned += np.abs(linear - np.diag(np.diag(linear))).max() > 1e-6
         bent += bool(params["displacement"].any())
-        factors = params["low_res"]
+        (factors,) = params["low_res"]
         coarse += bool((factors > 1).any())
         assert (factors >= 1).all() and (factors <= 3).all()
         assert len(set(factors.tolist())) == 1 or (factors[:2] == 1).all()
@@ -431,7 +431,7 @@ def test_a_case_without_a_class_gives_random_patches():
     entry = noise_entry(labels=(0, 50, 9))
     items = [dataset([entry], foreground=1.0)[(0, 0, i)] for i in range(20)]
     assert {item["foreground"] for item in items} == {0}
-    firsts = {tuple(item["region"][0, 0, :2].tolist()) for item in items}
+    firsts = {tuple(item["region"][0, 0, 0, :2].tolist()) for item in items}
     assert len(firsts) > 15
     assert sample_foreground(np.random.default_rng(0), {}, CLASSES) == (0, None)
 

@@ -276,7 +276,7 @@ def test_problems_of_the_command_line_together():
     assert "nearest: --check" in found["--chek"]
     assert "key=value" in found["word"]
     assert "batch_size=value" in found["--batch-size=4"]
-    assert "data.modality=value" in found["data"]
+    assert "data.channels=value" in found["data"]
     assert "nearest: data.spacing" in found["spacing"]
     assert found["seed"] == "given twice"
     assert "name of a file" in found["--config"]

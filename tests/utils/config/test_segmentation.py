@@ -35,6 +35,13 @@ def test_the_shipped_config_is_valid_and_holds_exactly_the_schemas_keys():
 @pytest.mark.parametrize(
     ("overrides", "key", "what"),
     [
+        (["data.channels=[]"], "data.channels", "at least 1"),
+        (["data.channels=[a, b, a]"], "data.channels", "listed twice: a"),
+        (["data.channels=[a]", "data.missing_channels=zero"], "data.missing_channels", "none can"),
+        (["augment.drop_channel=0.5"], "augment.drop_channel", "data.channels is null"),
+        (["data.channels=[a, b]", "data.modality=[MR]"], "data.modality", "1 modalities"),
+        (["data.modality=[MR]"], "data.modality", "data.channels is null"),
+        (["data.channels=[a, b]", "data.modality=[MR, PET]"], "data.modality", "nearest"),
         (["classes={}"], "classes", "empty"),
         (["classes={a: 1, b: [1, 2]}"], "classes.b", "1 is in classes.a too"),
         (["classes={a: one}"], "classes.a[0]", "integer"),

@@ -295,7 +295,8 @@ def test_other_input_channels(case, given, wanted, load):
 def test_other_input_channels_in_numbers(load):
     source, backbone = small("resunet", seed=1).eval(), small("resunet", in_channels=3).eval()
     report = load(backbone, source.state_dict())
-    assert "other channels  1: encoder.stem.convs.0.conv.weight" in str(report)
+    how = "1 in the file, 3 here: repeated, and divided by the number of repeats in 1: encoder.stem"
+    assert f"other channels  {how}.convs.0.conv.weight" in str(report)
     x = torch.rand(1, 1, 8, 8, 8)
     with torch.no_grad():
         for a, b in zip(
@@ -569,6 +570,8 @@ def test_input_is_compared_with_the_config():
         "z-scored"
     )
     assert compare_input(LoadReport("x.pt", "X", "", (1, 1), (0, 0)), config()) == []
+    (found,) = compare_input(expecting(channels=["t1", "t2"]), config("data.channels=[t2,t1]"))
+    assert "data.channels is [t2, t1]" in found and found.endswith("set data.channels=[t1,t2]")
 
 
 def test_settings_that_a_warning_names_are_those_of_the_config():
