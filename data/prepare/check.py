@@ -67,7 +67,7 @@ def check_volumes(
             problems.append(Problem(case.row, case.patient, what, "unreadable volumes"))
         else:
             facts[case.row] = result
-            what = _wrong_geometry(result)
+            what = wrong_geometry(result)
             if what:
                 what = f"{case.path}: {what}"
                 problems.append(Problem(case.row, case.patient, what, "geometry"))
@@ -224,7 +224,7 @@ def _recall(path: Path) -> dict[str, Facts]:
     return known
 
 
-def _wrong_geometry(facts: Facts) -> str:
+def wrong_geometry(facts: Facts) -> str:
     """Say what is odd about a volume's grid, or return ''."""
     shape, spacing = facts["shape"], facts["spacing"]
     low, high = SPACING_MM
