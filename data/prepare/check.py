@@ -145,7 +145,13 @@ def _read_new(
     jobs = in_processes(
         partial(_read, default_modality=default_modality, form=cache.form), todo, n_workers
     )
-    bar = tqdm(jobs, "reading volumes", len(todo), unit="volume", disable=not progress or not todo)
+    bar = tqdm(
+        jobs,
+        "reading volumes",
+        len(todo),
+        unit="volume",
+        disable=None if progress and todo else True,
+    )
     with open(memory, "a", encoding="utf-8") as file:
         for case, result in bar:
             if not isinstance(result, VolumeError):
