@@ -38,6 +38,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     what = "who is a patient: DICOM header or layout (auto), each first folder, or each file"
     add("--patients", choices=("auto", "folder", "file"), default="auto", help=what)
     add("--all-series", action="store_true", help="DICOM: all series of a study, not one")
+    what = "DICOM with uneven slices: refuse, or resample (data.uneven_slices of the config)"
+    add("--uneven-slices", choices=("refuse", "resample"), default="refuse", help=what)
     what = "NIfTI files of a case whose names end in these words are its channels"
     add("--channels", nargs="+", metavar="WORD", default=(), help=what)
     add("--no-masks", action="store_true", help="pair no masks: all scans, for pre-training")
@@ -66,7 +68,7 @@ def find_scans(args: argparse.Namespace) -> Table:
             table.left.append(LeftOut(path, what))
     layouts = nifti.find_layouts(files)
     table.classes = layouts[0].classes if len(layouts) == 1 else {}
-    table.keep(dicom.dicom_scans(headers))
+    table.keep(dicom.dicom_scans(headers, args.uneven_slices))
     scans, found, left = nifti.nifti_scans(args.folder, of_nifti, layouts, args.workers, progress)
     table.keep((table.scans + scans, left))
     if not args.no_masks:
@@ -120,7 +122,8 @@ def main(argv: Sequence[str]) -> int:
         write(table, args.out)
     finally:
         print(summary(table, args.verbose))
-    print(settings(table, args.out))
+    data = {"data.uneven_slices": "resample"} if args.uneven_slices == "resample" else {}
+    print(settings(table, args.out, data))
     return 0
 
 

@@ -57,10 +57,13 @@ def _read_one(path: Path) -> Result:
             return error
 
 
-def dicom_scans(headers: dict[Path, Result]) -> tuple[list[Scan], list[LeftOut]]:
+def dicom_scans(
+    headers: dict[Path, Result], uneven_slices: str = "refuse"
+) -> tuple[list[Scan], list[LeftOut]]:
     """Return the series that `data.readers.read_volume` takes by their headers, one by one.
 
-    headers: of `read_headers`. The scans' patients are their PatientIDs, empty or not.
+    headers: of `read_headers`. uneven_slices: data.uneven_slices of the config. The scans' patients
+    are their PatientIDs, empty or not.
     """
     folders, scans = defaultdict(dict), []
     for path, result in headers.items():
@@ -76,8 +79,12 @@ def dicom_scans(headers: dict[Path, Result]) -> tuple[list[Scan], list[LeftOut]]
             left.append(LeftOut(folder, f"not read: folder of {number} series: {reason(error)}"))
             continue
         series = by_series(images)
+        if len(series) == len(images) > FEW_SLICES and all(i.num_frames == 1 for i in images):
+            why = f"each slice has a SeriesInstanceUID of its own: {len(series)} slices"
+            left.append(LeftOut(folder, why))
+            continue
         for uid in [uid for uid in series if (uid, folder) not in doubtful]:
-            scan = _scan_of(folder, uid, series[uid], alone=len(series) == 1)
+            scan = _scan_of(folder, uid, series[uid], len(series) == 1, uneven_slices)
             (scans if isinstance(scan, Scan) else left).append(scan)
     return scans, left
 
@@ -96,7 +103,9 @@ def _remembered(results: dict[Path, Result], path: Path) -> Image | None:
     return result
 
 
-def _scan_of(folder: Path, uid: str, members: list[Image], alone: bool) -> Scan | LeftOut:
+def _scan_of(
+    folder: Path, uid: str, members: list[Image], alone: bool, uneven_slices: str
+) -> Scan | LeftOut:
     """Return one series of a folder as a scan, or why it is none.
 
     alone: the folder holds no other series.
@@ -122,10 +131,12 @@ def _scan_of(folder: Path, uid: str, members: list[Image], alone: bool) -> Scan 
     if slices <= FEW_SLICES:
         return LeftOut(where, f"at most {FEW_SLICES} slices, such as a scout: {slices}")
     try:
-        frames, affine, places = stack_series(members, str(where))
+        frames, affine, places = stack_series(members, str(where), uneven_slices)
     except VolumeError as error:
-        return LeftOut(where, f"no regular volume: {error}")
-    shape = (frames[0].image.columns, frames[0].image.rows, len(frames))
+        why = str(error).removeprefix(f"{where}: ")
+        return LeftOut(where, f"no regular volume: {why}")
+    slices = len(frames) if places is None else int(round(places[-1])) + 1
+    shape = (frames[0].image.columns, frames[0].image.rows, slices)
     if what := wrong_geometry({"shape": shape, "spacing": spacing_of(affine)}):
         return LeftOut(where, f"no regular volume: {what}")
     one_file = len(members) == 1

@@ -32,7 +32,7 @@ def pair(root: Path, scans: Sequence[Scan], masks: Mapping[Path, Grid]) -> list[
     left, found = [], defaultdict(list)
     for path, grid in masks.items():
         key = names.key(path.relative_to(root))
-        same = by_key[key] + by_word[next(filter(None, reversed(key)), "")]
+        same = by_key[key] + by_word["_".join(names.words(next(filter(None, key[::-1]), "")))]
         same = same or [s for s in by_folder[key[:-1]] if names.related(s.name, key)]
         fitting = [(scan, _difference(grid, scan.grid)) for scan in same]
         for scan in [scan for scan, difference in fitting if not difference]:

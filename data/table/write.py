@@ -136,11 +136,15 @@ def _printable(text: object) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def settings(table: Table, out: Path) -> str:
-    """Return the lines for the YAML files, and commands that check the table."""
+def settings(table: Table, out: Path, more: dict[str, str]) -> str:
+    """Return the lines for the YAML files, and commands that check the table.
+
+    more: {dotted key: value} without which it cannot be read.
+    """
     parts, classes = _parts(table), _classes(table)
     shared = {"csv_path": os.path.abspath(out)}
     shared |= {f"{name}_folds": [_plain(f) for f in folds] for name, folds in parts.items()}
+    shared |= more
     lines = [f"\nwrote {out}. For the YAML files:", _yaml(shared)]
     targets, numbers = _targets(table)
     channels = [IMAGE, *[*table.scans[0].channels][1:]] if table.scans[0].channels else []
@@ -156,9 +160,9 @@ def settings(table: Table, out: Path) -> str:
         lines.append(f"# dino.py learns from the others too: {_yaml(pretrain, 'train_folds')}")
     commands = [("dino", pretrain | {"probe_targets": targets})]
     if targets or numbers:
-        more = {"cls_targets": targets, "reg_targets": numbers, "report_by": []}
-        lines.append(f"# classification.py\n{_yaml(more)}")
-        commands.append(("classification", shared | more))
+        learned = {"cls_targets": targets, "reg_targets": numbers, "report_by": []}
+        lines.append(f"# classification.py\n{_yaml(learned)}")
+        commands.append(("classification", shared | learned))
     if classes:
         lines.append(f"# segmentation.py\n{_yaml({'classes': classes})}")
         commands.append(("segmentation", shared | {"classes": classes}))

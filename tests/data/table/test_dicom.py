@@ -49,6 +49,17 @@ def test_series_in_one_folder_are_told_apart_by_their_uid(tmp_path, capsys):
     ]
 
 
+def test_slices_with_a_series_each_are_said_once(tmp_path, capsys):
+    series(tmp_path / "tree" / "a", "A")
+    (tmp_path / "tree" / "b").mkdir()
+    for k, ds in enumerate(make_series(slices=6)):
+        ds.SeriesInstanceUID = f"1.4.{k}"
+        save(ds, tmp_path / "tree" / "b" / f"{k}.dcm")
+    rows, said = make(capsys, tmp_path / "tree", *ALL)
+    assert column(rows, "PatientID") == [("A",)]
+    assert "1 each slice has a SeriesInstanceUID of its own\n             b: 6 slices" in said
+
+
 def test_a_multi_frame_file_is_a_row(tmp_path, capsys):
     (tmp_path / "tree").mkdir()
     save(make_enhanced(make_series(slices=6)), tmp_path / "tree" / "ct.dcm")
@@ -93,8 +104,20 @@ def test_what_cannot_be_read_is_left_out_with_the_reason(tmp_path, capsys):
     assert column(rows, "PatientID") == [("G",)]
     assert "damaged: folder of 1 series" in said and "its 0 bytes are no DICOM file" in said
     assert "no regular volume\n             gap: " in said
+    assert "gap: 2 slice(s) missing" in said
     assert "2 slices of one series in several folders; put them into one" in said
     assert "             notes.txt: .txt" in said
+
+
+def test_uneven_slices_on_request(tmp_path, capsys):
+    (tmp_path / "tree").mkdir()
+    for k, ds in enumerate(make_series(slices=8)):
+        if k != 3:
+            save(ds, tmp_path / "tree" / str(k))
+    with pytest.raises(InputError, match="0 patients to deal out; why is said above"):
+        make(capsys, tmp_path / "tree", *ALL)
+    rows, said = make(capsys, tmp_path / "tree", *ALL, "--uneven-slices", "resample")
+    assert len(rows) == 1 and "data.uneven_slices=resample" in said
 
 
 def test_copies_of_a_series_are_one_row_and_never_two_patients(tmp_path, capsys):
