@@ -14,8 +14,8 @@ SCRIPTS = {"tests", *(path.stem for path in ROOT.glob("*.py"))}
 ORDER = {
     "data": "table probe inference prepare demo views loading cache entry standard cases readers "
     "nifti dicom volume",
-    "utils": "transfer training report metrics weights config sliding_window classes checkpoint "
-    "tensor_files parallel memory signals distributed files errors",
+    "utils": "compare transfer training report metrics weights config sliding_window classes "
+    "checkpoint tensor_files parallel memory signals distributed files errors",
 }
 
 
