@@ -1,14 +1,20 @@
 """Tables, comparisons, and what every test leaves as it was."""
 
 import csv
+import multiprocessing
 import signal
 
 import pytest
 import torch
 
+import utils.parallel
+
 THREADS = torch.get_num_threads()
 HANDLERS = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
 CANARY = "CANARY"  # in every PatientID, so that one can search for it
+# starting a process of this kind takes no time, for it has imported all that the scripts need
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["dino", "classification", "segmentation", "torch._dynamo"])
 
 
 def write_cases(path, rows: list[dict]) -> None:
@@ -30,6 +36,13 @@ def as_before():
     torch.set_num_threads(THREADS)
     for number, handler in HANDLERS.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def processes_at_once(monkeypatch):
+    """Where `in_processes` spawns others, it starts PROCESSES, and for small jobs too."""
+    monkeypatch.setattr(utils.parallel, "PATIENCE_S", 0)
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: PROCESSES)
 
 
 def equal(one, two) -> bool:

@@ -3,10 +3,11 @@
     python -m tests.benchmarks.pretrain nodules -- seed=0 experiment=pre_nodules_0    # and 1, 2
     python -m tests.benchmarks.label_curve nodules results/pre_nodules_?/checkpoints/backbone.pt
 
-For masks of hippocampus and nodules of ../shared/data, and the nodules' malignancy. Ridge
+For masks of hippocampus and nodules of ../shared/data, the nodules' malignancy, and the
+hippocampus' side (half of the images are mirrored) and anterior_share (three classes). Ridge
 regression from the maps of the encoder, as by `python -m data.probe` but with a fixed penalty and
 the thresholds of the fit: the encoder looks at each case once, which leaves seconds for a draw. For
-malignancy it is from the mean and the maximum of the deepest map, and a control knows intensities
+labels it is from the mean and the maximum of the deepest map, and a control knows intensities
 alone (mean and standard deviation of the crop and of its middle). Writes
 results/benchmarks/label_curve_NAME.csv, a row per arm, seed, draw and number of masks or labels,
 and .png, and prints means and differences, paired over draws.
@@ -51,7 +52,12 @@ DATA = {  # classes and a window that holds a whole case
     "hippocampus": ({"anterior": 1, "posterior": 2}, (48, 64, 48), ["train"], ["test"]),
     "nodules": ({"nodule": 1}, (32, 32, 32), [0, 1, 2], [4]),
 }
-TARGET = "malignancy"  # of the nodules
+TARGETS = {  # of which data set and file
+    "malignancy": ("nodules", "classification.csv"),
+    "side": ("hippocampus", "side.csv"),
+    "anterior_share": ("hippocampus", "classification.csv"),
+}
+FOLDS = (["0", "1", "2"], ["4"])  # of these files, to fit and to test
 
 
 def read_config(name: str) -> SegmentationConfig:
@@ -99,13 +105,14 @@ class Labels:
 
     def __init__(self, targets: Targets, cases: Sequence[Case], features: torch.Tensor):
         self.targets, self.cases, self.features = targets, cases, features
-        self.truth = targets.truth(cases)[TARGET]
+        (self.name, self.truth), *_ = targets.truth(cases).items()
 
     def score(self, drawn: Sequence[int], tested: Sequence[int]) -> float:
-        """Return the AUC of the test cases, fitted on the drawn cases alone."""
+        """Return the mean AUC of the classes in the test cases, fitted on the drawn alone."""
         content = (self.features[list(drawn)], self.features[list(tested)])
         found = label_probe(self.targets, [self.cases[i] for i in drawn], *content)
-        return float(roc_auc_score(self.truth[list(tested)], found[TARGET][:, 1]))
+        truth, scores = self.truth[list(tested)], found[self.name]
+        return float(np.mean([roc_auc_score(truth == k, x) for k, x in enumerate(scores.T)]))
 
 
 def intensities(image: torch.Tensor) -> torch.Tensor:
@@ -127,10 +134,13 @@ def draws_of(holds: Sequence[frozenset], smallest: int) -> list[list[int]]:
 @torch.no_grad()
 def measure(name: str, files: Sequence[str]) -> list[dict]:
     """Return a row for each arm, seed, draw and number of masks or labels."""
-    kind, data = ("labels", "nodules") if name == TARGET else ("masks", name)
-    cfg, columns = read_config(data), [TARGET] * (kind == "labels")
+    data, file = TARGETS.get(name, (name, ""))
+    cfg, columns = read_config(data), [name] * (name in TARGETS)
+    kind = "labels" if columns else "masks"
     if columns:
-        cfg = cfg.model_copy(update={"csv_path": SHARED / "data" / data / "classification.csv"})
+        fitted, tested = FOLDS
+        folds = {"train_folds": fitted, "test_folds": tested}
+        cfg = cfg.model_copy(update=folds | {"csv_path": SHARED / "data" / data / file})
     cache = VolumeCache(cfg.cache_dir, StandardForm.from_config(cfg.data))
     classes = Classes.from_config(cfg.classes, cfg.ignore_labels)
     paths = PATH_COLUMNS if columns else PATH_COLUMNS[::-1]
@@ -142,18 +152,20 @@ def measure(name: str, files: Sequence[str]) -> list[dict]:
     images = [fixed_view(entry, origin, size, cfg.data.hu_window) for entry in entries]
     if columns:
         targets, _ = Targets.fit(cases[:fitted], columns)
-        holds = [frozenset([targets.encode(case)[TARGET]]) for case in cases[:fitted]]
+        holds = [frozenset([targets.encode(case)[name]]) for case in cases[:fitted]]
         control = Labels(targets, cases, torch.stack([intensities(image) for image in images]))
     else:
         read = [classes.to_index(entry.read_seg(origin, size)) for entry in entries]
         masks = [torch.from_numpy(mask).long() for mask in read]
         holds = [frozenset(mask.unique().tolist()) for mask in masks[:fitted]]
     tested, rows = range(fitted, len(entries)), []
-    draws = draws_of(holds, COUNTS[kind][0])
+    num_classes = len(frozenset().union(*holds))
+    counts = [n for n in COUNTS[kind] if kind == "masks" or n >= num_classes]
+    draws = draws_of(holds, counts[0])
 
     def score(arm: str, seed: int, probe: Masks | Labels) -> None:
         for draw, order in enumerate(draws):
-            for n in COUNTS[kind]:
+            for n in counts:
                 found = probe.score(order[:n], tested)
                 rows.append({"arm": arm, "seed": seed, "draw": draw, kind: n, "score": found})
 
@@ -195,7 +207,7 @@ def table(rows: Sequence[dict], kind: str) -> list[str]:
                 found[row["draw"]].append(row["score"])
         return np.mean(found, axis=1)
 
-    counts, others = COUNTS[kind], arms[1:]
+    counts, others = sorted({row[kind] for row in rows}), arms[1:]
     lines = [f"| {kind} | {' | '.join([*arms, *(f'over {arm}' for arm in others)])} |"]
     lines.append("|---" * (1 + len(arms) + len(others)) + "|")
     gains = {other: [by_draw(ARMS[0], n) - by_draw(other, n) for n in counts] for other in others}
@@ -211,7 +223,7 @@ def table(rows: Sequence[dict], kind: str) -> list[str]:
 
 
 def plot(path: Path, rows: Sequence[dict], name: str, kind: str) -> None:
-    fig, counts = figure(6, 4, layout="tight"), COUNTS[kind]
+    fig, counts = figure(6, 4, layout="tight"), sorted({row[kind] for row in rows})
     ax = fig.subplots()
     for i, arm in enumerate((*ARMS, "control")):
         for seed in sorted({row["seed"] for row in rows if row["arm"] == arm}):
@@ -228,7 +240,7 @@ def plot(path: Path, rows: Sequence[dict], name: str, kind: str) -> None:
 
 def main(argv: list[str]) -> None:
     name, *files = argv
-    rows, kind = measure(name, files), "labels" if name == TARGET else "masks"
+    rows, kind = measure(name, files), "labels" if name in TARGETS else "masks"
     path = Path("results") / "benchmarks" / f"label_curve_{name}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", newline="") as file:

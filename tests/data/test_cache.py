@@ -14,7 +14,6 @@ import pytest
 
 import data.cache
 import data.entry
-import utils.parallel
 from data.cache import VolumeCache, fingerprint
 from data.cases import Case
 from data.readers import VolumeError
@@ -232,8 +231,7 @@ def test_several_may_build_at_once(tmp_path):
 
 
 @pytest.mark.parametrize("n_workers", [1, 2])
-def test_build_all(tmp_path, monkeypatch, n_workers):
-    monkeypatch.setattr(utils.parallel, "PATIENCE_S", 0)  # start processes at once
+def test_build_all(tmp_path, processes_at_once, n_workers):
     cases = [make_case(tmp_path, f"c{i}", (20, 24, 16), seed=i) for i in range(3)]
     (tmp_path / "bad.nii").write_bytes(b"nonsense")
     bad = [Case("b", str(tmp_path / n), "0", 3) for n in ("bad.nii", "bad.nii", "gone.nii")]

@@ -7,7 +7,7 @@ import argparse
 import sys
 import time
 
-from tests.faults.frame import is_bad, num_silent, run, table
+from tests.faults.frame import is_bad, is_silent, run, table
 from tests.faults.groups import GROUPS
 
 
@@ -26,15 +26,15 @@ def main() -> int:
         if options.groups and group.name not in options.groups:
             continue
         started = time.monotonic()
-        results[group.name] = run(group, group.subject, options.long)
+        results[group.name] = list(run(group, group.subject, options.long))
         seconds = time.monotonic() - started
         print(f"{group.name}: {len(results[group.name])} faults, {seconds:.0f} s", flush=True)
         if group.note:
             print(f"  {group.note()}", flush=True)
         variants = group.variants if options.long or not group.thorough else {}
         for name, variant in variants.items():
-            found = run(group, variant, long=group.thorough, every=group.every)
-            wrong = num_silent(found)
+            found = list(run(group, variant, long=group.thorough, every=group.every))
+            wrong = sum(is_silent(outcome) for _, outcome in found)
             print(f"  broken variant, {name}: {wrong} of {len(found)} silently wrong", flush=True)
             blind += [] if wrong else [f"{group.name}: {name}"]
 

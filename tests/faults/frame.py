@@ -9,7 +9,7 @@ import logging
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -111,18 +111,16 @@ def is_bad(fault: Fault, outcome: Outcome) -> bool:
     return outcome.kind not in expected
 
 
-def run(group: Group, subject: Any, long: bool, every: int = 1) -> list[tuple[Fault, Outcome]]:
+def run(group: Group, subject: Any, long: bool, every: int = 1) -> Iterator[tuple[Fault, Outcome]]:
     """Each `every`-th fault of a group, in a folder of its own."""
-    results = []
     for fault in [fault for fault in group.faults if long or not fault.long][::every]:
         with tempfile.TemporaryDirectory(prefix="fault-") as folder:
-            results += [(fault, o) for o in inject(fault, subject, Path(folder))]
-    return results
+            yield from [(fault, o) for o in inject(fault, subject, Path(folder))]
 
 
-def num_silent(results: list[tuple[Fault, Outcome]]) -> int:
-    """How many came out lost or wrong without so much as an exception."""
-    return sum(outcome.kind in (LOST, WRONG) and not outcome.raised for _, outcome in results)
+def is_silent(outcome: Outcome) -> bool:
+    """Whether it came out lost or wrong without so much as an exception."""
+    return outcome.kind in (LOST, WRONG) and not outcome.raised
 
 
 def table(results: dict[str, list[tuple[Fault, Outcome]]]) -> str:

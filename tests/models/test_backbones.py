@@ -74,6 +74,7 @@ def test_impossible_options_are_refused(name, options):
 
 
 @pytest.mark.parametrize("case", SMALL)
+@torch.no_grad()
 def test_shapes(case):
     backbone = small(case)
     x = torch.rand(2, 1, backbone.min_size, backbone.stride, 2 * backbone.stride)
@@ -93,6 +94,7 @@ def test_shapes(case):
 
 @pytest.mark.parametrize("case", SMALL)
 @pytest.mark.parametrize("decoder", [False, True])
+@torch.no_grad()
 def test_min_size_is_the_smallest_that_runs(case, decoder):
     def run(size):
         x = torch.rand(1, 1, size, size, size)
@@ -108,6 +110,7 @@ def test_min_size_is_the_smallest_that_runs(case, decoder):
 
 
 @pytest.mark.parametrize("case", SMALL)
+@torch.no_grad()
 def test_encoder_alone_has_the_encoder_of_the_whole(case):
     whole, encoder = small(case), small(case, decoder=False)
     tensors = whole.state_dict().items()
@@ -150,7 +153,7 @@ def test_the_deepest_map_uses_every_parameter(case):
 @pytest.mark.parametrize("case", SMALL)
 def test_bf16_autocast(case):
     backbone = small(case)
-    x = torch.rand(1, 1, *[backbone.min_size] * 3)
+    x = image(backbone)
     with torch.no_grad():
         exact = backbone.encode(x)
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -164,12 +167,12 @@ def test_bf16_autocast(case):
 
 
 @pytest.mark.parametrize("case", SMALL)
+@torch.no_grad()
 def test_a_copy_shares_no_storage(case):
     backbone = small(case, decoder=False, grad_checkpointing=True)
     twin = copy.deepcopy(backbone)
-    with torch.no_grad():
-        for p in twin.parameters():
-            p.zero_()
+    for p in twin.parameters():
+        p.zero_()
     x = image(backbone)
     assert backbone.encode(x)[-1].std() > 0
     assert twin.encode(x)[-1].abs().max() == 0
@@ -186,7 +189,7 @@ def test_inference_mode_leaves_training_alone():
     torch.testing.assert_close(maps[-1], expected[-1].clone(), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("case", SMALL)
+@pytest.mark.parametrize("case", [case for case in SMALL if case != "swinunetr"])  # part of v2
 def test_traces_into_one_graph(case):
     """torch.compile meets nothing that breaks the graph (dynamic sizes trace for minutes)."""
     saving = case != "segresnet ds"  # there, recomputing must not move the running statistics

@@ -50,7 +50,8 @@ def tested_of(scans_of, trained_of):
             assert STAGES[stage].script.main([f"{k}={value}" for k, value in bare.items()]) == 0
         else:
             flips = "inference.mirror=[true,false,false]" if stage == "segmentation" else ""
-            assert small.run(stage, scans, trained.parent, settings, flips) == 0
+            run = functools.partial(small.run, stage, scans, trained.parent, pictures=True)
+            assert run(settings, flips) == 0
         return trained / "test"
 
     return tested

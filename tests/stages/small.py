@@ -21,6 +21,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 
 import classification
 import dino
@@ -156,7 +157,7 @@ class Stage:
     whole: str  # more settings, for the run that `trained` is
     network: str  # its name among the modules of a checkpoint
     loss: str  # the function of the script that returns the loss, or losses, of a batch
-    draws: str  # its functions that draw, which takes longer than the rest of a small run
+    draws: str  # its functions that draw
 
 
 STAGES = {
@@ -190,12 +191,27 @@ def command_line(stage: str, scans: Path, results: Path, *overrides: str) -> lis
     return [*(f"{key}={value}" for key, value in values.items()), *options]
 
 
+def draw_nothing(patch, stage: str) -> None:
+    """Training without its pictures and page, a test with a page whose pictures are one pixel:
+    drawing takes longer than all the rest of a small run. patch: pytest's monkeypatch."""
+    black = np.zeros((1, 1, 3), np.uint8)
+
+    def pixel(path: Path, *args, **kwargs) -> None:
+        Image.fromarray(black).save(path)
+
+    for name in STAGES[stage].draws.split():
+        patch.setattr(STAGES[stage].script, name, lambda *args, **kwargs: black)
+    for name in ("plot_overlay", "plot_scores"):
+        patch.setattr(f"utils.report.segmentation.{name}", pixel)
+    for name in ("_draw_curves", "_draw_worst"):
+        patch.setattr(f"utils.report.classification.{name}", lambda *args: [])
+
+
 def run(stage: str, scans: Path, results: Path, *overrides: str, pictures: bool = False) -> int:
     """Exit code of a small run in <results>/<experiment>."""
-    black = np.zeros((1, 1, 3), np.uint8)
     with pytest.MonkeyPatch.context() as patch:
-        for name in () if pictures else STAGES[stage].draws.split():
-            patch.setattr(STAGES[stage].script, name, lambda *args, **kwargs: black)
+        if not pictures:
+            draw_nothing(patch, stage)
         return STAGES[stage].script.main(command_line(stage, scans, results, *overrides))
 
 
@@ -217,7 +233,7 @@ def steps(experiment: Path) -> list[dict]:
 
 
 def epochs(experiment: Path) -> pd.DataFrame:
-    return pd.read_csv(experiment / "metrics.csv")
+    return pd.read_csv(experiment / "metrics.csv", float_precision="round_trip")
 
 
 def log_of(experiment: Path) -> str:

@@ -76,7 +76,7 @@ def test_probes_cannot_choose_without_labels(run):
 def test_a_masked_autoencoder_alone(run, folder):
     """No head, no prototype; what it learned, decoder and all, goes on."""
     alone = "dino.dino_weight=0 dino.patch_weight=0 dino.koleo_weight=0 dino.mask_prob=1"
-    assert run(alone, "n_epochs=6 train_folds=[0,1]", pictures=True) == 0
+    assert run(alone, "n_epochs=3 train_folds=[0,1]", pictures=True) == 0
     rows, last = small.epochs(folder), small.load(folder)
     assert "dino_loss" not in rows and rows["val_recon_loss"].iloc[-1] < rows["val_recon_loss"][0]
     assert not [name for name in last["modules"]["student"] if "head" in name]

@@ -1,9 +1,9 @@
 """Two processes (CPU, gloo) train as one with twice the batch, and test what it tests."""
 
-import functools
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -13,8 +13,8 @@ from tests.places import ROOT
 from tests.stages import small
 from tests.stages.small import STAGES, steps
 
-COMMON = {
-    "dino": "crops.regions_per_case=2 learning_rate=0.02 probe.every=5",
+COMMON = {  # a center that follows few samples closely magnifies rounding: 1e-7 at step 0 to 6e-4
+    "dino": "crops.regions_per_case=2 learning_rate=0.02 probe.every=5 dino.center_momentum=0.99",
     "classification": "head.dropout=0.0 learning_rate=0.0005",
     "segmentation": "learning_rate=0.01",
 }
@@ -24,9 +24,8 @@ WAYS = {  # batch size per process, other settings
         "sinkhorn": (2, "dino.centering=sinkhorn dino.koleo_weight=0.1"),
         "accumulate": (2, "accumulate=2 dino.pooling=max"),
         "no batchnorm": (2, "dino.head_batchnorm=false dino.patch_weight=0"),
-        # KoLeo off: its gradient, 1 / distance, magnifies rounding where two samples are all;
-        # so does a center that follows two samples closely (1e-7 at step 0 grows to 6e-4)
-        "one each": (1, "dino.mask_prob=0.3 dino.koleo_weight=0 dino.center_momentum=0.99"),
+        # KoLeo off: its gradient, 1 / distance, magnifies rounding where two samples are all
+        "one each": (1, "dino.mask_prob=0.3 dino.koleo_weight=0"),
     },
     "classification": {  # 8 train cases, of which some lack a label
         "plain": (2, "finetune.class_weights=true"),
@@ -70,35 +69,35 @@ def settings(stage: str, way: str, num_processes: int = 1) -> str:
     return f"{COMMON[stage]} {others} batch_size={batch_size * num_processes}"
 
 
+def jobs_of(stage: str, results: Path) -> list[tuple]:
+    """What two processes do: see two_processes.py."""
+    step, stopped = DISTURBED[stage], f"experiment=stopped {settings(stage, STOPPED[stage])}"
+    jobs = [("", 0, 0, f"experiment={n} {settings(stage, n)}") for n in WAYS[stage]]
+    jobs.append(("spoil", step, 0, f"experiment=spoiled {settings(stage, 'plain')}"))
+    jobs.append(("stop", step, small.STOPPED, stopped))
+    jobs.append(("", 0, 0, f"{stopped} resume_training_from=auto"))
+    if stage != "dino":  # which tests in one process only
+        best = results / "plain" / "checkpoints" / "best.pt"
+        jobs.append(("", 0, 0, f"experiment=plain test_ckpt={best}"))
+    return jobs
+
+
 @pytest.fixture(scope="module")
 def two_of(scans_of, tmp_path_factory):
-    """A function: stage -> folder of the runs in two processes, which are started once: starting
+    """{stage: folder of the runs in two processes}, which are started once for all stages: starting
     takes longer than running."""
-
-    @functools.cache
-    def two(stage):
-        results, step = tmp_path_factory.mktemp(f"two-{stage}"), DISTURBED[stage]
-        stopped = f"experiment=stopped {settings(stage, STOPPED[stage])}"
-        jobs = [("", 0, 0, f"experiment={n} {settings(stage, n)}") for n in WAYS[stage]]
-        jobs.append(("spoil", step, 0, f"experiment=spoiled {settings(stage, 'plain')}"))
-        jobs.append(("stop", step, small.STOPPED, stopped))
-        jobs.append(("", 0, 0, f"{stopped} resume_training_from=auto"))
-        if stage != "dino":  # which tests in one process only
-            best = results / "plain" / "checkpoints" / "best.pt"
-            jobs.append(("", 0, 0, f"experiment=plain test_ckpt={best}"))
-        command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
-        command += ["--nproc_per_node", "2", "-m", "tests.stages.two_processes", stage]
-        command += [str(scans_of(stage)), str(results), json.dumps(jobs)]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-        return results
-
-    return two
+    folders = {stage: tmp_path_factory.mktemp(f"two-{stage}") for stage in STAGES}
+    todo = [(s, str(scans_of(s)), str(folder), jobs_of(s, folder)) for s, folder in folders.items()]
+    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc_per_node", "2", "-m", "tests.stages.two_processes", json.dumps(todo)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return folders
 
 
 @pytest.fixture
 def two(stage, two_of):
-    return two_of(stage)
+    return two_of[stage]
 
 
 @pytest.mark.parametrize(

@@ -246,7 +246,7 @@ def test_masks_of_many_labels_train_and_test_through_every_output(
     (test / "predictions").mkdir(parents=True)
     for name in ("earlier_line2.nii.gz", "corrected by hand.nii.gz"):
         (test / "predictions" / name).touch()
-    assert run(best, "test_folds=[a] allow_seen_patients=true") == 0
+    assert run(best, "test_folds=[a] allow_seen_patients=true", pictures=True) == 0
     summary = json.loads((test / "summary.json").read_text())
     assert len(summary["classes"]) == len(read_cases(test / "cases.csv")) == num_labels - 1
     assert summary["overall"]["dice"]["counted"] == num_labels - 1

@@ -9,7 +9,9 @@ import torch
 
 import classification
 import segmentation
+import utils.config.transfer
 import utils.transfer.__main__ as program
+import utils.transfer.running
 from data.demo.make import make_demo
 from data.probe.__main__ import main as probe
 from models.backbones import build_backbone
@@ -52,7 +54,8 @@ def command(scans, out, stage="segmentation", weights="backbone", more=(), **cha
     values = {"out": str(out), "stage": stage, "settings": settings, "permuted": []}
     values |= {"config": str(Path(program.CONFIG).parents[2] / f"{stage}_config.yaml")}
     values |= {"arms": {"scratch": None, "dino": str(scans / f"{weights}.pt")}, "draws": 2}
-    values |= {"label_counts": [2, 3], "steps": 20, "convergence.steps": [10, 20]} | tuning
+    values |= {"label_counts": [2, 3], "steps": 2 * program.EPOCHS} | tuning
+    values |= {"convergence.steps": [program.EPOCHS, 2 * program.EPOCHS]}
     return [f"{key}={json.dumps(value)}" for key, value in (values | changes).items()]
 
 
@@ -77,8 +80,10 @@ class InProcess:
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Nothing is drawn but by the study itself."""
+    """Runs of 2 epochs in place of 10; nothing is drawn but by the study itself."""
     torch.set_num_threads(1)
+    for module in (program, utils.config.transfer, utils.transfer.running):
+        monkeypatch.setattr(module, "EPOCHS", 2)
     for name in ("draw_patches", "draw_progress"):
         monkeypatch.setattr(segmentation, name, lambda *args: None)
     for name in ("draw_inputs", "draw_progress"):
@@ -116,21 +121,21 @@ def test_a_study_of_segmentation(scans, tmp_path, quick, monkeypatch, capsys):
 
     # ---- stopped while it tunes; then a run fails; then that one is run again
     assert program.main(argv, InProcess(stop_at=3)) == 75
-    second = InProcess(fail={"dino_n3_d1_s0_t20"})
+    second = InProcess(fail={"dino_n3_d1_s0_t4"})
     assert program.main(argv, second) == 1
-    assert "dino_n3_d1_s0_t20: FAILED: exit code 1: broken on purpose" in capsys.readouterr().out
+    assert "dino_n3_d1_s0_t4: FAILED: exit code 1: broken on purpose" in capsys.readouterr().out
     assert "1 runs failed" in (out / "report.html").read_text()
     tuned = [name for name in second.started if "_lr" in name]
-    assert len(set(tuned)) == 3 and "scratch_n2_d0_s0_t20_lr0.001" not in tuned
+    assert len(set(tuned)) == 3 and "scratch_n2_d0_s0_t4_lr0.001" not in tuned
     third = InProcess()
     assert program.main(argv, third) == 0
-    assert third.started == ["dino_n3_d1_s0_t20"] * 2
+    assert third.started == ["dino_n3_d1_s0_t4"] * 2
 
     # ---- the same patients, patches and decoder in both arms
     for draw in (0, 1):
-        few, many = (out / "runs" / f"dino_n{n}_d{draw}_s0_t20" for n in (2, 3))
+        few, many = (out / "runs" / f"dino_n{n}_d{draw}_s0_t4" for n in (2, 3))
         assert patients(few, "train") == patients(many, "train")[:2]
-        other = out / "runs" / f"scratch_n3_d{draw}_s0_t20"
+        other = out / "runs" / f"scratch_n3_d{draw}_s0_t4"
         assert read_cases(many / "cases.csv") == read_cases(other / "cases.csv")
         (scratch, one), (dino, two) = seen[other.name], seen[many.name]
         assert torch.equal(one, two)
@@ -162,7 +167,7 @@ def test_a_study_of_segmentation(scans, tmp_path, quick, monkeypatch, capsys):
     score = {
         (row["arm"], row["draw"]): float(row["score"])
         for row in rows
-        if (row["part"], row["labels"], row["steps"]) == ("runs", "3", "20")
+        if (row["part"], row["labels"], row["steps"]) == ("runs", "3", "4")
     }
     expected = np.mean([score["dino", d] - score["scratch", d] for d in "01"])
     assert float(found["difference"]) == pytest.approx(expected)
@@ -171,7 +176,10 @@ def test_a_study_of_segmentation(scans, tmp_path, quick, monkeypatch, capsys):
     assert not list(out.rglob("runs/**/*.pt")) and not list(out.rglob("*.nii.gz"))
     assert "DEMO-" not in (out / "report.html").read_text()  # names are in CSVs alone
 
-    # ---- another plan would test the same patients again
+    # ---- how many run at a time may change, but another plan would test the same patients again
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    fourth = InProcess()
+    assert program.main(command(scans, out, at_once=2), fourth) == 0 and not fourth.started
     with pytest.raises(InputError, match="another study, with other draws"):
         program.main(command(scans, out, draws=3), InProcess())
 
@@ -216,13 +224,18 @@ def test_weights_that_saw_test_patients_are_refused_before_anything_runs(scans, 
 def test_all_that_is_wrong_with_the_config_is_listed(scans, tmp_path):
     changes = {"steps": 25, "arms": {"a": None, "b": None}, "tuning.label_count": 5}
     changes |= {"settings": {"seed": 3}, "draws": 1, "with_decoder": ["a"]}
+    changes |= {"arm_settings": {"c": {}, "a": {"n_epochs": 3}}}
     with pytest.raises(InputError) as error:
         program.main(command(scans, tmp_path / "out", **changes), InProcess())
     wrong = ("multiple of 10", "one arm with null", "not among", "the study sets it", "draws")
+    wrong += ("c: not an arm", "arm_settings.a      n_epochs: the study sets it")
     for text in (*wrong, "a: not an arm with a file"):
         assert text in str(error.value)
     with pytest.raises(InputError, match="min_learning_rate"):
         changes = {"tuning.learning_rates": [1e-9]}
+        program.main(command(scans, tmp_path / "out", **changes), InProcess())
+    with pytest.raises(InputError, match="no_such_key"):
+        changes = {"arm_settings": {"dino": {"no_such_key": 1}}}
         program.main(command(scans, tmp_path / "out", **changes), InProcess())
 
 

@@ -22,10 +22,14 @@ def test_small_jobs_stay_here():
 
 
 @pytest.mark.skipif(os.cpu_count() == 1, reason="one CPU: everything stays in one process")
-def test_large_jobs_go_to_processes_and_a_killed_one_is_reported(monkeypatch):
+def test_large_jobs_go_to_processes(monkeypatch):
     monkeypatch.setattr(utils.parallel, "PATIENCE_S", 0)
     results = dict(in_processes(work, [1, 2, 3], 2))
     assert {item: square for item, (square, _) in results.items()} == {1: 1, 2: 4, 3: 9}
     assert os.getpid() not in {pid for _, pid in results.values()}
+
+
+@pytest.mark.skipif(os.cpu_count() == 1, reason="one CPU: everything stays in one process")
+def test_a_killed_process_is_reported(processes_at_once):
     with pytest.raises(RuntimeError, match="n_workers lower"):
         list(in_processes(work, [-1, -2], 2))

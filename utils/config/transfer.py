@@ -53,6 +53,7 @@ class TransferConfig(f.Section):
     arms: dict[f.Text, f.PathText | None]
     permuted: f.Texts
     with_decoder: f.Texts
+    arm_settings: dict[f.Text, dict[f.Text, Any]]
     methods: Methods
     label_counts: Counts
     draws: Annotated[int, Field(ge=2)]
@@ -90,6 +91,13 @@ def impossible_transfer(values: schema.Values) -> schema.Wrong:
     for key in ("tuning.label_count", "convergence.label_count"):
         if counts and values.get(key) is not None and values[key] not in counts:
             yield key, f"{values[key]}: not among label_counts {counts}"
-    settings = values.get("settings")
-    for key in RESERVED & settings.keys() if isinstance(settings, dict) else ():
-        yield "settings", f"{key}: the study sets it"
+    own = values.get("arm_settings")
+    own = own if isinstance(own, dict) else {}
+    for name in own if arms is not None else ():
+        if name not in arms:
+            yield "arm_settings", f"{name}: not an arm"
+    for where, settings in [("settings", values.get("settings"))] + [
+        (f"arm_settings.{name}", settings) for name, settings in own.items()
+    ]:
+        for key in RESERVED & settings.keys() if isinstance(settings, dict) else ():
+            yield where, f"{key}: the study sets it"

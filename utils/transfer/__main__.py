@@ -12,6 +12,7 @@ import csv
 import json
 import sys
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 from data.cache import VolumeCache
@@ -26,7 +27,7 @@ from utils.classes import Classes
 from utils.config.classification import ClassificationConfig, impossible_classification
 from utils.config.command_line import parse_command_line, read_yaml, save_resolved
 from utils.config.segmentation import SegmentationConfig, impossible_segmentation
-from utils.config.transfer import TransferConfig, impossible_transfer
+from utils.config.transfer import EPOCHS, TransferConfig, impossible_transfer
 from utils.errors import InputError
 from utils.files import replacing
 from utils.signals import Stopped, StopSignal
@@ -41,19 +42,20 @@ STAGES = {
     "segmentation": (SegmentationConfig, impossible_segmentation),
     "classification": (ClassificationConfig, impossible_classification),
 }
-FREE = ("keep_files", "n_workers", "cache_dir")  # keys that may change between starts
+FREE = ("at_once", "keep_files", "n_workers", "cache_dir")  # keys that may change between starts
 
 
 def stage_config(cfg: TransferConfig):
     """Return the config of the stage with the settings of the study.
 
     Raises:
-        ConfigError: with all problems, those of any learning rate of the study included.
+        ConfigError: with all problems, those of any learning rate and arm of the study included.
     """
     schema, impossible = STAGES[cfg.stage]
     rules = partial(impossible, facts_of=facts_of)
-    for rate in cfg.tuning.learning_rates:
-        values = {**cfg.settings, "learning_rate": rate, "seed": cfg.seed}
+    common = {**cfg.settings, "seed": cfg.seed, "n_epochs": EPOCHS, "warmup_epochs": 1}
+    for rate, own in product(cfg.tuning.learning_rates, [*cfg.arm_settings.values(), {}]):
+        values = {**common, **own, "learning_rate": rate}
         argv = ["--config", cfg.config, *arguments(values)]
         found, _ = parse_command_line(argv, cfg.config, schema, rules)
     if cfg.stage == "classification" and not found.cls_targets:

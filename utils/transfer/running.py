@@ -60,7 +60,14 @@ class Study:
 def settings_of(study: Study, job: Job, folder: Path) -> dict:
     """Return the settings that training, probe and test of a run share."""
     cfg = study.cfg
-    values = {**cfg.settings, "suprem_weights": None, "dino_weights": None, "test_ckpt": None}
+    own = cfg.arm_settings.get(job.arm.removesuffix("-permuted"), {})
+    values = {
+        **cfg.settings,
+        **own,
+        "suprem_weights": None,
+        "dino_weights": None,
+        "test_ckpt": None,
+    }
     values |= {"experiment": folder.name, "results_dir": str(folder.parent), "val_folds": []}
     values |= {"csv_path": str(folder / "cases.csv"), "seed": job.random_seed}
     values |= {"allow_seen_patients": False, "resume_training_from": None}

@@ -10,7 +10,7 @@ from data.demo.make import make_demo
 from data.demo.phantom import LABELS
 from data.readers import read_volume
 
-PATIENTS = 4
+PATIENTS = 2  # one of each class
 
 
 @pytest.fixture(scope="module")

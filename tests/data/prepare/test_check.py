@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 import data.prepare.check
-import utils.parallel
 from data.cache import VolumeCache
 from data.cases import Case, read_cases
 from data.prepare.check import check_volumes, volume_notices
@@ -135,8 +134,7 @@ def test_unknown_modality_is_one_problem(tmp_path, build):
     assert check(cases[:1], cache_in(tmp_path, "MR"), build, modality="MR") == []
 
 
-def test_parallel_processes_find_the_same(tmp_path, monkeypatch):
-    monkeypatch.setattr(utils.parallel, "PATIENCE_S", 0)
+def test_parallel_processes_find_the_same(tmp_path, processes_at_once):
     cases = [
         case(write(tmp_path / f"{row}.nii.gz", shape=(9, 9, 1 + row // 8)), row)
         for row in range(6, 10)

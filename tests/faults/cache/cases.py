@@ -1,12 +1,10 @@
 """Volumes for the faults of the cache, whose every voxel is known, and a cache without checks.
 
-python -m tests.faults.cache.cases CLASS FOLDER COUNT SEED ...: a process for each seed reads COUNT
-random regions and writes a line of JSON for each into FOLDER/SEED.answers. Prints their ids.
+python -m tests.faults.cache.cases CLASS FOLDER COUNT: see read_regions; the seed is 0.
 """
 
 import hashlib
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -89,6 +87,7 @@ CLASSES = {"VolumeCache": VolumeCache, "TrustingCache": TrustingCache}
 
 
 def read_regions(name: str, folder: Path, count: int, seed: int) -> None:
+    """Read random regions, and write a line of JSON for each into <folder>/<seed>.answers."""
     cases = make_cases(folder, 12)
     cache = CLASSES[name](folder / "cache", FORM)
     rng = np.random.default_rng(seed)
@@ -103,18 +102,5 @@ def read_regions(name: str, folder: Path, count: int, seed: int) -> None:
             time.sleep(0.01)  # so that some damage comes between
 
 
-def main(name: str, folder: str, count: str, *seeds: str) -> None:
-    make_cases(Path(folder), 12)
-    ids = []
-    for seed in seeds:  # forked: importing everything takes longer than all else
-        ids.append(os.fork())
-        if ids[-1] == 0:
-            read_regions(name, Path(folder), int(count), int(seed))
-            os._exit(0)
-    print(*ids, flush=True)
-    for number in ids:
-        os.waitpid(number, 0)
-
-
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    read_regions(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), seed=0)

@@ -4,7 +4,6 @@ import json
 import os
 import resource
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -20,12 +19,14 @@ import numpy as np
 from data.cache import VolumeCache
 from data.cases import Case
 from data.standard import StandardForm, standard_transform
+from tests.conftest import PROCESSES
 from tests.faults.cache.cases import (
     CLASSES,
     FORM,
     TrustingCache,
     make_cases,
     read_box,
+    read_regions,
     voxels,
     write,
 )
@@ -245,22 +246,14 @@ FAULTS = [
 # ---- many processes
 
 
-def _readers(name: str, folder: Path, count: int, num: int) -> tuple[subprocess.Popen, list[int]]:
-    """Processes that read regions, seeds 0 to num - 1, and their ids."""
-    process = subprocess.Popen(
-        _command(name, folder, count, num),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        cwd=ROOT,
-        text=True,
-    )
-    return process, [int(number) for number in process.stdout.readline().split()]
-
-
-def _command(name: str, folder: Path, count: int, num: int) -> list[str]:
-    module = [sys.executable, "-m", "tests.faults.cache.cases"]
-    return [*module, name, str(folder), str(count), *map(str, range(num))]
+def _readers(name: str, folder: Path, count: int, num: int) -> list:
+    """Processes that read regions, seeds 0 to num - 1."""
+    make_cases(folder, 12)
+    seeds = [(name, folder, count, seed) for seed in range(num)]
+    processes = [PROCESSES.Process(target=read_regions, args=args) for args in seeds]
+    for process in processes:
+        process.start()
+    return processes
 
 
 def _answers(folder: Path, seed: int, count: int) -> list[Outcome]:
@@ -283,11 +276,11 @@ def _at_once(count: int, folder: Path, subject: tuple[str, int]) -> list[Outcome
     another process has mapped would end that process.
     """
     name, num = subject
-    process, ids = _readers(name, folder, count, num + 1)
-    threading.Timer(0.1, os.kill, (ids[-1], signal.SIGKILL)).start()
+    processes = _readers(name, folder, count, num + 1)
+    threading.Timer(0.1, processes[-1].kill).start()
     rng = np.random.default_rng(0)
     damages = [truncate, empty, zero, flip, flip, flip, None, None]
-    while process.poll() is None:
+    while any(process.is_alive() for process in processes):
         files = sorted((folder / "cache").glob("[0-9a-f]*"))
         if files:
             file = files[rng.integers(len(files))]
@@ -307,10 +300,10 @@ def _at_once(count: int, folder: Path, subject: tuple[str, int]) -> list[Outcome
 
 def _killed(seconds: float, folder: Path, subject: tuple[str, int]) -> list[Outcome]:
     """A process is killed while it builds; then another reads everything."""
-    process, ids = _readers(subject[0], folder, 1000, 1)
+    (process,) = _readers(subject[0], folder, 1000, 1)
     time.sleep(seconds)
-    os.kill(ids[0], signal.SIGKILL)
-    process.communicate()
+    process.kill()
+    process.join()
     cache = CLASSES[subject[0]](folder / "cache", FORM)
     return [whole(cache, case) for case in make_cases(folder, 12)]
 
@@ -319,7 +312,7 @@ def _on_a_full_disk(folder: Path, subject: tuple[str, int]) -> list[Outcome]:
     """In a file system of 300 kB, where one is to be had: 2 of the 12 files fit."""
     (folder / "cache").mkdir()
     mount = 'mount -t tmpfs -o size=300k none "$0" && exec "$@"'
-    command = _command(subject[0], folder, 50, 1)
+    command = [sys.executable, "-m", "tests.faults.cache.cases", subject[0], str(folder), "50"]
     subprocess.run(
         ["unshare", "-rm", "sh", "-c", mount, str(folder / "cache"), *command],
         capture_output=True,

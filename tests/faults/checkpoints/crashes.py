@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
+from tests.conftest import PROCESSES
 from tests.faults.frame import LOST, RIGHT, Fault, Group, Outcome
-from tests.faults.runs.runs import PROCESSES
 from tests.faults.runs.script import kill_at_write
 from utils import checkpoint
 

@@ -5,8 +5,6 @@ The decoder is a process of its own (data/dicom/decoder.py), which is stopped an
 
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -18,9 +16,9 @@ from pydicom.uid import JPEG2000Lossless, JPEGLSLossless, RLELossless
 
 from data.dicom import decoder
 from data.readers import read_volume
+from tests.conftest import PROCESSES
 from tests.data.dicom.factory import assert_phantom, make_enhanced, make_series, save, save_series
 from tests.faults.frame import RIGHT, WRONG, Fault, Group, Outcome, judge
-from tests.places import ROOT
 
 SYNTAXES = {"JPEG 2000": JPEG2000Lossless, "JPEG-LS": JPEGLSLossless, "RLE": RLELossless}
 SHAPE = (36, 40, 8)
@@ -94,25 +92,20 @@ def _in_threads(folder: Path, reader) -> list[Outcome]:
     return outcomes
 
 
-PARENT = """
-import sys, time
-from pathlib import Path
-from data.dicom import decoder
-from data.readers import read_volume
-read_volume(Path(sys.argv[1]))
-print(decoder._process.pid, flush=True)
-time.sleep(600)
-"""
+def _read_and_wait(path: Path, to_parent) -> None:
+    read_volume(path)
+    to_parent.send(decoder._process.pid)
+    time.sleep(600)
 
 
 def _orphaned(folder: Path, reader) -> Outcome:
     """The reading process is killed: its decoder must end too."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", PARENT, str(written(folder))], stdout=subprocess.PIPE, cwd=ROOT
-    )
-    pid = int(process.stdout.readline())
+    receiver, sender = PROCESSES.Pipe(duplex=False)
+    process = PROCESSES.Process(target=_read_and_wait, args=(written(folder), sender))
+    process.start()
+    pid = receiver.recv()
     process.kill()
-    process.communicate()
+    process.join()
     for _ in range(50):
         if not _runs(pid):
             return Outcome(RIGHT)

@@ -17,9 +17,9 @@ from types import SimpleNamespace
 
 import torch
 
-from tests.conftest import CANARY, read_cases
+from tests.conftest import CANARY, PROCESSES, read_cases
 from tests.faults.frame import LOST, RIGHT, WRONG, Fault, Group, Outcome
-from tests.faults.runs.runs import PATIENCE_S, PROCESSES, scans
+from tests.faults.runs.runs import PATIENCE_S, scans
 from tests.faults.runs.spoiled_runs import (
     DS,
     INF,

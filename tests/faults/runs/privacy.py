@@ -3,10 +3,7 @@ folder: what they write names nobody and stays where it belongs."""
 
 import base64
 import csv
-import json
 import os
-import subprocess
-import sys
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -17,11 +14,13 @@ import blosc2
 import nibabel as nib
 import numpy as np
 import pydicom
+import torch
 
+from tests.conftest import PROCESSES
 from tests.data.dicom.factory import make_series, save_series
 from tests.faults.frame import RIGHT, WRONG, Fault, Group, Outcome
 from tests.faults.runs.searching import find_text
-from tests.places import ROOT
+from tests.stages.small import STAGES
 
 CANARIES = ("zqxcanary", "19010203")  # the first is in every text, the second a birth date
 HEADER = {
@@ -107,8 +106,6 @@ def write_scans(folder: Path) -> None:
 
 
 def _settings(stage: str) -> dict[str, str]:
-    from tests.stages.small import STAGES
-
     others = {
         "dino": {"probe.every": "1"},
         "classification": {"cls_targets": "[../../lesion]", "reg_targets": "[]", "report_by": "[]"},
@@ -123,13 +120,17 @@ TESTS = {  # what a test of each stage writes beside its pictures
     "classification": ("test/predictions.csv", "test/report.html", "test/plots/*.png"),
     "segmentation": ("test/cases.csv", "test/report.html", "test/predictions/*.nii.gz"),
 }
-RUN = """
-import importlib, json, os, sys, torch
-torch.set_num_threads(1)
-stage = importlib.import_module(sys.argv[1])
-for arguments in json.loads(sys.argv[2]):
-    print(stage.main(arguments), flush=True)
-"""
+
+
+def _run(stage: str, runs: list[list[str]], out: Path) -> None:
+    """In a process of its own: all that it prints is in <out>/terminal.txt."""
+    os.chdir(out)
+    terminal = os.open("terminal.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for standard in (1, 2):
+        os.dup2(terminal, standard)
+    torch.set_num_threads(1)
+    for arguments in runs:
+        print(STAGES[stage].script.main(arguments), flush=True)
 
 
 def run_stage(stage: str, folder: Path) -> Path:
@@ -151,16 +152,13 @@ def run_stage(stage: str, folder: Path) -> Path:
     train = [f"{key}={value}" for key, value in values.items()]
     best = out / "results" / "run" / "checkpoints" / "best.pt"
     runs = [[*train, "--check"], train, [*train, f"test_ckpt={best}"]]
-    done = subprocess.run(
-        [sys.executable, "-c", RUN, stage, json.dumps(runs)],
-        capture_output=True,
-        cwd=out,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )
-    (out / "terminal.txt").write_bytes(done.stdout + done.stderr)
-    codes = [line for line in done.stdout.splitlines() if line.isdigit()]
-    if codes != [b"0"] * 3:
-        raise RuntimeError(f"exit codes {codes}: {done.stderr.decode()[-1500:]}")
+    process = PROCESSES.Process(target=_run, args=(stage, runs, out))
+    process.start()
+    process.join()
+    said = (out / "terminal.txt").read_text()
+    codes = [line for line in said.splitlines() if line.isdigit()]
+    if codes != ["0"] * 3:
+        raise RuntimeError(f"exit codes {codes}: {said[-1500:]}")
     return out
 
 

@@ -3,7 +3,6 @@
 import atexit
 import functools
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -11,7 +10,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.conftest import equal
+from tests.conftest import PROCESSES, equal
 from tests.faults.frame import LOST, WRONG, Outcome
 from tests.faults.runs.script import ACTED, be_script
 from tests.stages import small
@@ -35,9 +34,6 @@ SETTINGS = {
     },
     "segmentation": small.SEGMENTATION | {"n_epochs": "3"},
 }
-# starting a process of this kind takes no time, for it has imported all that the scripts need
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["dino", "classification", "segmentation", "torch._dynamo"])
 
 
 @functools.cache

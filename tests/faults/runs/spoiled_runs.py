@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr, 
 from functools import partial
 from pathlib import Path
 
-import numpy as np
+import pytest
 import torch
 
 from tests.conftest import equal
@@ -137,13 +137,12 @@ def run_script(stage: str, folder: Path, spoils=None, patches=(), **overrides):
     settings |= overrides
     command = [f"{stage}.py", *arguments(stage, folder, **settings)]
     handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1)}
-    black = np.zeros((1, 1, 3), np.uint8)
-    drawn = {name: lambda *args, **kwargs: black for name in STAGES[stage].draws.split()}
     with ExitStack() as stack:
+        small.draw_nothing(stack.enter_context(pytest.MonkeyPatch.context()), stage)
         for context in (redirect_stdout(said), redirect_stderr(said), *patches):
             stack.enter_context(context)
         watched = Watched(stage, spoils or {})
-        stack.enter_context(patched(module, train_step=watched, **drawn))
+        stack.enter_context(patched(module, train_step=watched))
         stack.enter_context(patched(sys, argv=command))
         try:
             code = exit_code(module.main)

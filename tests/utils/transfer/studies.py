@@ -10,6 +10,7 @@ VALUES = {
     "arms": {"scratch": None, "dino": "backbone.pt"},
     "permuted": ["dino"],
     "with_decoder": [],
+    "arm_settings": {},
     "methods": ["fine_tune", "probe"],
     "label_counts": [2, 4],
     "draws": 3,

@@ -5,6 +5,7 @@ import json
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -56,6 +57,14 @@ class Programs:
         text = json.dumps({"overall": dice, "classes": {"liver": dice}})
         (folder / "summary.json").write_text(text)
         return 0
+
+
+def test_an_arm_has_settings_of_its_own_and_its_control_has_them_too(study):
+    cfg = study.cfg.model_copy(update={"arm_settings": {"dino": {"finetune.encoder_lr": 0.1}}})
+    study, folder = replace(study, cfg=cfg), Path("runs/x")
+    for arm, expected in (("scratch", None), ("dino", 0.1), ("dino-permuted", 0.1)):
+        values = running.settings_of(study, Job("runs", arm, 2, 0, 1, 20, 1e-3), folder)
+        assert values.get("finetune.encoder_lr") == expected
 
 
 JOBS = [Job("runs", arm, 2, 0, 1, 20, 1e-3) for arm in ("scratch", "dino")]

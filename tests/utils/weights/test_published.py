@@ -146,13 +146,19 @@ def test_a_file_of_monai_today_computes_what_monai_does(use_v2, formula, tmp_pat
         monai = nets.SwinUNETR(1, 2, feature_size=48, use_v2=use_v2)
     path = tmp_path / "monai.pt"
     torch.save(formula.fill(monai).state_dict(), path)
-    backbone = build("swinunetr", decoder=False, use_v2=use_v2)
+    backbone = build("swinunetr", use_v2=use_v2)
     report = load_backbone(backbone, path)
     path.unlink()
-    name = "monai_swinunetr_v2" if use_v2 else "monai_swinunetr"
-    with torch.inference_mode():
-        deepest = backbone.encode(formula.volume())[-1]
-    assert_agrees(deepest, np.load(SHARED / "references" / f"{name}.npz")["encoder"])
+    reference = np.load(SHARED / "references" / f"monai_swinunetr{'_v2' if use_v2 else ''}.npz")
+    x = formula.volume()
+    with torch.set_grad_enabled(not use_v2):  # attention takes another way with gradients
+        maps = backbone.encode(x)
+    with torch.no_grad():
+        decoded = backbone.decode(x, maps)[..., ::8, ::8, ::8]
+        assert_agrees(maps[-1], reference["encoder"])
+        assert_agrees(backbone.encoder10(maps[-1]), reference["bottleneck"])
+        assert_agrees(decoded, reference["decoder"])
+        assert_agrees(monai.out(decoded), reference["logits"])
     assert report.merge_order == "monai1.5" and "ASSUMED" in report.warnings[0]
 
 
