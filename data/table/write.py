@@ -51,7 +51,10 @@ def write(table: Table, out: Path) -> None:
 def _text(path: Path, out: Path) -> str:
     """Return a path for the CSV: relative to it if it lies below, else absolute."""
     path, folder = (os.path.abspath(p) for p in (path, out.parent))
-    return os.path.relpath(path, folder) if path.startswith(os.path.join(folder, "")) else path
+    if not path.startswith(os.path.join(folder, "")):
+        return path
+    text = os.path.relpath(path, folder)
+    return f"./{text}" if text.startswith("~") else text
 
 
 def _order(scan: Scan) -> tuple:

@@ -87,10 +87,11 @@ def test_too_few_patients(tmp_path, capsys):
 def test_paths_that_a_cell_cannot_hold(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HOLD", "x")
     nifti(tmp_path / "t" / "a$HOLD.nii")
-    nifti(tmp_path / "t" / "b, c.nii")
-    rows, said = make(capsys, tmp_path / "t", "--modality", "MR", "--folds", "1")
-    assert column(rows, "img_path") == [("t/b, c.nii",)]
-    assert "(a space at its end, or a $)\n             a$HOLD.nii: rename it" in said
+    nifti(tmp_path / "~t" / "b, c.nii")
+    (tmp_path / "t").rename(tmp_path / "~t" / "more")
+    rows, said = make(capsys, tmp_path / "~t", "--modality", "MR", "--folds", "1")
+    assert column(rows, "img_path") == [("./~t/b, c.nii",)]
+    assert "(a space at its end, or a $)\n             more/a$HOLD.nii: rename it" in said
     assert unfit_path(os.fsdecode(b"a\xff.nii")) and not unfit_path("a$.nii")
 
 
