@@ -311,11 +311,12 @@ def train(run: Run[ClassificationConfig], cache, cases: dict, skipped) -> int:
     return run.exit_code
 
 
-def test(run: Run[ClassificationConfig], tested: list[Tested], cases: list) -> dict:
+def test(run: Run[ClassificationConfig], tested: list[Tested], cases: list, skipped) -> dict:
     """Predict and score the cases, to test/; return what `write_test_report` was given."""
     cfg, folder, targets = run.cfg, run.folder / "test", tested[0].targets
     seen = set().union(*(one.seen_patients for one in tested))
     notes = refuse_seen(cases, seen, "test_ckpt", cfg.allow_seen_patients)
+    notes += [problem.noted for problem in skipped]
     folder.mkdir(parents=True, exist_ok=True)  # what cannot be written to shows now
     absent = [name for name in targets.names if name not in cases[0].labels]
     notes += [f"The CSV has no column {name!r}: it is predicted, not scored" for name in absent]
@@ -347,7 +348,8 @@ def cross_validate(run: Run, folds: list[Run], cache, cases: list, skipped) -> i
         if code := train(fold, cache, parts, skipped):
             return code
         cfg = fold.cfg.model_copy(update={"test_ckpt": [str(fold.checkpoints / "best.pt")]})
-        tests.append(test(replace(fold, cfg=cfg, log=None), open_tested(cfg), parts["test"]))
+        one = replace(fold, cfg=cfg, log=None)
+        tests.append(test(one, open_tested(cfg), parts["test"], skipped))
     if distributed.is_main():
         content, folder = dict(tests[0]), run.folder / "test"
         for name in ("predictions", "control"):
@@ -385,7 +387,7 @@ def main(argv: list[str]) -> int:
         return 0
     if tested:
         print(format_problems(skipped))
-        test(run, tested, cases["test"])
+        test(run, tested, cases["test"], skipped)
         return 0
     if cv:
         return cross_validate(run, folds, cache, cases["train"], skipped)

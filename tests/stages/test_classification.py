@@ -4,6 +4,7 @@ import functools
 import json
 import math
 
+import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
@@ -102,6 +103,18 @@ def test_a_csv_without_the_target_columns_will_do(best, run, table, folder):
     metrics = json.loads((folder / "test" / "metrics.json").read_text())
     assert metrics["bright"]["auc"] is None and metrics["bright"]["reasons"]["auc"]
     assert "no column" in (folder / "test" / "report.html").read_text()
+
+
+def test_what_is_noticed_of_a_row_is_in_the_report(best, run, table, folder, scans, tmp_path):
+    def thin(rows):
+        row = next(row for row in rows if row["fold"] == "4")
+        slices = nib.load(scans / row["path"]).slicer[..., 5:8]
+        nib.save(slices, tmp_path / "thin.nii")
+        row["path"] = tmp_path / "thin.nii"
+
+    assert run(f"test_ckpt={best}", table(thin)) == 0
+    report = (folder / "test" / "report.html").read_text()
+    assert "of the CSV" in report and "few along an axis" in report
 
 
 def test_an_ensemble_is_the_mean_of_its_members(best, tested, run, folder, tmp_path):
