@@ -36,10 +36,10 @@ from utils.errors import NotFinite
 from utils.memory import explained
 from utils.metrics.evaluation import evaluate
 from utils.metrics.predictions import pool
-from utils.report.classification import write_test_report
+from utils.report.classification import in_words, write_test_report
 from utils.report.plots import plot_crops, plot_curves, views_of
 from utils.signals import StopSignal
-from utils.training import schedules, step
+from utils.training import advice, schedules, step
 from utils.training.loop import Epoch
 from utils.training.run import Run, exit_code, load_weights, open_log, until_stopped, write_report
 from utils.training.state import State, note_best, resume, save
@@ -274,10 +274,9 @@ def train(run: Run[ClassificationConfig], cache, cases: dict, skipped) -> int:
     if run.started_from:
         resume(state, run.started_from)
     open_log(run, state, classifier, cases, skipped)
-    for line in targets.notes([*cases["train"], *cases["val"]]):
+    warnings = [f"WARNING: {warning}" for warning in state.warnings.values()]
+    for line in [*targets.notes([*cases["train"], *cases["val"]]), *warnings]:
         run.say(line)
-    for warning in state.warnings.values():
-        run.say(f"WARNING: {warning}")
 
     # ---- train
     with until_stopped(run, state):
@@ -296,8 +295,9 @@ def train(run: Run[ClassificationConfig], cache, cases: dict, skipped) -> int:
                 epoch.book(numbers)
             row = epoch.row() | assess(run, state, loaders, targets, truth, class_weights)
             state.epoch, state.averages = row["epoch"], {}
-            run.log.epoch(row, state.step)
             best = note_best(state, score_of(row, state.select_by), state.epoch)
+            run.log.epoch(row, state.step, state.best_epoch)
+            advice.note(run, state)
             save(state, run.checkpoints, {} if best else None)
             last = state.epoch == cfg.n_epochs or stopped_early(state, cfg)
             if (last or state.epoch % DRAW_EVERY == 0) and distributed.is_main():
@@ -327,11 +327,13 @@ def test(run: Run[ClassificationConfig], tested: list[Tested], cases: list, skip
         with explained("the test", one.cfg):
             found.append(predict(replace(run, cfg=one.cfg), classifier, loader, one.targets))
     content = {"targets": targets, "cases": cases, "images": tested[0].image}
-    content |= {"predictions": average(found)}
-    content |= {"control": average([one.control(cases) for one in tested])}
+    content |= {
+        "predictions": average(found),
+        "control": average([t.control(cases) for t in tested]),
+    }
     content |= {"report_by": cfg.report_by, "notes": notes, "seed": cfg.seed}
     if distributed.is_main():
-        write_test_report(folder, f"Test of {cfg.experiment}", **content)
+        print(in_words(write_test_report(folder, f"Test of {cfg.experiment}", **content)))
         save_resolved(tested[0].cfg, folder / "config.yaml")
         print(f"{folder / 'report.html'}, {folder / 'metrics.json'}, {folder / 'predictions.csv'}")
     return content
@@ -340,20 +342,23 @@ def test(run: Run[ClassificationConfig], tested: list[Tested], cases: list, skip
 def cross_validate(run: Run, folds: list[Run], cache, cases: list, skipped) -> int:
     """Train and test each fold, then report all tests as one; return the exit code."""
     tests = []
-    for fold in folds:
+    for number, fold in enumerate(folds, 1):
+        if distributed.is_main():
+            print(f"fold {number} of {len(folds)}: {fold.folder}")
         parts = split(cases, fold.cfg)
         if code := train(fold, cache, parts, skipped):
             return code
         cfg = fold.cfg.model_copy(update={"test_ckpt": [str(fold.checkpoints / "best.pt")]})
-        one = replace(fold, cfg=cfg, log=None)
-        tests.append(test(one, open_tested(cfg), parts["test"], skipped))
+        tests.append(
+            test(replace(fold, cfg=cfg, log=None), open_tested(cfg), parts["test"], skipped)
+        )
     if distributed.is_main():
         content, folder = dict(tests[0]), run.folder / "test"
         for name in ("predictions", "control"):
             content["cases"], content[name] = pool([(t["cases"], t[name]) for t in tests])
         content["notes"] = list(dict.fromkeys(note for t in tests for note in t["notes"]))
         title = f"Cross-validation of {run.cfg.experiment}"
-        write_test_report(folder, title, **content, by_fold=True)
+        print(in_words(write_test_report(folder, title, **content, by_fold=True)))
         print(f"all folds: {folder / 'report.html'}, {folder / 'metrics.json'}")
     return 0
 

@@ -52,7 +52,7 @@ from utils.report.plots import plot_crops, plot_curves, views_of
 from utils.report.segmentation import write_test_report
 from utils.signals import Stopped, StopSignal
 from utils.sliding_window import mirrored
-from utils.training import schedules, step
+from utils.training import advice, schedules, step
 from utils.training.loop import Epoch
 from utils.training.run import Run, exit_code, load_weights, open_log, until_stopped, write_report
 from utils.training.state import State, note_best, resume, save
@@ -289,8 +289,9 @@ def train(run: Run[SegmentationConfig], cache, cases: dict, skipped, notices) ->
             if assessing and cases["val"]:
                 row |= assess(run, state, cases["val"], cache, classes)
             state.epoch, state.averages = row["epoch"], {}
-            run.log.epoch(row, state.step)
             best = note_best(state, score_of(row, state.select_by), state.epoch)
+            run.log.epoch(row, state.step, state.best_epoch)
+            advice.note(run, state)
             save(state, run.checkpoints, {} if best else None)
             if assessing and distributed.is_main():
                 draw_progress(run, state)
@@ -338,7 +339,7 @@ def test(run: Run[SegmentationConfig], opened, cases: list[Case], cache, notes: 
     rows, bad, files = [], [], folder / "predictions"
     files.mkdir(parents=True, exist_ok=True)
     total = -(-len(cases) // distributed.world_size())
-    for case in tqdm(own_share(run, cases), "test", total, disable=not distributed.is_main()):
+    for case in tqdm(own_share(run, cases), "test", total, disable=distributed.no_bar()):
         try:
             rows += predict_and_score(run, predict, case, cache.get(case), classes, files)
         except NotFinite:

@@ -107,7 +107,9 @@ class VolumeCache:
         self._check_space([case for _, case in items])
         build = partial(_try, partial(_build_missing, self.form))
         jobs = in_processes(build, items, n_workers)
-        bar = tqdm(jobs, "building cache", len(items), unit="volume", disable=not progress)
+        bar = tqdm(
+            jobs, "building cache", len(items), unit="volume", disable=None if progress else True
+        )
         for (path, _), error in bar:
             for case in missing[path] if error else ():
                 _report(case, error, on_error)

@@ -125,7 +125,7 @@ def read_cases(
         the cases whose rows can be used; all problems, in the order of the rows.
     """
     try:
-        header, rows, problems = _read_rows(read_text(csv_path))
+        header, rows, problems = read_rows(read_text(csv_path))
     except ValueError as e:
         return [], [Problem(0, "", f"{csv_path}: {e}")]
     path_column = next((name for name in path_columns if name in header), path_columns[0])
@@ -149,8 +149,11 @@ def read_cases(
     return cases, sorted(problems, key=lambda problem: problem.row)
 
 
-def _read_rows(text: str) -> tuple[list[str], list[tuple[int, dict[str, str]]], list[Problem]]:
-    """Return header, [(line, {column: text})] and problems of rows that do not fit the header."""
+def read_rows(text: str) -> tuple[list[str], list[tuple[int, dict[str, str]]], list[Problem]]:
+    """Return header, [(line, {column: text})] and problems of rows that do not fit the header.
+
+    Raises ValueError if the text is empty or has other separators.
+    """
     first = text.lstrip().partition("\n")[0]
     separator = max(SEPARATORS, key=first.count)
     if first.count(separator) > first.count(","):

@@ -56,6 +56,12 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def no_bar() -> bool | None:
+    """Return tqdm's `disable`: bars are shown by the main process, and on a terminal alone, as in a
+    file each of their updates is a line."""
+    return None if is_main() else True
+
+
 def barrier() -> None:
     if dist.is_initialized():
         dist.barrier()

@@ -34,8 +34,8 @@ PHASE_KEYWORDS = tuple(
 PIXEL_KEYWORDS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
 # PatientName tells two patients apart where PatientID is empty; it is never shown or kept.
 OTHER_KEYWORDS = (
-    "SOPClassUID SOPInstanceUID SeriesInstanceUID PatientID PatientName Modality InstanceNumber "
-    "ImagePositionPatient ImageOrientationPatient PixelSpacing SliceThickness "
+    "SOPClassUID SOPInstanceUID StudyInstanceUID SeriesInstanceUID PatientID PatientName Modality "
+    "InstanceNumber ImagePositionPatient ImageOrientationPatient PixelSpacing SliceThickness "
     "RescaleSlope RescaleIntercept ModalityLUTSequence NumberOfFrames Rows Columns SamplesPerPixel "
     "PhotometricInterpretation BitsAllocated BitsStored HighBit PixelRepresentation "
     "SharedFunctionalGroupsSequence PerFrameFunctionalGroupsSequence".split()

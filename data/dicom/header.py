@@ -46,7 +46,9 @@ class Image:
     transfer_syntax: str
     sop_uid: str
     series_uid: str
-    patient: str  # only to tell patients apart; never shown
+    study_uid: str
+    patient_id: str  # PatientID
+    patient: str  # only to tell patients apart, may be a name; never shown
     modality: str | None
     image_type: list[str]
     instance_number: str
@@ -105,6 +107,8 @@ def _image(path: Path, elements: Elements, sop_class: str) -> Image:
         transfer_syntax=elements.transfer_syntax,
         sop_uid=_text(values, "SOPInstanceUID"),
         series_uid=_text(values, "SeriesInstanceUID"),
+        study_uid=_text(values, "StudyInstanceUID"),
+        patient_id=_text(values, "PatientID"),
         patient=_text(values, "PatientID") or _text(values, "PatientName"),
         modality=_text(values, "Modality") or None,
         image_type=[part.strip() for part in _text(values, "ImageType").upper().split("\\")],

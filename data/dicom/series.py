@@ -5,11 +5,14 @@ import os
 import re
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+
+import numpy as np
 
 from data.dicom.elements import NotDicom
 from data.dicom.geometry import between_slices, describe_gaps, stack_frames
-from data.dicom.header import Image, read_header, shown
+from data.dicom.header import Frame, Image, read_header, shown
 from data.dicom.pixels import PLAIN, check_pixels, read_frames, same_values
 from data.volume import MAX_SHEAR, TILTED, Volume, VolumeError, check_expansion, shear_of
 
@@ -34,18 +37,9 @@ def read_dicom(path: Path, series_uid: str | None = None, uneven_slices: str = "
     where = str(path)
     with warnings.catch_warnings():  # pydicom warns of oddities; those that matter are checked here
         warnings.simplefilter("ignore")
-        images = _find_images(path) if path.is_dir() else [_one_image(path)]
+        images = find_images(path) if path.is_dir() else [_one_image(path)]
         series = _choose_series(images, series_uid, where)
-        for image in series:
-            check_pixels(image)
-        modalities = sorted({image.modality for image in series if image.modality})
-        if len(modalities) > 1:
-            raise VolumeError(f"{where}: one series of several modalities: {', '.join(modalities)}")
-        frames = [frame for image in series for frame in image.frames]
-        resample = uneven_slices == "resample"
-        frames, affine, places = stack_frames(frames, where, same_values, resample)
-        if any(image.transfer_syntax not in PLAIN for image in series):
-            check_expansion(len(frames) * frames[0].image.frame_bytes, where)
+        frames, affine, places = stack_series(series, where, uneven_slices)
         voxels, notices = read_frames(frames), []
     if places is not None:
         voxels = between_slices(voxels, places)
@@ -56,7 +50,7 @@ def read_dicom(path: Path, series_uid: str | None = None, uneven_slices: str = "
     return Volume(
         voxels=voxels.transpose(2, 1, 0),
         affine=affine,
-        modality=modalities[0] if modalities else None,
+        modality=next((image.modality for image in series if image.modality), None),
         series_uid=series[0].series_uid or None,
         patient=_hashed(next((image.patient for image in series if image.patient), "").encode()),
         frame=_hashed(frames[0].phase.get("FrameOfReferenceUID", b"").strip(b" \0")),
@@ -66,6 +60,28 @@ def read_dicom(path: Path, series_uid: str | None = None, uneven_slices: str = "
 
 def _hashed(value: bytes) -> str | None:
     return hashlib.sha256(value).hexdigest()[:16] if value else None
+
+
+def stack_series(
+    series: list[Image], where: str, uneven_slices: str = "refuse"
+) -> tuple[list[Frame], np.ndarray, np.ndarray | None]:
+    """Put the frames of one series in order, before their voxels are read.
+
+    where: file or folder, for errors. uneven_slices: as `read_dicom`.
+
+    Returns what `stack_frames` returns. Raises VolumeError as `read_dicom` does for headers.
+    """
+    for image in series:
+        check_pixels(image)
+    modalities = sorted({image.modality for image in series if image.modality})
+    if len(modalities) > 1:
+        raise VolumeError(f"{where}: one series of several modalities: {', '.join(modalities)}")
+    frames = [frame for image in series for frame in image.frames]
+    resample = uneven_slices == "resample"
+    frames, affine, places = stack_frames(frames, where, same_values, resample)
+    if any(image.transfer_syntax not in PLAIN for image in series):
+        check_expansion(len(frames) * frames[0].image.frame_bytes, where)
+    return frames, affine, places
 
 
 def _one_image(path: Path) -> Image:
@@ -78,8 +94,10 @@ def _one_image(path: Path) -> Image:
     return image
 
 
-def _find_images(folder: Path) -> list[Image]:
+def find_images(folder: Path, read: Callable[[Path], Image | None] = read_header) -> list[Image]:
     """Return the images among the files of a folder (not of its subfolders).
+
+    read: `read_header`, or what remembers its results.
 
     A slice that is damaged beyond recognition must not be taken for an unrelated file, because
     nothing else shows that a series lacks its first or last slice. So a file that does not look
@@ -97,7 +115,7 @@ def _find_images(folder: Path) -> list[Image]:
         elif not entry.name.startswith(".") and entry.is_file():
             path = Path(entry.path)
             try:
-                image = read_header(path)
+                image = read(path)
             except NotDicom:
                 others.append((path, entry.stat().st_size))
             else:
@@ -145,13 +163,13 @@ def _choose_series(images: list[Image], series_uid: str | None, where: str) -> l
         chosen = [image for image in images if image.series_uid == series_uid]
         if not chosen:
             raise VolumeError(
-                f"{where}: no series {series_uid}; there are {_listed(_by_series(images))}"
+                f"{where}: no series {series_uid}; there are {_listed(by_series(images))}"
             )
         series = {series_uid: chosen}
     else:
-        series = _by_series(images)
+        series = by_series(images)
 
-    for is_other in (_is_localizer, _is_capture):
+    for is_other in (is_localizer, is_capture):
         rest = {
             uid: [image for image in members if not is_other(image)]
             for uid, members in series.items()
@@ -179,7 +197,8 @@ def _choose_series(images: list[Image], series_uid: str | None, where: str) -> l
     return main
 
 
-def _by_series(images: list[Image]) -> dict[str, list[Image]]:
+def by_series(images: list[Image]) -> dict[str, list[Image]]:
+    """Return {SeriesInstanceUID: images}; the UID may be ""."""
     series: dict[str, list[Image]] = {}
     for image in images:
         series.setdefault(image.series_uid, []).append(image)
@@ -198,11 +217,12 @@ def _num_slices(images: list[Image]) -> int:
     return sum(image.num_frames for image in images)
 
 
-def _is_localizer(image: Image) -> bool:
+def is_localizer(image: Image) -> bool:
+    """Return whether an image is a scout, on which scans are planned."""
     return "LOCALIZER" in image.image_type
 
 
-def _is_capture(image: Image) -> bool:
+def is_capture(image: Image) -> bool:
     """Return whether an image is a screenshot or scanned page, with no place in the patient."""
     is_placed = any(frame.position for frame in image.frames)
     return image.sop_class.endswith("SecondaryCaptureImageStorage") and not is_placed

@@ -52,8 +52,8 @@ def embed(run: Run, network, cache, cases, limit=10**9) -> np.ndarray:
         with autocast(device, cfg.precision):
             return network.pool(network.backbone.encode(x.to(device))[-1]).float()
 
-    share, quiet = cases[rank::world], not distributed.is_main()
-    for case in tqdm(share, "embedding", leave=False, disable=quiet):
+    share = cases[rank::world]
+    for case in tqdm(share, "embedding", leave=False, disable=distributed.no_bar()):
         if run.stop:
             break
         entry, pooled = cache.get(case), 0.0

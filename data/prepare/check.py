@@ -65,7 +65,7 @@ def check_volumes(
             problems.append(Problem(case.row, case.patient, what, "unreadable volumes"))
         else:
             facts[case.row] = result
-            what = _wrong_geometry(result)
+            what = wrong_geometry(result)
             if what:
                 what = f"{case.path}: {what}"
                 problems.append(Problem(case.row, case.patient, what, "geometry"))
@@ -146,7 +146,13 @@ def _read_new(
     jobs = in_processes(
         partial(_read, default_modality=default_modality, form=cache.form), todo, n_workers
     )
-    bar = tqdm(jobs, "reading volumes", len(todo), unit="volume", disable=not progress or not todo)
+    bar = tqdm(
+        jobs,
+        "reading volumes",
+        len(todo),
+        unit="volume",
+        disable=None if progress and todo else True,
+    )
     with open(memory, "a", encoding="utf-8") as file:
         for case, result in bar:
             if not isinstance(result, VolumeError):
@@ -224,7 +230,7 @@ def _recall(path: Path) -> dict[str, Facts]:
     return known
 
 
-def _wrong_geometry(facts: Facts) -> str:
+def wrong_geometry(facts: Facts) -> str:
     """Say what is odd about a volume's grid, or return ''."""
     shape, spacing = facts["shape"], facts["spacing"]
     low, high = SPACING_MM

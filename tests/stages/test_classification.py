@@ -328,7 +328,7 @@ def test_the_pooled_table_has_intervals_control_and_folds(cross):
     assert set(metrics["folds"]) == set("01234") and "auc" in metrics["control"]
 
 
-def test_a_cross_validation_goes_on_where_it_stopped(cross):
+def test_a_cross_validation_goes_on_where_it_stopped(cross, capsys):
     before = (cross.folder / "test" / "metrics.json").read_text()
     with pytest.raises(CheckpointError, match="already holds a run"):
         cross()
@@ -336,6 +336,9 @@ def test_a_cross_validation_goes_on_where_it_stopped(cross):
         path.unlink()
     assert cross("resume_training_from=auto") == 0
     assert (cross.folder / "test" / "metrics.json").read_text() == before
+    said = capsys.readouterr().out
+    assert f"fold 5 of 5: {cross.folder / 'fold_4'}\n" in said and "epoch 1/1 loss " in said
+    assert said.count("bright: AUC ") == 6 and "mean and sd over the folds: AUC " in said
 
 
 def test_what_keeps_a_fold_from_being_run_is_said_before_all(script, table, capsys, tmp_path):

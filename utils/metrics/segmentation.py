@@ -139,6 +139,42 @@ def summarize(rows: Sequence[Mapping], num: int = 1000, seed: int = 0) -> dict:
     }
 
 
+def dice_difference(
+    rows: Sequence[Mapping], others: Sequence[Mapping], num: int = 1000, seed: int = 0
+) -> dict[str, dict]:
+    """Compare two tests of the same cases: the Dice of `rows` minus that of `others`.
+
+    Args:
+        rows, others: with PatientID, csv_line, class and dice, in one order.
+    Returns:
+        {class, or "" for the mean over classes: {"of": "dice", "difference", "95 %": interval of
+        the difference on the same resamples of patients or None, "cases", "patients"}}. A case
+        counts for a class where it does in both.
+    """
+    patients = {row["csv_line"]: row["PatientID"] for row in rows}
+    names = list(dict.fromkeys(row["class"] for row in rows))
+    values = _table(rows, "dice", list(patients), names)
+    values -= _table(others, "dice", list(patients), names)
+    several = len(set(patients.values())) > 1
+    drawn = resamples(list(patients.values()), num, seed) if several else np.zeros((0, len(values)))
+    means, again = (_means(x, values)[0] for x in (np.ones((1, len(values)), int), drawn))
+    columns = {"": (_nanmean(means), _nanmean(again))}
+    columns |= {name: (means[:, k], again[:, k]) for k, name in enumerate(names)}
+    counted = np.isfinite(values)
+    cases = {"": counted.any(axis=1), **dict(zip(names, counted.T, strict=True))}
+    whose = np.array(list(patients.values()), dtype=object)
+    return {
+        name: {
+            "of": "dice",
+            "difference": float(mean[0]) if np.isfinite(mean[0]) else None,
+            "95 %": percentiles(resampled),
+            "cases": int(cases[name].sum()),
+            "patients": len(set(whose[cases[name]])),
+        }
+        for name, (mean, resampled) in columns.items()
+    }
+
+
 def _voxel_ml(spacing_mm: Sequence[float]) -> float:
     return float(np.prod(spacing_mm)) / 1000
 

@@ -149,6 +149,28 @@ def _summary(found: dict, outputs: np.ndarray) -> list:
     return [*items, [f"{_label(name)}: {why}" for name, why in found["reasons"].items()]]
 
 
+def in_words(metrics: dict[str, dict]) -> str:
+    """Return the scores of a test for the terminal: a line for each target.
+
+    metrics: of `evaluate`.
+    """
+    lines = []
+    for target, found in metrics.items():
+        scores = [
+            f"{LABELS[name]} {found[name]:.3g} ({_ends(found, name)})"
+            for name in IN_GROUPS
+            if found.get(name) is not None
+        ]
+        folds = [
+            f"{LABELS[name]} {over['mean']:.3g} +- {over['sd']:.2g}"
+            for name, over in found.get("over_folds", {}).items()
+            if name in IN_GROUPS and over["sd"] is not None
+        ]
+        line = f"{target}: {', '.join(scores) or 'no scores'}; {found['n']} rows with a label"
+        lines.append(line + f"; mean and sd over the folds: {', '.join(folds)}" * bool(folds))
+    return "\n".join(lines)
+
+
 def _group_table(metrics: dict, column: str) -> list[dict]:
     """Rows of all targets for each value of a column."""
     return [

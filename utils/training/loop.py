@@ -34,7 +34,7 @@ class Epoch:
         self.averages, self.watch = Averages(state.averages), Stopwatch()
         self.start = state.step - state.epoch * state.steps_per_epoch
         total, title = state.steps_per_epoch, f"epoch {state.epoch + 1}/{run.cfg.n_epochs}"
-        options = {"initial": self.start, "disable": not distributed.is_main()}
+        options = {"initial": self.start, "disable": distributed.no_bar()}
         self.bar = tqdm(range(self.start, total), title, total, **options)
 
     def __iter__(self) -> Iterator[tuple[list[dict], dict[str, float]]]:

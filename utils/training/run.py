@@ -90,7 +90,7 @@ def open_log(run: Run, state: State, network: nn.Module, cases: dict, skipped) -
         notices of others.
     """
     check_space(state, run.checkpoints, network)
-    log = run.log = RunLog(run.folder, state.step, state.epoch, skipped)
+    log = run.log = RunLog(run.folder, state.step, state.epoch, skipped, run.cfg.n_epochs)
     report = LoadReport(**state.weights) if state.weights else None
     if distributed.is_main():
         (log.folder / "plots").mkdir(exist_ok=True)
@@ -169,7 +169,7 @@ def _exit_code(main: Callable[[list[str]], int]) -> int:
         print(f"{place}{e.strerror}{where}", file=sys.stderr)
         return EXIT_FAILED
     except Stopped as e:
-        print(f"{e}: stopped; resume_training_from=auto goes on", file=sys.stderr)
+        print(f"{e}: stopped; start the same command again", file=sys.stderr)
         return EXIT_STOPPED
     finally:
         distributed.teardown()

@@ -12,6 +12,8 @@ from torch.utils.tensorboard import SummaryWriter
 from utils.distributed import is_main
 from utils.files import replacing
 
+SHOWN = ("loss", "val_loss", "val_dice", "val_auc", "probe_dense_dice", "teacher_entropy")
+
 
 class RunLog:
     """The log of one experiment folder. On ranks other than 0 every method does nothing.
@@ -20,10 +22,20 @@ class RunLog:
         folder: <results_dir>/<experiment>.
         step, epoch: optimizer steps and epochs done; what was logged after these is dropped.
         skipped: problems of the cases that were left out and notices of others, for the report.
+        num_epochs: of the whole run, to say when it ends; None if that is not known.
     """
 
-    def __init__(self, folder: str | Path, step: int = 0, epoch: int = 0, skipped: Sequence = ()):
+    def __init__(
+        self,
+        folder: str | Path,
+        step: int = 0,
+        epoch: int = 0,
+        skipped: Sequence = (),
+        num_epochs: int | None = None,
+    ):
         self.folder, self.rows, self.board, self.skipped = Path(folder), [], None, list(skipped)
+        self.num_epochs, self.first, self.began = num_epochs, epoch, time.time()
+        self.last = self.began
         if not is_main():
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -55,15 +67,31 @@ class RunLog:
         for name, value in values.items():
             self.board.add_scalar(f"step/{name}", value, step)
 
-    def epoch(self, row: dict[str, float | None], step: int) -> None:
+    def epoch(self, row: dict[str, float | None], step: int, best_epoch: int = 0) -> None:
+        """Write a row of metrics.csv and a line. best_epoch: the best so far, 0 if not known."""
         if self.board is None:
             return
         self.rows.append(row)
         self._write_metrics()
+        self.message(self._told(row, best_epoch))
         for name, value in row.items():
             if value is not None and name not in ("epoch", "step"):
                 self.board.add_scalar(f"epoch/{name}", value, step)
         self.board.flush()
+
+    def _told(self, row: dict[str, float | None], best_epoch: int) -> str:
+        """Return an epoch in a line: what was reached, how long it took, when the run will end."""
+        now, epoch, total = time.time(), row["epoch"], self.num_epochs
+        values = [f"{name} {row[name]:.4g}" for name in SHOWN if row.get(name) is not None]
+        text = f"epoch {epoch}/{total}" if total else f"epoch {epoch}"
+        values += [f"best {best_epoch}"] if best_epoch else []
+        text = f"{' '.join([text, *values])}, {now - self.last:.0f} s"
+        self.last = now
+        if total and self.first < epoch < total:
+            ends = now + (now - self.began) / (epoch - self.first) * (total - epoch)
+            day = "" if ends < now + 12 * 3600 else "%Y-%m-%d "
+            text += time.strftime(f", ends {day}%H:%M", time.localtime(ends))
+        return text
 
     def image(self, name: str, rgb, step: int) -> None:
         """Show a picture (H, W, 3) uint8 in TensorBoard."""

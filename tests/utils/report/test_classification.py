@@ -9,7 +9,8 @@ from matplotlib.image import imread
 from data.cases import Case
 from data.prepare.targets import Targets
 from utils.metrics.classification import classification_metrics, regression_metrics
-from utils.report.classification import write_test_report
+from utils.metrics.evaluation import evaluate
+from utils.report.classification import in_words, write_test_report
 from utils.report.plots_classification import (
     Panel,
     drawable,
@@ -87,6 +88,19 @@ def test_all_of_it(tmp_path):
     assert "mind &lt;this&gt;" in page and "The positive class is &#x27;b&#x27;" in page
     assert metrics["y"]["by"]["sex"].keys() == {"F", "M"} and "By sex" in page
     assert f"{metrics['y']['over_folds']['auc']['sd']:.4g}" in page
+
+
+def test_scores_in_words():
+    targets, cases, outputs, _ = make()
+    lines = in_words(evaluate(targets, cases, outputs, by_fold=True)).splitlines()
+    score = r"\S+ \(\S+ to \S+\)"
+    over = r"mean and sd over the folds"
+    assert re.match(
+        rf"y: AUC {score}, balanced accuracy {score}; 40 rows with a label; {over}: AUC", lines[0]
+    )
+    assert re.match(rf"n: mean absolute error {score}, R² {score}; 40 rows", lines[1])
+    one = in_words(evaluate(targets, cases[:1], {k: v[:1] for k, v in outputs.items()}))
+    assert "1 rows with a label" in one and over not in one
 
 
 def test_no_labels(tmp_path):

@@ -1,5 +1,6 @@
 import json
 import math
+import re
 
 import numpy as np
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -54,6 +55,23 @@ def test_a_resumed_run_drops_what_came_after_its_checkpoint(tmp_path):
     assert [row["loss"] for row in read_metrics(tmp_path / "metrics.csv")] == [None, 0.1, 0.5]
     RunLog(tmp_path, step=0).close()  # stopped before the first step: all anew
     assert steps_of(tmp_path) == []
+
+
+def test_an_epoch_is_a_line_that_says_when_the_run_ends(tmp_path, capsys):
+    log = RunLog(tmp_path, step=2, epoch=1, num_epochs=4)
+    log.began -= 10
+    for epoch in (2, 3, 4):
+        log.epoch(
+            {"epoch": epoch, "step": 2 * epoch, "loss": 0.25, "val_dice": None},
+            2 * epoch,
+            2 if epoch > 2 else 0,
+        )
+    lines = [line.split(" ", 2)[2] for line in capsys.readouterr().out.splitlines()]
+    assert re.fullmatch(r"epoch 2/4 loss 0.25, 0 s, ends \d\d:\d\d", lines[0])
+    assert lines[2] == "epoch 4/4 loss 0.25 best 2, 0 s"
+    log.num_epochs = 40_000
+    log.epoch({"epoch": 5, "step": 10}, 10)
+    assert re.search(r", 0 s, ends \d{4}-\d\d-\d\d \d\d:\d\d$", capsys.readouterr().out)
 
 
 def test_tensorboard_has_the_same_numbers(tmp_path):

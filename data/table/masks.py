@@ -1,0 +1,84 @@
+"""Which mask belongs to which scan: by name, and only on the same grid."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+from tqdm import tqdm
+
+from data.readers import read_mask
+from data.table import names
+from data.table.found import Grid, LeftOut, Scan, in_ras_order
+from data.volume import VolumeError, grid_difference
+from utils.parallel import in_processes
+
+
+def pair(root: Path, scans: Sequence[Scan], masks: Mapping[Path, Grid]) -> list[LeftOut]:
+    """Set `seg_path` of the scans that have one mask; return the masks that were not used.
+
+    A NIfTI scan and its mask have the same key (`data.table.names.key`), or are `related` if no
+    scan has that key. A DICOM series has the mask that is named after its patient or a folder.
+    """
+    by_key, by_folder, by_word = defaultdict(list), defaultdict(list), defaultdict(list)
+    for scan in scans:
+        if scan.name:
+            by_key[scan.name].append(scan)
+            by_folder[scan.name[:-1]].append(scan)
+        else:
+            for text in {scan.patient, *scan.path.relative_to(root).parts}:
+                by_word["_".join(names.words(text))].append(scan)
+    left, found = [], defaultdict(list)
+    for path, grid in masks.items():
+        key = names.key(path.relative_to(root))
+        same = by_key[key] + by_word["_".join(names.words(next(filter(None, key[::-1]), "")))]
+        same = same or [s for s in by_folder[key[:-1]] if names.related(s.name, key)]
+        fitting = [(scan, _difference(grid, scan.grid)) for scan in same]
+        for scan in [scan for scan, difference in fitting if not difference]:
+            found[id(scan)].append(path)
+        if not same:
+            left.append(LeftOut(path, "a mask without a scan: of its name"))
+        elif all(difference for _, difference in fitting):
+            scan, what = fitting[0]
+            left.append(LeftOut(path, f"a mask on another grid: than {scan.path}: {what}"))
+    for scan in scans:
+        paths = found[id(scan)]
+        if len(paths) == 1:
+            scan.seg_path = paths[0]
+        why = f"several masks of one scan: {len(paths)} for {scan.path}; one file must hold all"
+        left += [LeftOut(path, why) for path in paths if len(paths) > 1]
+    return list(dict.fromkeys(left))
+
+
+def _difference(mask: Grid, image: Grid) -> str:
+    """Say how a mask's grid differs from its image's, or return ''."""
+    grids = [in_ras_order(grid) for grid in (mask, image)]
+    return grid_difference(*(SimpleNamespace(shape=(1, *s), affine=a) for s, a in grids))
+
+
+def read_labels(scans: Sequence[Scan], n_workers: int, progress: bool) -> list[LeftOut]:
+    """Set `labels` of the scans that have a mask; one whose mask cannot be read loses it."""
+    left, labels = [], {}
+    paths = sorted({scan.seg_path for scan in scans if scan.seg_path})
+    with tqdm(total=len(paths), desc="masks", unit="file", disable=not progress) as bar:
+        for path, found in in_processes(_labels, paths, n_workers):
+            bar.update()
+            labels[path] = found
+            if isinstance(found, str):
+                left.append(LeftOut(path, f"cannot be read: {found}"))
+    for scan in scans:
+        if scan.seg_path and isinstance(labels[scan.seg_path], str):
+            scan.seg_path = None
+        elif scan.seg_path:
+            scan.labels = labels[scan.seg_path]
+    return left
+
+
+def _labels(path: Path) -> tuple[int, ...] | str:
+    """Return the label values of a mask except 0, or what is wrong with it."""
+    try:
+        values = np.unique(read_mask(path).voxels)
+    except VolumeError as error:
+        return str(error).removeprefix(f"{path}: ")
+    return tuple(int(value) for value in values if value)

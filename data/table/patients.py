@@ -1,0 +1,79 @@
+"""Whose scan it is, and which patients may be one."""
+
+import re
+import unicodedata
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+from data.table import names
+from data.table.found import LeftOut, Scan
+
+
+def name_patients(root: Path, scans: Sequence[Scan], by: str) -> tuple[list[Scan], list[LeftOut]]:
+    """Set `patient` of the scans; return those that have one, and the others.
+
+    by: "folder" (the first below the tree), "file", or "auto": DICOM's PatientID or what the layout
+        says; of other NIfTI files the folder, if `_patients_folders` has it, else the file's name
+        without words such as T1w.
+    """
+    of_patients = _patients_folders(root, scans)
+    kept, left = [], []
+    for scan in scans:
+        folder = _folder(root, scan)
+        if by == "file" or (by == "folder" and not folder):
+            scan.patient = names.stem(scan.path)
+        elif by == "folder":
+            scan.patient = folder
+        elif scan.name and not scan.patient:
+            by_folder = folder in of_patients
+            scan.patient = folder if by_folder else names.case_by_name(scan.path)
+        if not scan.patient:
+            why = "no PatientID in the header; --patients folder takes the folder's name"
+            left.append(LeftOut(scan.path, why))
+        elif not scan.patient.isprintable():
+            left.append(LeftOut(scan.path, "PatientID that does not show: control characters"))
+        else:
+            kept.append(scan)
+    return kept, left
+
+
+def _folder(root: Path, scan: Scan) -> str:
+    """Return the first folder below the tree that may be a patient's, or ""."""
+    parts = scan.path.relative_to(root).parts
+    parts = parts if scan.path.is_dir() else parts[:-1]
+    generic = names.IMAGE_FOLDERS | names.MASK_FOLDERS
+    return next((part for part in parts if part.lower() not in generic), "")
+
+
+def _patients_folders(root: Path, scans: Sequence[Scan]) -> set[str]:
+    """Return the folders that are each of one patient: a digit is in their name, and they hold one
+    scan, or names that begin with theirs, or names that other folders hold too."""
+    of_folder, places = defaultdict(list), defaultdict(set)
+    for scan in [scan for scan in scans if scan.name]:
+        name, folder = names.stem(scan.path).lower(), _folder(root, scan)
+        of_folder[folder].append(name)
+        places[name].add(folder)
+    return {
+        folder
+        for folder, held in of_folder.items()
+        if re.search(r"\d", folder)
+        and (
+            len(held) == 1
+            or any(name.startswith(folder.lower()) or len(places[name]) > 1 for name in held)
+        )
+    }
+
+
+def plain(patient: str) -> str:
+    """Return an ID as people compare it: without case, spaces, and zeros before a number."""
+    text = unicodedata.normalize("NFKC", patient).casefold()
+    return re.sub(r"(?<!\d)0+(?=\d)", "", re.sub(r"[\s_\-]+", "", text))
+
+
+def alike(patients: Sequence[str]) -> list[list[str]]:
+    """Return the groups of different IDs that differ in case, separators or leading zeros only."""
+    groups = defaultdict(set)
+    for patient in patients:
+        groups[plain(patient)].add(patient)
+    return [sorted(group) for group in groups.values() if len(group) > 1]
