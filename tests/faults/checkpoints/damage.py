@@ -45,7 +45,8 @@ def _spans(data: bytearray) -> dict[str, tuple[int, int]]:
         directory = archive.start_dir
         starts = sorted(member.header_offset for member in archive.infolist())
         # a bit between two tensors, in padding, would change nothing
-        largest = max(archive.infolist(), key=lambda member: member.file_size)
+        tensors = [member for member in archive.infolist() if "/data/" in member.filename]
+        largest = max(tensors, key=lambda member: member.file_size)
     header = largest.header_offset
     name, extra = (int.from_bytes(data[header + n : header + n + 2], "little") for n in (26, 28))
     values = header + 30 + name + extra
