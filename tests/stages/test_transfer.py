@@ -16,6 +16,7 @@ from data.demo.make import make_demo
 from data.probe.__main__ import main as probe
 from models.backbones import build_backbone
 from tests.conftest import read_cases
+from tests.places import ROOT
 from utils import checkpoint
 from utils.errors import InputError
 
@@ -245,3 +246,11 @@ def test_the_shipped_study_is_valid():
     cfg, _ = program.parse_command_line([], program.CONFIG, *rules)
     assert cfg.arms["dino"] == "results/dino/checkpoints/backbone.pt"
     assert program.stage_config(cfg).csv_path == "demo_data/segmentation.csv"
+
+
+@pytest.mark.parametrize("name", ["hippocampus", "nodules"])
+def test_the_studies_of_the_benchmarks_are_valid(name):
+    rules = (program.TransferConfig, program.impossible_transfer)
+    config = ["--config", str(ROOT / "tests" / "benchmarks" / f"{name}.yaml")]
+    cfg, _ = program.parse_command_line(config, program.CONFIG, *rules)
+    assert program.stage_config(cfg).csv_path == f"../shared/data/{name}/segmentation.csv"
