@@ -132,7 +132,9 @@ def _on_grid(
     if not usual or min(turned.shape) < MIN_VOXELS:
         what = f"expected {low:g} to {high:g} mm and at least {MIN_VOXELS} voxels along each axis"
         raise VolumeError(f"{path}: {grid}; {what}")
-    voxels, air = volume.voxels, float(volume.voxels.min())
+    voxels = volume.voxels
+    faces = [np.take(voxels, i, axis).ravel() for axis in range(3) for i in (0, -1)]
+    air = float(np.percentile(np.concatenate(faces), 5))  # not the least: one bad voxel would do
     if kind == "CT":  # before padding values of -3024 are mixed into the skin
         voxels, air = np.clip(voxels, *CT_RANGE), CT_AIR
     found, covered = resample(voxels, index, shape, 1, air)

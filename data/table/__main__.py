@@ -67,7 +67,10 @@ def find_scans(args: argparse.Namespace) -> Table:
             what = "no scan: " + ("DICOM without an image" if found is None else path.suffix)
             table.left.append(LeftOut(path, what))
     layouts = nifti.find_layouts(files)
-    table.classes = layouts[0].classes if len(layouts) == 1 else {}
+    if len({str(layout.classes) for layout in layouts}) > 1:
+        named = " and ".join(str(layout.folder) for layout in layouts[:2])
+        raise InputError(f"{named}: dataset.json of other labels: make a table of each by itself")
+    table.classes = layouts[0].classes if layouts else {}
     table.keep(dicom.dicom_scans(headers, args.uneven_slices))
     scans, found, left = nifti.nifti_scans(args.folder, of_nifti, layouts, args.workers, progress)
     table.keep((table.scans + scans, left))

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from data.prepare.targets import number
 from data.table.found import LeftOut, Scan, Table
-from data.table.patients import alike, plain
+from data.table.patients import alike, doubtful, plain
 from utils.errors import InputError
 
 UNLABELLED = "unlabelled"  # the fold of patients without a mask, where others have one
@@ -47,6 +47,7 @@ def set_folds(table: Table, n: int, seed: int) -> None:
     table.folds = n
     for group in alike([scan.patient for scan in kept]):
         table.notes.append(f"one patient or several? {', '.join(group)}: put into one fold")
+    table.notes += doubtful(kept)
 
 
 def tags_of(scans: Sequence[Scan], labels: Mapping[str, Mapping[str, str]]) -> dict[str, Tags]:

@@ -1,5 +1,6 @@
 """Which mask belongs to which scan: by name, and only on the same grid."""
 
+import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +20,8 @@ def pair(root: Path, scans: Sequence[Scan], masks: Mapping[Path, Grid]) -> list[
     """Set `seg_path` of the scans that have one mask; return the masks that were not used.
 
     A NIfTI scan and its mask have the same key (`data.table.names.key`), or are `related` if no
-    scan has that key. A DICOM series has the mask that is named after its patient or a folder.
+    scan has that key. A DICOM series has the mask that is named after its patient or a folder; of
+    several such series those next to it in the tree, which must be of one study.
     """
     by_key, by_folder, by_word = defaultdict(list), defaultdict(list), defaultdict(list)
     for scan in scans:
@@ -32,7 +34,13 @@ def pair(root: Path, scans: Sequence[Scan], masks: Mapping[Path, Grid]) -> list[
     left, found = [], defaultdict(list)
     for path, grid in masks.items():
         key = names.key(path.relative_to(root))
-        same = by_key[key] + by_word["_".join(names.words(next(filter(None, key[::-1]), "")))]
+        series = by_word["_".join(names.words(next(filter(None, key[::-1]), "")))]
+        series = _nearest(path, list({id(scan): scan for scan in series}.values()))
+        if len({(scan.patient, scan.study) for scan in series}) > 1:
+            what = f"may be of {series[0].path} and of {series[1].path}"
+            left.append(LeftOut(path, f"a mask of several studies, by its name: {what}"))
+            continue
+        same = by_key[key] + series
         same = same or [s for s in by_folder[key[:-1]] if names.related(s.name, key)]
         fitting = [(scan, _difference(grid, scan.grid)) for scan in same]
         for scan in [scan for scan, difference in fitting if not difference]:
@@ -49,6 +57,12 @@ def pair(root: Path, scans: Sequence[Scan], masks: Mapping[Path, Grid]) -> list[
         why = f"several masks of one scan: {len(paths)} for {scan.path}; one file must hold all"
         left += [LeftOut(path, why) for path in paths if len(paths) > 1]
     return list(dict.fromkeys(left))
+
+
+def _nearest(mask: Path, series: Sequence[Scan]) -> list[Scan]:
+    """Return the series that share most folders with a mask."""
+    shared = [len(Path(os.path.commonpath([mask, scan.path])).parts) for scan in series]
+    return [scan for scan, n in zip(series, shared, strict=True) if n == max(shared)]
 
 
 def _difference(mask: Grid, image: Grid) -> str:

@@ -9,6 +9,12 @@ from pathlib import Path
 from data.table import names
 from data.table.found import LeftOut, Scan
 
+VISIT = re.compile(  # what tells visits, dates, sides or runs of one patient apart
+    r"[_\-. ]+(baseline|follow\w*|pre\w*|post\w*|(visit|tp|ses|scan|run|t)[_\-]?\d*|left|right|l|r"
+    r"|\d{8}|\d{1,2})$",
+    re.IGNORECASE,
+)
+
 
 def name_patients(root: Path, scans: Sequence[Scan], by: str) -> tuple[list[Scan], list[LeftOut]]:
     """Set `patient` of the scans; return those that have one, and the others.
@@ -63,6 +69,30 @@ def _patients_folders(root: Path, scans: Sequence[Scan]) -> set[str]:
             or any(name.startswith(folder.lower()) or len(places[name]) > 1 for name in held)
         )
     }
+
+
+def doubtful(scans: Sequence[Scan]) -> list[str]:
+    """Return notes on IDs that names of files or folders gave, and may not be those of one person:
+    visits and sides that have IDs of their own, folders of several persons."""
+    named = [scan for scan in scans if scan.name]
+    visits, held = defaultdict(set), defaultdict(set)
+    for scan in named:
+        stem = VISIT.sub("", scan.patient)
+        if stem != scan.patient and re.search(r"\d", stem):
+            visits[stem].add(scan.patient)
+        if re.search(r"\d", case := names.case_by_name(scan.path)):
+            held[scan.patient].add(case)
+    groups = [sorted(ids) for ids in visits.values() if len(ids) > 1]
+    notes = []
+    if groups:
+        what = f"{' and '.join(groups[0][:2])}, and {len(groups)} such in all"
+        notes.append(f"one patient, split over folds? {what}: check their folds")
+    folders = {id: stems for id, stems in held.items() if len(stems) > 1}
+    if folders:
+        patient, stems = min(folders.items())
+        what = f"{patient} has {', '.join(sorted(stems)[:3])}"
+        notes.append(f"several patients under one ID? {what}; --patients file takes file names")
+    return notes
 
 
 def plain(patient: str) -> str:

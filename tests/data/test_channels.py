@@ -104,6 +104,17 @@ def test_what_a_channel_does_not_cover_is_air_and_said(tmp_path):
     assert "covers 50%" in entry.notices[0]
 
 
+def test_one_bad_voxel_is_not_taken_for_air(tmp_path):
+    half = (SHAPE[0] // 2, *SHAPE[1:])
+    voxels = np.zeros(half)
+    voxels[3:-3, 3:-3, 3:-3], voxels[0, 0, 0] = 700, -900
+    paths = {"a": save(tmp_path / "a.nii"), "b": save(tmp_path / "b.nii", FIRST, voxels=voxels)}
+    _, found, _ = read(tmp_path, replace(FORM, modality="MR"), **paths)
+    uncovered = found[1][: SHAPE[0] // 2 - 1]  # x is turned round
+    assert np.isclose(uncovered, found[1][-2, 1, 1]).all()  # its own air
+    assert found[1].max() - uncovered.max() > 0.9  # which is far from its tissue
+
+
 @pytest.mark.parametrize("mm", [300, 19.5])
 def test_a_channel_elsewhere_in_space_is_refused(tmp_path, mm):
     away = FIRST.copy()

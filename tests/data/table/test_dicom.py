@@ -2,8 +2,11 @@
 
 import os
 
+import nibabel as nib
+import numpy as np
 import pytest
 
+from data.readers import read_volume
 from data.table import dicom
 from tests.data.dicom.factory import CORONAL, make_enhanced, make_series, save
 from tests.data.table.making import column, make, series
@@ -180,3 +183,25 @@ def test_slices_of_several_orientations_are_no_volume(tmp_path, capsys):
         (tree / "b").mkdir(exist_ok=True)
         save(ds, tree / "b" / f"{k}")
     assert "slices of different orientation" in make(capsys, tree, *ALL)[1]
+
+
+def test_a_mask_goes_to_the_series_next_to_it_and_to_no_other_patient(tmp_path, capsys):
+    root = tmp_path / "tree"
+    for i, patient in enumerate(("Z1", "Z2", "Z3")):
+        series(root / patient / "arterial", patient, StudyInstanceUID=f"1.2.{i}")
+    image = read_volume(root / "Z1" / "arterial")
+    mask = nib.Nifti1Image(np.ones(image.voxels.shape, np.uint8), image.affine)
+    nib.save(mask, root / "Z1" / "arterial_seg.nii.gz")
+    rows, _ = make(capsys, root, "--folds", "1")
+    assert {row["PatientID"]: bool(row["seg_path"]) for row in rows} == {
+        "Z1": True,
+        "Z2": False,
+        "Z3": False,
+    }
+
+    # ---- two studies of the patient after whom it is named: nothing says which
+    series(root / "Z1" / "later", "Z1", StudyInstanceUID="1.2.9", SeriesInstanceUID="1.3.9")
+    (root / "masks").mkdir()
+    (root / "Z1" / "arterial_seg.nii.gz").rename(root / "masks" / "Z1.nii.gz")
+    rows, said = make(capsys, root, "--folds", "1")
+    assert not any(row.get("seg_path") for row in rows) and "a mask of several studies" in said

@@ -1,5 +1,6 @@
 """Folds by patient, labels, and the file that is written."""
 
+import json
 import os
 import shlex
 
@@ -118,3 +119,29 @@ def test_the_printed_command_passes(tmp_path, capsys):
         stage = {"dino.py": dino, "segmentation.py": segmentation}[script]
         more = (f"cache_dir={tmp_path}", "n_workers=0")
         assert check == "--check" and stage.main([check, *overrides, *more]) == 0
+
+
+def test_ids_from_names_that_may_not_be_one_person_each_are_noted(tmp_path, capsys):
+    for name in ("pat01_baseline", "pat01_followup", "pat02_baseline", "pat02_followup"):
+        nifti(tmp_path / "visits" / f"{name}.nii.gz")
+    _, said = make(capsys, tmp_path / "visits", "--modality", "CT", "--folds", "2")
+    assert "split over folds? pat01_baseline and pat01_followup, and 2 such" in said
+    for site, name in (
+        (site, name) for site in ("site1", "site2") for name in ("case_1", "case_2")
+    ):
+        nifti(tmp_path / "sites" / site / f"{name}.nii.gz")
+    _, said = make(capsys, tmp_path / "sites", "--modality", "CT", "--folds", "2")
+    assert "several patients under one ID? site1 has case_1, case_2" in said
+    for name in ("P01_T1w", "P01_FLAIR", "P02_T1w", "P02_FLAIR"):
+        nifti(tmp_path / "sequences" / name[:3] / f"{name}.nii.gz")
+    _, said = make(capsys, tmp_path / "sequences", "--modality", "MR", "--folds", "2")
+    assert "?" not in said
+
+
+def test_data_sets_that_name_labels_otherwise_are_no_one_table(tmp_path):
+    for name, labels in (("a", {"liver": 1}), ("b", {"tumor": 1})):
+        nifti(tmp_path / "both" / name / "imagesTr" / "c_1_0000.nii.gz")
+        text = json.dumps({"labels": labels, "channel_names": {"0": "CT"}})
+        (tmp_path / "both" / name / "dataset.json").write_text(text)
+    with pytest.raises(InputError, match="dataset.json of other labels"):
+        main([str(tmp_path / "both"), "--out", str(tmp_path / "x.csv"), "--workers", "1"])
