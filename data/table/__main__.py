@@ -112,6 +112,8 @@ def main(argv: Sequence[str]) -> int:
         raise InputError(f"{args.folder}: no such folder")
     if args.out.exists() and not args.force:
         raise InputError(f"{args.out}: is there already; --force overwrites it")
+    if args.labels and args.out.exists() and args.out.samefile(args.labels):
+        raise InputError(f"{args.out}: holds the labels; write to another file")
     if not args.out.parent.is_dir():
         raise InputError(f"{args.out.parent}: no such folder, for {args.out.name}")
     if args.folds < 1:

@@ -1,5 +1,6 @@
 """Label columns from a CSV of patients."""
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -10,13 +11,16 @@ from utils.files import read_text
 
 OURS = {"PatientID", "path", "img_path", "seg_path", "fold", "modality", "series_uid"}
 
+PERSONAL = re.compile(r"name|birth|\bdob\b|address|phone|e-?mail|geburt", re.IGNORECASE)
+
 
 def read_labels_csv(
     path: Path, patients: Iterable[str]
 ) -> tuple[dict[str, dict[str, str]], list[str]]:
     """Return {patient: {column: text}} for all patients, empty where the CSV has no row, and notes.
 
-    path: columns PatientID and labels; a patient's rows must agree.
+    path: columns PatientID and labels; a patient's rows must agree. Columns that seem to hold
+        names, dates of birth or addresses are left out.
 
     Raises InputError if the file cannot be used or has none of the patients.
     """
@@ -26,7 +30,8 @@ def read_labels_csv(
         raise InputError(f"{path}: {error}") from None
     if "PatientID" not in header:
         raise InputError(f"{path}: no column 'PatientID'; it has {', '.join(header)}")
-    columns = [name for name in header if name != "PatientID"]
+    private = [name for name in header if PERSONAL.search(name)]
+    columns = [name for name in header if name not in ("PatientID", *private)]
     if wrong := sorted(set(columns) & OURS | {c for c in columns if header.count(c) > 1}):
         raise InputError(f"{path}: columns {', '.join(wrong)}: taken, or there twice; rename them")
     found = {}
@@ -44,6 +49,8 @@ def read_labels_csv(
         shown = f"{', '.join(list(found)[:3])}; the scans are of {', '.join(patients[:3])}"
         raise InputError(f"{path}: none of its patients has a scan; it has {shown}")
     notes = []
+    if private:
+        notes.append(f"personal, by their names: columns {', '.join(private)} are left out")
     if lacking:
         meant = {plain(patient): patient for patient in found}
         near = [f"{p} (is it {meant[plain(p)]}?)" if plain(p) in meant else p for p in lacking]

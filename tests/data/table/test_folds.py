@@ -145,3 +145,16 @@ def test_data_sets_that_name_labels_otherwise_are_no_one_table(tmp_path):
         (tmp_path / "both" / name / "dataset.json").write_text(text)
     with pytest.raises(InputError, match="dataset.json of other labels"):
         main([str(tmp_path / "both"), "--out", str(tmp_path / "x.csv"), "--workers", "1"])
+
+
+def test_columns_of_persons_are_left_out_and_labels_are_not_overwritten(tmp_path, capsys):
+    nifti(tmp_path / "tree" / "P1.nii.gz")
+    labels = tmp_path / "labels.csv"
+    labels.write_text("PatientID,PatientName,BirthDate,lesion\nP1,Smith,19010203,1\n")
+    args = ("--modality", "CT", "--folds", "1", "--labels", str(labels))
+    rows, said = make(capsys, tmp_path / "tree", *args)
+    assert rows[0]["lesion"] == "1" and not {"PatientName", "BirthDate"} & rows[0].keys()
+    assert "PatientName, BirthDate are left out" in said and "Smith" not in said
+    with pytest.raises(InputError, match="holds the labels"):
+        make(capsys, tmp_path / "tree", *args, out=labels)
+    assert "Smith" in labels.read_text()
