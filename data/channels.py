@@ -106,6 +106,17 @@ def _of_one_space(volume: Volume, first: Volume, path: str, name: str) -> list[s
     return [f"{path}: in another DICOM frame of reference than {name}: {what}"]
 
 
+def air_of(voxels: np.ndarray, kind: str) -> float:
+    """Return the value to put where a volume (X, Y, Z) ends; of CT in HU.
+
+    It is one of the darkest at the faces, but not the least of all, which one bad voxel may be.
+    """
+    if kind == "CT":
+        return CT_AIR
+    faces = [np.take(voxels, i, axis).ravel() for axis in range(3) for i in (0, -1)]
+    return float(np.percentile(np.concatenate(faces), 5))
+
+
 def _on_grid(
     volume: Volume, first: Volume, kind: str, path: str, name: str
 ) -> tuple[np.ndarray, list[str]]:
@@ -133,11 +144,9 @@ def _on_grid(
         what = f"expected {low:g} to {high:g} mm and at least {MIN_VOXELS} voxels along each axis"
         raise VolumeError(f"{path}: {grid}; {what}")
     voxels = volume.voxels
-    faces = [np.take(voxels, i, axis).ravel() for axis in range(3) for i in (0, -1)]
-    air = float(np.percentile(np.concatenate(faces), 5))  # not the least: one bad voxel would do
     if kind == "CT":  # before padding values of -3024 are mixed into the skin
-        voxels, air = np.clip(voxels, *CT_RANGE), CT_AIR
-    found, covered = resample(voxels, index, shape, 1, air)
+        voxels = np.clip(voxels, *CT_RANGE)
+    found, covered = resample(voxels, index, shape, 1, air_of(voxels, kind))
     sizes = [np.prod(voxel_sizes(v.affine)) * v.voxels.size for v in (first, volume)]
     if covered * sizes[0] < MIN_OVERLAP * min(sizes):
         middles = [v.affine @ [*(np.subtract(v.voxels.shape, 1) / 2), 1] for v in (first, volume)]

@@ -15,7 +15,7 @@ from monai.data import MetaTensor
 from monai.transforms import Compose, MapTransform, Orientationd, Spacingd, SpatialCrop, Transform
 from scipy import ndimage
 
-from data.channels import CT_AIR, CT_RANGE, read_channels
+from data.channels import CT_AIR, CT_RANGE, air_of, read_channels
 from data.nifti import is_nifti
 from data.readers import Volume, VolumeError, read_mask
 from data.volume import MAX_SHEAR, grid_difference, resample, shear_of, spacing_of
@@ -218,12 +218,8 @@ class ToRightAnglesd(Transform):
         new, shape = _right_angles(old, data["image"].shape[1:], axis, self.spacing)
         index = np.linalg.solve(old, new)  # voxel of the new grid -> of the old one
         images, out = data["image"].numpy(), dict(data)
-        air = [
-            CT_AIR if kind == "CT" else float(x.min())
-            for x, kind in zip(images, data["kinds"], strict=True)
-        ]
-        pairs = zip(images, air, strict=True)
-        found = [resample(x, index, shape, 1, outside)[0] for x, outside in pairs]
+        pairs = zip(images, data["kinds"], strict=True)
+        found = [resample(x, index, shape, 1, air_of(x, kind))[0] for x, kind in pairs]
         out["image"] = _meta_tensor(found, new)
         if "seg" in out:
             found = resample(out["seg"][0].numpy(), index, shape, 0, 0)[0]

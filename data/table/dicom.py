@@ -24,6 +24,7 @@ from data.table.found import LeftOut, Scan
 from data.volume import VolumeError, spacing_of
 from utils.parallel import in_processes
 
+COMPUTED = {"DERIVED", "ADC", "PROJECTION IMAGE", "MIP", "MPR", "P"}  # P: phase; all in ImageType
 CHUNK = 64  # files that a process reads at a time
 Result = Image | None | Exception  # of `read_header`
 
@@ -148,7 +149,7 @@ def _scan_of(
         modality=modality,
         series_uid=uid,
         study=members[0].study_uid or str(folder),
-        derived=all(image.image_type[0] == "DERIVED" for image in members),
+        derived=all(COMPUTED & {*image.image_type} for image in members),
     )
 
 

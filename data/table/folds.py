@@ -38,6 +38,8 @@ def set_folds(table: Table, n: int, seed: int) -> None:
     sizes = Counter(plain(scan.patient) for scan in kept if not fixed[plain(scan.patient)])
     if len(sizes) < n:
         hint = f"--folds {len(sizes)}" if sizes else "why is said above"
+        if not sizes and set(fixed.values()) - {"", UNLABELLED}:
+            hint = "all have a scan in imagesTs, the fold test; other patients need other names"
         s = "s" * (len(sizes) != 1)
         raise InputError(f"{n} folds, but {len(sizes)} patient{s} to deal out; {hint}")
     tags = tags_of(kept, table.labels)

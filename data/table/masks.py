@@ -19,9 +19,10 @@ from utils.parallel import in_processes
 def pair(root: Path, scans: Sequence[Scan], masks: Mapping[Path, Grid]) -> list[LeftOut]:
     """Set `seg_path` of the scans that have one mask; return the masks that were not used.
 
-    A NIfTI scan and its mask have the same key (`data.table.names.key`), or are `related` if no
-    scan has that key. A DICOM series has the mask that is named after its patient or a folder; of
-    several such series those next to it in the tree, which must be of one study.
+    A NIfTI scan and its mask have the same key (`data.table.names.key`), of which a whole name
+    comes first, or are `related` if no scan has that key. A DICOM series has the mask that is named
+    after its patient or a folder; of several such series those next to it in the tree, which must
+    be of one study.
     """
     by_key, by_folder, by_word = defaultdict(list), defaultdict(list), defaultdict(list)
     for scan in scans:
@@ -40,7 +41,8 @@ def pair(root: Path, scans: Sequence[Scan], masks: Mapping[Path, Grid]) -> list[
             what = f"may be of {series[0].path} and of {series[1].path}"
             left.append(LeftOut(path, f"a mask of several studies, by its name: {what}"))
             continue
-        same = by_key[key] + series
+        named = [scan for scan in by_key[key] if names.names_it(scan.path, path)]
+        same = (named or by_key[key]) + series
         same = same or [s for s in by_folder[key[:-1]] if names.related(s.name, key)]
         fitting = [(scan, _difference(grid, scan.grid)) for scan in same]
         for scan in [scan for scan, difference in fitting if not difference]:

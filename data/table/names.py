@@ -45,7 +45,7 @@ def key(path: Path) -> tuple[str, ...]:
     """
     name = stem(path)
     if BIDS_NAME.fullmatch(name):
-        entities = [part for part in name.split("_")[:-1]]
+        entities = name.split("_")[:-1]
         return ("bids", *(e for e in entities if e.partition("-")[0] not in OF_A_MASK))
     generic = IMAGE_FOLDERS | MASK_FOLDERS
     folders = [part.lower() for part in path.parts[:-1] if part.lower() not in generic]
@@ -55,6 +55,17 @@ def key(path: Path) -> tuple[str, ...]:
     while found and found[0] in MASK_WORDS | {"image", "img", "volume", "scan"}:
         found.pop(0)
     return (*folders, "_".join(found))
+
+
+def names_it(image: Path, mask: Path) -> bool:
+    """Return whether a mask has the whole name of an image, sequence included, and words for masks
+    alone beside it: P001_t1c_seg of P001_t1c, but not of P001_t1."""
+    found = words(stem(mask))
+    while found and found[-1] in MASK_WORDS:
+        found.pop()
+    while found and found[0] in MASK_WORDS:
+        found.pop(0)
+    return found == words(stem(image))
 
 
 def related(image: tuple[str, ...], mask: tuple[str, ...]) -> bool:

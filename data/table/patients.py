@@ -72,8 +72,8 @@ def _patients_folders(root: Path, scans: Sequence[Scan]) -> set[str]:
 
 
 def doubtful(scans: Sequence[Scan]) -> list[str]:
-    """Return notes on IDs that names of files or folders gave, and may not be those of one person:
-    visits and sides that have IDs of their own, folders of several persons."""
+    """Return notes on what names of files and folders may have said wrongly: visits and sides that
+    have IDs of their own, folders of several persons, masks of several kinds."""
     named = [scan for scan in scans if scan.name]
     visits, held = defaultdict(set), defaultdict(set)
     for scan in named:
@@ -92,6 +92,11 @@ def doubtful(scans: Sequence[Scan]) -> list[str]:
         patient, stems = min(folders.items())
         what = f"{patient} has {', '.join(sorted(stems)[:3])}"
         notes.append(f"several patients under one ID? {what}; --patients file takes file names")
+    masks = [names.stem(scan.seg_path) for scan in named if scan.seg_path]
+    kinds = {k for mask in masks for k in mask.split("_") if k.startswith(("desc-", "label-"))}
+    if len(kinds) > 1:
+        what = f"{', '.join(sorted(kinds)[:3])}; make a table of each by itself"
+        notes.append(f"masks of several kinds, whose values are taken for the same classes: {what}")
     return notes
 
 

@@ -15,7 +15,6 @@ from data.prepare.targets import is_missing_number, number
 from data.table.folds import MANY_VALUES, UNLABELLED
 from data.table.found import LeftOut, Scan, Table, unfit_path
 from data.table.nifti import TEST
-from utils.config.schema import Data
 from utils.errors import InputError
 from utils.files import replacing
 
@@ -152,11 +151,8 @@ def settings(table: Table, out: Path, more: dict[str, str]) -> str:
     targets, numbers = _targets(table)
     channels = [IMAGE, *[*table.scans[0].channels][1:]] if table.scans[0].channels else []
     if channels:
-        known = "channels" in Data.model_fields
-        what = "" if known else "  # not known yet: only img_path, the first channel, is read"
-        lines.append(f"data:\n  channels: [{', '.join(channels)}]{what}")
-        if known:
-            shared["data.channels"] = channels
+        lines.append(f"data:\n  channels: [{', '.join(channels)}]")
+        shared["data.channels"] = channels
     pretrain = dict(shared)
     if any(scan.fold == UNLABELLED for scan in table.scans):
         pretrain["train_folds"] = [*shared["train_folds"], UNLABELLED]

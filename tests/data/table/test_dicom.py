@@ -1,6 +1,7 @@
 """DICOM trees: which series become rows, and why the others do not."""
 
 import os
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -205,3 +206,13 @@ def test_a_mask_goes_to_the_series_next_to_it_and_to_no_other_patient(tmp_path, 
     (root / "Z1" / "arterial_seg.nii.gz").rename(root / "masks" / "Z1.nii.gz")
     rows, said = make(capsys, root, "--folds", "1")
     assert not any(row.get("seg_path") for row in rows) and "a mask of several studies" in said
+
+
+def test_computed_images_come_after_scans_whatever_their_number_of_slices(tmp_path, capsys):
+    root, study = tmp_path / "tree", {"StudyInstanceUID": "1.2.3", "Modality": "MR"}
+    series(root / "scan", slices=6, SeriesInstanceUID="1.3.1", **study)
+    for i, kind in enumerate(("ADC", "PROJECTION IMAGE", "P"), 2):
+        header = {"SeriesInstanceUID": f"1.3.{i}", "ImageType": ["ORIGINAL", "PRIMARY", kind]}
+        series(root / f"other{i}", slices=9, **header, **study)
+    rows, _ = make(capsys, root, *ALL)
+    assert [Path(row["img_path"]).name for row in rows] == ["scan"]

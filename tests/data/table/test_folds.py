@@ -158,3 +158,12 @@ def test_columns_of_persons_are_left_out_and_labels_are_not_overwritten(tmp_path
     with pytest.raises(InputError, match="holds the labels"):
         make(capsys, tmp_path / "tree", *args, out=labels)
     assert "Smith" in labels.read_text()
+
+
+def test_names_that_are_in_imagesTs_too_are_said_to_be_why(tmp_path):
+    for folder in ("imagesTr", "imagesTs"):
+        nifti(tmp_path / "raw" / folder / "c_1_0000.nii.gz")
+    text = json.dumps({"labels": {"liver": 1}, "channel_names": {"0": "CT"}})
+    (tmp_path / "raw" / "dataset.json").write_text(text)
+    with pytest.raises(InputError, match="all have a scan in imagesTs"):
+        main([str(tmp_path / "raw"), "--out", str(tmp_path / "x.csv"), "--workers", "1"])

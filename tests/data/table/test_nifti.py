@@ -1,6 +1,7 @@
 """NIfTI trees: layouts, masks, channels and patients, by name."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -154,3 +155,23 @@ def test_damaged_files_and_4d_are_left_out(tmp_path, capsys):
     assert column(rows, "PatientID") == [("a",)]
     assert "expected one volume (X, Y, Z)" in said and "neither a NIfTI file nor gzip" in said
     assert "a mask must hold whole numbers" in said
+
+
+def test_a_mask_that_names_a_sequence_is_of_that_one(tmp_path, capsys):
+    for patient in ("P001", "P002"):
+        for name in ("t1", "t1c", "t1c_seg"):
+            labels = (0, 1) if name.endswith("seg") else None
+            nifti(tmp_path / "tree" / patient / f"{patient}_{name}.nii.gz", labels)
+    rows, said = make(capsys, tmp_path / "tree", "--folds", "2")
+    assert {Path(row["img_path"]).name[5:] for row in rows if row["seg_path"]} == {"t1c.nii.gz"}
+    assert len(rows) == 2 and "no mask, though other scans of the patient have one" in said
+
+
+def test_masks_of_several_kinds_are_noted(tmp_path, capsys):
+    for subject, kind in (("sub-01", "brain"), ("sub-02", "lesion")):
+        nifti(tmp_path / "bids" / subject / "anat" / f"{subject}_T1w.nii.gz")
+        folder = tmp_path / "bids" / "derivatives" / kind / subject / "anat"
+        nifti(folder / f"{subject}_desc-{kind}_mask.nii.gz", (0, 1))
+    rows, said = make(capsys, tmp_path / "bids", "--folds", "2")
+    assert all(row["seg_path"] for row in rows)
+    assert "masks of several kinds" in said and "desc-brain, desc-lesion" in said
