@@ -21,6 +21,7 @@ from utils.report.page import write_training_report
 from utils.signals import Stopped, StopSignal, end_workers
 from utils.training.runlog import RunLog
 from utils.training.state import State, check_space, save
+from utils.training.step import is_emulated
 from utils.weights import LoadReport, compare_input, load_backbone
 
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_STOPPED = 1, 2, 75
@@ -50,6 +51,11 @@ class Run(Generic[Config]):
         """Return a run that goes on from the checkpoint that resume_training_from names, if any."""
         run = cls(cfg, device, stop)
         run.started_from = checkpoint.find(run.checkpoints, cfg.resume_training_from)
+        if is_emulated(device, cfg.precision) and distributed.is_main():
+            run.say(
+                "WARNING: this CPU has no bf16, so that convolutions in it take about a hundred "
+                "times as long; set precision=fp32"
+            )
         return run
 
     @property
