@@ -47,7 +47,7 @@ def mask_notices(
 
     Args as in `mask_problems`. Notices have the form of problems, for `format_problems`.
     """
-    notices = []
+    notices = list(_notices_of_classes(classes))
     for name, part in cases.items():
         masks = [labels[case.row] for case in part if case.row in labels]
         for class_name, values in zip(classes.names, classes.values, strict=True):
@@ -57,6 +57,17 @@ def mask_notices(
         for case in part:
             notices += _notices_of(case, labels.get(case.row), classes)
     return sorted(notices, key=lambda notice: notice.row)
+
+
+def _notices_of_classes(classes: Classes) -> Iterator[Problem]:
+    """Say how classes of several label values are learned, and what predictions hold."""
+    if all(len(values) == 1 for values in classes.values):
+        return
+    how = "each voxel has one of them or none (softmax), since no label value is in two"
+    if classes.overlap:
+        how = "regions that overlap, since label values are in several: each has a sigmoid"
+    held = "; ".join(f"{value}: {', '.join(of)}" for value, of in classes.meanings().items())
+    yield Problem(0, "", f"{how}. Label values in predictions: {held}", "classes")
 
 
 def _notices_of(case: Case, found: Sequence[int] | None, classes: Classes) -> Iterator[Problem]:

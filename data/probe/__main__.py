@@ -24,7 +24,7 @@ from data.views.images import standard_form
 from models.backbones import facts_of, from_config
 from models.classifier import Classifier
 from utils import distributed
-from utils.classes import Classes
+from utils.classes import Classes, refuse_overlap
 from utils.config.classification import ClassificationConfig, impossible_classification
 from utils.config.command_line import parse_command_line, save_resolved
 from utils.config.segmentation import SegmentationConfig, impossible_segmentation
@@ -49,6 +49,7 @@ def segmentation(run: Run[SegmentationConfig], backbone, seen) -> None:
     cfg, folder = run.cfg, run.folder / "test"
     cache = VolumeCache(cfg.cache_dir, StandardForm.from_config(cfg.data))
     classes = Classes.from_config(cfg.classes, cfg.ignore_labels)
+    refuse_overlap(classes)
     cases, skipped = load_cases(with_test(cfg), cache, [], PATH_COLUMNS[::-1], False, classes)
     notes = refuse_seen(cases["test"], seen, "dino_weights", cfg.allow_seen_patients)
     print(format_problems(skipped))

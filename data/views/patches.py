@@ -270,9 +270,9 @@ class PatchDataset(Dataset):
 
     Items: region (C, X, Y, Z) int16 and mask (X, Y, Z) uint8 class indices that it is cut from,
     left and right swapped in the mask if the patch is flipped along x; the parameters of
-    `sample_patch`; foreground, index of the class it is centred on, 0 for a random place; index of
-    the case; key. They depend on seed and key alone. Raises what cache.get raises for a case that
-    cannot be read.
+    `sample_patch`; foreground, the class it is centred on, from 1, or 0 for a random place; index
+    of the case; key. They depend on seed and key alone. Raises what cache.get raises for a case
+    that cannot be read.
     """
 
     def __init__(
@@ -310,19 +310,21 @@ class PatchDataset(Dataset):
         }
 
     def class_shares(self) -> np.ndarray:
-        """Return the share of each class among the voxels of a patch that are not IGNORE, (1 + K,).
+        """Return the share of each output's class among the voxels of a patch that are not IGNORE,
+        (num_outputs,).
 
         Counted in patches without augmentation, not in whole masks: `foreground` decides how much
         of a class the network sees. Shares of patches are averaged, not voxels, since each patch
-        has the same weight in the loss. One more patch in which all classes are equal keeps shares
-        above 0. The result is a function of data and seed alone, the same on all ranks.
+        has the same weight in the loss. One more patch in which all classes are equal (each
+        region in half of it) keeps shares above 0. The result is a function of data and seed
+        alone, the same on all ranks.
         """
-        plain, num_classes = copy.copy(self), self.classes.num_outputs
+        plain, targets, num = copy.copy(self), self.classes.targets, self.classes.num_outputs
         plain.settings = PatchSettings(self.settings.patch_size)
-        shares = [np.full(num_classes, 1 / num_classes)]
+        shares = [np.full(num, 1 / 2 if self.classes.overlap else 1 / num)]
         for key in EpochSampler(len(self.data), NUM_COUNTED, self.seed, batches=1):
-            counts = np.bincount(plain[key]["mask"].flatten(), minlength=num_classes)[:num_classes]
-            shares += [counts / counts.sum()] if counts.any() else []
+            counts = np.bincount(plain[key]["mask"].flatten(), minlength=256)[: len(targets)]
+            shares += [counts @ targets / counts.sum()] if counts.any() else []
         return np.mean(shares, axis=0)
 
 
@@ -336,19 +338,18 @@ def collate_patches(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def sample_foreground(
     rng: np.random.Generator, coords: Mapping[int, np.ndarray], classes: Classes
 ) -> tuple[int, np.ndarray | None]:
-    """Draw a class of those in the volume, all equally likely, and one of its voxels (3,); return
-    (0, None) if there is none.
+    """Draw a class of those in the volume, all equally likely, and one of its voxels (3,).
 
     Args:
         coords: {label value: (n, 3) voxels} of the cache entry.
+    Returns:
+        the class, counted from 1, and the voxel; (0, None) if there is none.
     """
-    found: dict[int, list[np.ndarray]] = {}
-    for value, voxels in coords.items():
-        index = classes.index_of(value)
-        if 0 < index < IGNORE:
-            found.setdefault(index, []).append(voxels)
-    if not found:
+    pairs = enumerate(classes.values, 1)
+    found = {k: [at for value, at in coords.items() if value in held] for k, held in pairs}
+    present = [k for k, voxels in found.items() if voxels]
+    if not present:
         return 0, None
-    index = int(rng.choice(sorted(found)))
-    voxels = np.concatenate(found[index])
-    return index, voxels[rng.integers(len(voxels))]
+    k = int(rng.choice(present))
+    voxels = np.concatenate(found[k])
+    return k, voxels[rng.integers(len(voxels))]

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from monai.losses import DeepSupervisionLoss, DiceCELoss
+from monai.losses import DeepSupervisionLoss, DiceCELoss, DiceLoss
 
 from models.backbones import build_backbone
-from models.segmenter import Segmenter, dice_ce, optimizer_groups, supervised
-from utils.classes import IGNORE
+from models.segmenter import Segmenter, dice_ce, loss_of, optimizer_groups, supervised
+from utils.classes import IGNORE, Classes
 from utils.weights import load_backbone
 
 TINY = {
@@ -183,3 +183,38 @@ def test_the_loss_of_a_batch_is_the_mean_of_its_halves():
     target[1, :5], target[2, :, :7] = IGNORE, IGNORE
     halves = [dice_ce(logits[i : i + 2], target[i : i + 2]) for i in (0, 2)]
     torch.testing.assert_close(dice_ce(logits, target), torch.stack(halves).mean(0))
+
+
+# ---- regions that overlap
+
+BRATS = Classes.from_config({"WT": [1, 2, 4], "TC": [1, 4], "ET": 4})  # indices 1: 2, 2: 1, 3: 4
+
+
+def test_the_loss_of_regions_is_monais_with_a_sigmoid_each():
+    logits, target = some()
+    target[:, 4:] += target[:, 4:] > 0  # all of the values
+    regions = torch.stack([target >= 1, target >= 2, target >= 3], dim=1).float()
+    dice, bce = DiceLoss(sigmoid=True), torch.nn.BCEWithLogitsLoss()
+    expected = torch.stack([dice(logits, regions), bce(logits, regions)])
+    torch.testing.assert_close(loss_of(BRATS)(logits, target), expected)
+    deep = supervised([logits, logits[..., ::2, ::2, ::2]], target, loss_of(BRATS))
+    assert torch.isfinite(deep).all()
+    assert loss_of(Classes.from_config({"a": 1, "b": 2})) is dice_ce
+
+
+def test_ignored_voxels_count_in_no_region():
+    logits, target = some()
+    target[0, :, :, :3], target[1, 4:] = IGNORE, IGNORE
+    loss = loss_of(BRATS)
+    losses = loss(logits, target)
+    losses.sum().backward()
+    ignored = (target == IGNORE)[:, None].expand_as(logits)
+    assert logits.grad[ignored].abs().max() == 0 and logits.grad[~ignored].abs().min() > 0
+    parts = [(logits[:1, ..., 3:], target[:1, ..., 3:]), (logits[1:, :, :4], target[1:, :4])]
+    torch.testing.assert_close(losses, torch.stack([loss(*p) for p in parts]).mean(0))
+
+
+def test_the_first_answers_of_regions_are_their_shares():
+    network, shares = segmenter(), np.array([0.3, 0.03, 0.01])
+    network.start_from(shares, overlap=True)
+    torch.testing.assert_close(network.outputs[0].bias.sigmoid(), torch.tensor(shares).float())

@@ -9,12 +9,12 @@ percentiles. Surface Dice (Nikolov et al., https://arxiv.org/abs/1809.04430) is 
 voxels of both surfaces that lie within the tolerance.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from scipy.spatial import cKDTree
 
-from utils.classes import IGNORE
+from utils.classes import IGNORE, Classes
 from utils.metrics.bootstrap import percentiles, resamples
 
 ROUNDING = 1e-6  # mm, tolerated in distances
@@ -22,6 +22,26 @@ METRICS = ["dice", "surface_dice", "hd95_mm", "volume_error_ml", "abs_volume_err
 MISSED, FALSE = "nothing predicted, present in the truth", "predicted, absent in the truth"
 ABSENT = "absent in both: not counted"
 ONLY_PREDICTED = "no mask: predicted only"
+
+
+Measure = Callable[[np.ndarray, np.ndarray | None, Sequence[str]], list[dict]]
+
+
+def by_class(
+    measure: Measure, prediction: np.ndarray, truth: np.ndarray | None, classes: Classes
+) -> list[dict]:
+    """Return the rows of measure(prediction, truth, names); of regions that overlap one by one.
+
+    prediction, truth: (X, Y, Z) uint8 indices of the classes; truth may be None.
+    """
+    if not classes.overlap:
+        return measure(prediction, truth, classes.names)
+    rows = []
+    for name in classes.names:
+        inside = np.zeros(256, np.uint8)
+        inside[classes.indices_of(name)], inside[IGNORE] = 1, IGNORE
+        rows += measure(inside[prediction], None if truth is None else inside[truth], [name])
+    return rows
 
 
 def case_metrics(

@@ -521,3 +521,17 @@ def test_each_patch_counts_alike_in_the_shares_and_ignored_voxels_do_not():
     expected = np.array([0, 50, 50, 0, 0]) + 1 / 5
     np.testing.assert_allclose(shares, expected / 101)
     np.testing.assert_allclose(dataset([unknown]).class_shares(), np.full(5, 1 / 5))
+
+
+def test_shares_and_centres_of_regions_that_overlap():
+    entry = noise_entry(labels=(0, 3, 3, 7))
+    classes = Classes.from_config({"both": [3, 7], "one": 7})
+    data = PatchDataset([entry], Cache(), classes, PLAIN, 1.0, (), 5)
+    # one patch in which each is a half, beside 100
+    np.testing.assert_allclose(data.class_shares(), [0.75, 0.25], atol=0.02)
+    seen = [data[(0, 0, i)]["foreground"] for i in range(40)]
+    assert 10 < seen.count(1) < 30 and seen.count(1) + seen.count(2) == 40
+    rng = np.random.default_rng(0)
+    points = [sample_foreground(rng, entry.class_coords, classes) for _ in range(40)]
+    assert {entry.seg[tuple(at)] for k, at in points if k == 1} == {3, 7}
+    assert {entry.seg[tuple(at)] for k, at in points if k == 2} == {7}
