@@ -87,13 +87,14 @@ def train_step(
     state.optimizer.zero_grad(set_to_none=True)
     buffers = step.remember_buffers(segmenter)
     weights, parts = torch.tensor([cfg.loss.dice, cfg.loss.ce], device=device), 0.0
-    loss = loss_of(Classes.from_config(cfg.classes, cfg.ignore_labels))
+    classes = Classes.from_config(cfg.classes)
     for i, batch in enumerate(batches, 1):
         images, targets = apply_patches(batch, cfg.patches.size, device)
         with step.syncing(segmenter, last=i == len(batches)):
             with step.autocast(device, cfg.precision):
                 outputs = segmenter(images)
-            losses = supervised(outputs, targets, loss) / len(batches)  # (2,)
+            losses = supervised(outputs, targets, loss_of(classes, batch["known"]))  # (2,)
+            losses = losses / len(batches)
             state.scaler.scale(losses @ weights).backward()
         parts = parts + losses.detach()
 
@@ -160,7 +161,7 @@ def validate(run: Run, state: State, cases: Sequence[Case], cache, classes: Clas
         except Stopped:
             break
         truth = read_truth(case, entry, classes)
-        rows += by_class(case_dice, found, truth, classes)
+        rows += by_class(case_dice, found, truth, classes, case.labelled)
         if distributed.is_main() and n <= NUM_SHOWN:
             path = run.folder / "plots" / f"val_{n}.png"
             picture = draw_case(path, case, entry, found, truth, classes)
@@ -325,8 +326,7 @@ def build_tested(run: Run, opened, classes: Classes, notes: list[str]) -> Callab
     if unlike:
         where = ", ".join("xyz"[axis] for axis in unlike)
         notes.append(f"inference.mirror along {where}, but trained without augment.flip there")
-    pairs = classes.channel_pairs(cfg.augment.mirror_pairs)
-    return mirrored(probabilities(run, networks), axes, pairs)
+    return mirrored(probabilities(run, networks), axes, classes.channels(cfg.augment.mirror_pairs))
 
 
 def test(run: Run[SegmentationConfig], opened, cases: list[Case], cache, notes: list[str]) -> None:

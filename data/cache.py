@@ -51,6 +51,7 @@ class VolumeCache:
         """Return the name of the case's file. Raises VolumeError if a source is missing."""
         channels = [(path, column_of(name)[1]) for name, path in case.channels.items()]
         facts = (case.path, case.series_uid, case.modality, case.seg_path, *channels)
+        facts += tuple(case.masks.items())
         if facts not in self._keys:
             self._keys[facts] = _compute_key(case, self.form)
         return self._keys[facts]
@@ -152,6 +153,11 @@ def fingerprint(path: str | Path) -> list[tuple[str, int, int]]:
     return [(file, stat.st_size, stat.st_mtime_ns) for file, stat in stats]
 
 
+def mask_paths(case: Case) -> list[str]:
+    """Return the file or files of a case's mask; [] without one."""
+    return [*case.masks] or [case.seg_path] * bool(case.seg_path)
+
+
 def fingerprints(case: Case) -> list:
     """Return of each channel its `fingerprint` and, of a 4D file, which volume; None: missing."""
     parts = [(path, column_of(name)[1]) for name, path in case.channels.items()]
@@ -165,12 +171,13 @@ def hash_series(uid: str | None) -> str | None:
 
 def _compute_key(case: Case, form: StandardForm) -> str:
     try:
-        sources = [fingerprint(p) for p in (case.path, case.seg_path) if p]
+        sources = [fingerprint(path) for path in (case.path, *mask_paths(case))]
         channels = fingerprints(case)
     except VolumeError as error:
         raise VolumeError(f"patient {case.patient}: {error}") from error
     facts = [FORMAT, form.to_dict(), sources, bool(case.seg_path), case.series_uid, case.modality]
     facts += [channels] if channels else []  # the keys of one channel stay the same
+    facts += [[*case.masks.values()]] if case.masks else []
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
 
 

@@ -6,10 +6,14 @@ BraTS's whole tumour and tumour core: a sigmoid each, as in nnU-Net's region-bas
 et al. 2020, arXiv 2011.00848). Voxels have indices: 0 is background, 1, 2, ... stand for the parts,
 which are the label values that are in the same classes (of classes that exclude each other, the
 class itself), and IGNORE marks voxels that count nowhere.
+
+Where a case has a file for each structure, the config names these in place of label values or
+beside them; each then gets a label value, so that all that follows sees one label map.
 """
 
+import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 
@@ -19,6 +23,7 @@ from utils.errors import InputError, nearest
 
 IGNORE = 255  # index of voxels that count in no loss and no metric
 MAX_VALUE = 32767  # masks are kept as int16
+FIRST_FREE = 32001  # label values of files where label maps have values of their own
 SIDE = re.compile(r"(?<![a-z0-9])(left|right|l|r|lt|rt)(?![a-z0-9])", re.IGNORECASE)
 
 
@@ -27,29 +32,54 @@ class Classes:
     """Class names[k] has the label values values[k]; values of no class are background.
 
     ignore: label values whose index is IGNORE.
+    files: (name of a mask's file or column, its label value), in the order in which they are drawn
+        over each other: files of more classes over those of fewer, else later over earlier.
+    only_files: label values that only files have, no label map.
     """
 
     names: tuple[str, ...]
     values: tuple[tuple[int, ...], ...]
     ignore: tuple[int, ...] = ()
+    files: tuple[tuple[str, int], ...] = ()
+    only_files: tuple[int, ...] = ()
 
     @classmethod
     def from_config(
-        cls, classes: Mapping[str, int | Sequence[int]], ignore_labels: Sequence[int] = ()
+        cls, classes: Mapping[str, "Labels"], ignore_labels: Sequence[int] = ()
     ) -> "Classes":
         """Make them from the keys classes and ignore_labels, which `class_problems` has checked."""
-        values = tuple(_as_tuple(found) for found in classes.values())
-        return cls(tuple(classes), values, tuple(ignore_labels))
+        entries = {name: _as_tuple(found) for name, found in classes.items()}
+        of = {}  # entry -> the classes that it is in
+        for entry in itertools.chain(*entries.values()):
+            of[entry] = tuple(name for name, found in entries.items() if entry in found)
+        given = [entry for entry in of if isinstance(entry, int)]
+        files = sorted((entry for entry in of if isinstance(entry, str)), key=lambda x: len(of[x]))
+        value_of = {of[value]: value for value in reversed(given)}
+        free = itertools.count(FIRST_FREE if given else 1)
+        for entry in (entry for entry in of if isinstance(entry, str)):
+            if of[entry] not in value_of:
+                value_of[of[entry]] = next(v for v in free if v not in ignore_labels)
+        values = [
+            dict.fromkeys(value_of[of[x]] if isinstance(x, str) else x for x in found)
+            for found in entries.values()
+        ]
+        drawn = tuple((name, value_of[of[name]]) for name in files)
+        only_files = tuple(v for v in dict.fromkeys(v for _, v in drawn) if v not in given)
+        fixed = (tuple(classes), tuple(map(tuple, values)), tuple(ignore_labels))
+        return cls(*fixed, drawn, only_files)
 
     @classmethod
     def from_dict(cls, stored: Mapping) -> "Classes":
         """Make them from the result of `to_dict`."""
         values = tuple(tuple(found) for found in stored["values"])
-        return cls(tuple(stored["names"]), values, tuple(stored["ignore"]))
+        files = tuple((name, value) for name, value in stored.get("files", ()))
+        rest = (tuple(stored["ignore"]), files, tuple(stored.get("only_files", ())))
+        return cls(tuple(stored["names"]), values, *rest)
 
     def to_dict(self) -> dict:
-        """Return the fields as a dict for JSON."""
-        return asdict(self)
+        """Return the fields as a dict for JSON, without those of files if there are none."""
+        fields = asdict(self)
+        return {k: v for k, v in fields.items() if v or k not in ("files", "only_files")}
 
     # ---- classes and indices
 
@@ -86,15 +116,21 @@ class Classes:
             return IGNORE
         return next((i for i, found in enumerate(self.parts, 1) if value in found), 0)
 
-    def to_index(self, labels: np.ndarray) -> np.ndarray:
+    def to_index(self, labels: np.ndarray, labelled: Collection[str] | None = None) -> np.ndarray:
         """Turn label values (any shape, int16) into indices, uint8: 0, 1, ... or IGNORE."""
-        return np.take(self.table(), labels, mode="wrap")  # -1 is the last of the 2^16 entries
+        # -1 is the last of the 2^16 entries
+        return np.take(self.table(labelled), labels, mode="wrap")
 
-    def table(self) -> np.ndarray:
-        """Return the index of each int16 value, (65536,) uint8; negatives count from the end."""
+    def table(self, labelled: Collection[str] | None = None) -> np.ndarray:
+        """Return the index of each int16 value, (65536,) uint8; negatives count from the end.
+
+        labelled: names of the classes that are labelled, None: all. Of classes that exclude each
+            other, the others are 0.
+        """
         table = np.zeros(2**16, np.uint8)
         for index, found in enumerate(self.parts, 1):
-            table[list(found)] = index
+            if self.overlap or labelled is None or self.names[index - 1] in labelled:
+                table[list(found)] = index
         table[list(self.ignore)] = IGNORE
         return table
 
@@ -109,6 +145,14 @@ class Classes:
         pairs = zip(self.parts, self.members[1:], strict=True)
         return {found[0]: [self.names[k] for k in np.flatnonzero(of)] for found, of in pairs}
 
+    def in_words(self) -> str:
+        """Return `meanings` in a line, with the files that a label value stands for."""
+        texts = []
+        for value, names in self.meanings().items():
+            files = [name for name, own in self.files if own == value]
+            texts.append(f"{value}: {', '.join(names)}" + f" ({', '.join(files)})" * bool(files))
+        return "; ".join(texts)
+
     # ---- a network's outputs
 
     @property
@@ -122,6 +166,12 @@ class Classes:
         """What the outputs of a voxel of an index should be, float32 (1 + parts, num_outputs)."""
         found = self.members if self.overlap else np.eye(self.num_outputs)
         return found.astype(np.float32)
+
+    def known(self, labelled: Collection[str] | None) -> np.ndarray:
+        """Return which outputs a case teaches whose mask shows these classes (None: all), bool
+        (num_outputs,); the background is among them."""
+        found = [labelled is None or name in labelled for name in self.names]
+        return np.array(found if self.overlap else [True, *found])
 
     def decision(self) -> list[np.ndarray]:
         """Return how an index follows from the regions that are predicted at a voxel.
@@ -147,7 +197,7 @@ class Classes:
             tables.append(np.array([[nodes.index(side) for side in pair] for pair in pairs]))
         return tables
 
-    def channel_pairs(self, pairs: Sequence[Sequence[str]]) -> list[list[int]]:
+    def channels(self, pairs: Sequence[Sequence[str]]) -> list[list[int]]:
         """Return the output channels of pairs of classes."""
         first = not self.overlap
         return [[self.names.index(name) + first for name in pair] for pair in pairs]
@@ -164,8 +214,11 @@ class Classes:
         return table
 
 
+Labels = int | str | Sequence[int | str]  # label values, files
+
+
 def class_problems(
-    classes: Mapping[str, int | Sequence[int]],
+    classes: Mapping[str, Labels],
     ignore_labels: Sequence[int] = (),
     mirror_pairs: Sequence[Sequence[str]] = (),
 ) -> Iterator[tuple[str, str]]:
@@ -178,7 +231,10 @@ def class_problems(
         if not values and key != "ignore_labels":
             yield key, "no label value"
         for i, value in enumerate(values):
-            if value == 0:
+            if isinstance(value, str):
+                if value in values[:i]:
+                    yield key, f"{value} is twice"
+            elif value == 0:
                 yield key, "0 is always background"
             elif not 0 < value <= MAX_VALUE:
                 yield key, f"{value}: label values are 1 to {MAX_VALUE}"
@@ -233,5 +289,5 @@ def unpaired_sides(names: Sequence[str], mirror_pairs: Sequence[Sequence[str]]) 
     return [name for name in names if SIDE.search(name) and name not in paired]
 
 
-def _as_tuple(found: int | Sequence[int]) -> tuple[int, ...]:
-    return (found,) if isinstance(found, int) else tuple(found)
+def _as_tuple(found: Labels) -> tuple[int | str, ...]:
+    return (found,) if isinstance(found, int | str) else tuple(found)

@@ -218,16 +218,16 @@ def read_truth(case: Case, entry: CacheEntry, classes: Classes) -> np.ndarray:
 
     Raises VolumeError if mask and image have different shapes.
     """
-    mask = read_mask(case.seg_path)
-    if entry.mask_grid == "voxels" and is_nifti(case.path) and is_nifti(case.seg_path):
+    mask, files = read_mask(case.seg_path, case.masks), case.masks or [case.seg_path]
+    if entry.mask_grid == "voxels" and all(map(is_nifti, (case.path, *files))):
         if off_by_header(mask, entry.original_affine, entry.original_shape):
-            return classes.to_index(mask.voxels)
+            return classes.to_index(mask.voxels, case.labelled)
     # the mask's axes in terms of the image's
     turn = nib.io_orientation(np.linalg.solve(entry.original_affine, mask.affine))
     voxels = nib.apply_orientation(mask.voxels, turn)
     if voxels.shape != tuple(entry.original_shape):
         raise VolumeError(f"{case.seg_path}: not on the grid of {case.path}")
-    return classes.to_index(voxels)
+    return classes.to_index(voxels, case.labelled)
 
 
 def write_prediction(

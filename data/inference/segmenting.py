@@ -89,7 +89,7 @@ def predict_and_score(
         return case_metrics(found, truth, spacing, names, tolerance)
 
     truth = read_truth(case, entry, classes) if case.seg_path else None
-    rows = by_class(measure, found, truth, classes)
+    rows = by_class(measure, found, truth, classes, case.labelled)
     who = {"PatientID": case.patient, "csv_line": case.row, "prediction": name}
     return [who | row for row in rows]
 
@@ -100,7 +100,7 @@ def draw_case(path: Path, case: Case, entry, found, truth, classes: Classes) -> 
     image = read_volume(case.path, case.series_uid, entry.uneven_slices, case.part).voxels
     volumes = (image, found, truth)
     in_ras = [nib.apply_orientation(voxels, turn) for voxels in volumes]
-    rows = by_class(case_dice, found, truth, classes)
+    rows = by_class(case_dice, found, truth, classes, case.labelled)
     title = f"line {case.row} of the CSV: {describe(rows)}"
     title += f"; drawn on {case.drawn}" * bool(case.drawn)
     indices = [classes.indices_of(name) for name in classes.names]

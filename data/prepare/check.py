@@ -12,7 +12,7 @@ import numpy as np
 from monai.transforms import Orientationd
 from tqdm import tqdm
 
-from data.cache import VolumeCache, fingerprint, fingerprints, hash_series
+from data.cache import VolumeCache, fingerprint, fingerprints, hash_series, mask_paths
 from data.cases import NOTICE, Case, Problem
 from data.nifti import is_nifti
 from data.readers import VolumeError
@@ -208,12 +208,13 @@ def _source_key(case: Case, form: StandardForm) -> str | None:
     """Return a hash of path, size and time of all source files, or None if one is gone, and of how
     they are read."""
     try:
-        sources = [fingerprint(path) for path in (case.path, case.seg_path) if path]
+        sources = [fingerprint(path) for path in (case.path, *mask_paths(case))]
         channels = fingerprints(case)
     except VolumeError:
         return None
     facts = [VERSION, sources, case.series_uid, form.uneven_slices, form.mask_grid]
     facts += [channels] if channels else []
+    facts += [[*case.masks.values()]] if case.masks else []
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
 
 

@@ -18,6 +18,7 @@ from data.inference.frozen import dense_probe, label_probe, pooled_features
 from data.inference.restore import read_picture
 from data.inference.segmenting import predict_and_score
 from data.prepare.load import PATH_COLUMNS, load_cases, refuse_seen
+from data.prepare.masks import refuse_partly_labelled
 from data.prepare.targets import Targets
 from data.standard import StandardForm
 from data.views.images import standard_form
@@ -51,6 +52,7 @@ def segmentation(run: Run[SegmentationConfig], backbone, seen) -> None:
     classes = Classes.from_config(cfg.classes, cfg.ignore_labels)
     refuse_overlap(classes)
     cases, skipped = load_cases(with_test(cfg), cache, [], PATH_COLUMNS[::-1], False, classes)
+    refuse_partly_labelled(cases["train"])
     notes = refuse_seen(cases["test"], seen, "dino_weights", cfg.allow_seen_patients)
     print(format_problems(skipped))
     predict = dense_probe(run, backbone, cache, cases["train"], classes)

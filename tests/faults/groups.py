@@ -12,6 +12,7 @@ from tests.faults.dicom.pydicom_files import PYDICOM
 from tests.faults.files.bombs import BOMBS, ESTIMATES
 from tests.faults.files.channels import CHANNELS
 from tests.faults.files.csv_files import CSV
+from tests.faults.files.labels import LABELS
 from tests.faults.files.masks import MASKS
 from tests.faults.files.nifti import NIFTI, NIFTI_FLIPS
 from tests.faults.files.yaml_files import YAML
@@ -37,6 +38,7 @@ GROUPS = [
     NIFTI,
     NIFTI_FLIPS,
     MASKS,
+    LABELS,
     CHANNELS,
     CSV,
     YAML,

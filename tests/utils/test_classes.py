@@ -105,8 +105,8 @@ def test_mirroring_swaps_regions_of_two_sides():
     table = classes.mirror_table([["left", "right"]])
     swapped = classes.to_labels(table[classes.to_index(np.int16([0, 1, 2, 3, 4]))])
     assert swapped.tolist() == [0, 2, 1, 4, 3]
-    assert classes.channel_pairs([["left", "right"]]) == [[1, 2]]
-    assert CLASSES.channel_pairs([["liver", "spleen"]]) == [[1, 3]]
+    assert classes.channels([["left", "right"]]) == [[1, 2]]
+    assert CLASSES.channels([["liver", "spleen"]]) == [[1, 3]]
 
 
 def test_mirroring_swaps_pairs_and_nothing_else():

@@ -42,7 +42,9 @@ FULL = replace(SPATIAL, low_res=3.0, intensity=CHANGES)
 
 
 class Labelled(FakeEntry):
-    """A volume in memory with its mask."""
+    """A volume in memory with its mask, and the case of it."""
+
+    labelled = None
 
     def __init__(self, voxels, labels, **options):
         super().__init__(voxels, **options)
@@ -535,3 +537,19 @@ def test_shares_and_centres_of_regions_that_overlap():
     points = [sample_foreground(rng, entry.class_coords, classes) for _ in range(40)]
     assert {entry.seg[tuple(at)] for k, at in points if k == 1} == {3, 7}
     assert {entry.seg[tuple(at)] for k, at in points if k == 2} == {7}
+
+
+def test_classes_that_are_not_labelled_are_neither_target_nor_centre():
+    entry = noise_entry(labels=(0, 3, 20, 21, 9))
+    entry.labelled = ("left",)
+    flips = replace(PLAIN, flip=(True, False, False))
+    data = dataset([entry], flips, foreground=1.0, pairs=[["left", "right"]])
+    for i in range(8):  # seen in the mirror, what is known of the left is of the right
+        item = data[(0, 0, i)]
+        left, right = (4, 3) if item["flip"][0] else (3, 4)
+        known = [True, False, False, left == 3, left == 4]
+        assert item["known"].tolist() == known and item["foreground"] == 3
+        assert set(item["mask"].unique().tolist()) == {0, left, IGNORE}
+    shares = dataset([entry]).class_shares()
+    assert shares.sum() == pytest.approx(1) and 0.2 < shares[3] < 0.3
+    assert shares[0] > 0.1 and shares[[1, 2, 4]].min() > 0
