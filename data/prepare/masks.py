@@ -33,8 +33,7 @@ def find_masks(
     found, problems = [], []
     for case in cases:
         names = tuple(filter(None, map(str.strip, case.labels.get(LABELLED, "").split(";"))))
-        is_folder = case.seg_path is not None and os.path.isdir(case.seg_path)
-        of_files = is_folder and any(map(is_nifti, os.listdir(case.seg_path)))
+        of_files = _is_folder_of_files(case.seg_path)
         if classes is None:
             if case.seg_path and (names or of_files):
                 what = f"{LABELLED} is {'; '.join(names)}" if names else "a folder of masks"
@@ -46,7 +45,9 @@ def find_masks(
             continue
         unknown = [*_unknown(names, classes)]
         problems += [Problem(case.row, case.patient, what) for what in unknown]
-        case, masks, wrong = replace(case, labelled=names or None), {}, []
+        labelled = tuple(name for name in classes.names if name in names)
+        partly = 0 < len(labelled) < len(classes.names)
+        case, masks, wrong = replace(case, labelled=labelled if partly else None), {}, []
         columns = [name for name, _ in classes.files if case.labels.get(name)]
         if columns and case.seg_path:
             wrong = [f"masks in seg_path and in {', '.join(columns)}: leave one of them empty"]
@@ -61,7 +62,7 @@ def find_masks(
         elif case.seg_path:
             shown = zip(classes.names, classes.values, strict=True)
             lacking = [n for n, values in shown if {*values} <= {*classes.only_files}]
-            wrong += _lacking(case, classes, lacking, "a label map, but has no label value")
+            wrong += _lacking(case, lacking, "a label map, but has no label value")
         if masks:
             case = replace(case, seg_path=case.seg_path or next(iter(masks)), masks=masks)
         problems += [Problem(case.row, case.patient, what, "masks") for what in wrong]
@@ -70,17 +71,26 @@ def find_masks(
     return found, problems
 
 
+def _is_folder_of_files(path: str | None) -> bool:
+    """Return whether a mask is a folder of NIfTI files; else it may be a DICOM series."""
+    try:
+        return path is not None and os.path.isdir(path) and any(map(is_nifti, os.listdir(path)))
+    except OSError:  # whoever reads it will say so
+        return False
+
+
 def _unknown(names: Sequence[str], classes: Classes) -> Iterator[str]:
     for name in (name for name in names if name not in classes.names):
         near = nearest(name, list(classes.names))
         hint = f"nearest: {near}" if near else f"they are {', '.join(classes.names)}"
+        hint += "; separate them by ;" * ("," in name)
         yield f"{LABELLED}: no class {name!r}; {hint}"
 
 
-def _lacking(case: Case, classes: Classes, names: Sequence[str], why: str) -> list[str]:
+def _lacking(case: Case, names: Sequence[str], why: str) -> list[str]:
     """Say which of these classes count as labelled, though the mask cannot show them."""
     names = [name for name in names if case.labelled is None or name in case.labelled]
-    cure = f"if it is not labelled there, leave it out of the column {LABELLED}"
+    cure = f"if it is not labelled there, list those that are in the column {LABELLED}"
     return [f"{case.seg_path or 'mask columns'}: classes.{name}: {why}; {cure}" for name in names]
 
 
@@ -91,22 +101,24 @@ def _files_of(
 
     folder: of the CSV, if the files are in columns of it; those without are in seg_path.
     """
-    masks, wrong = {}, []
-    value_of = dict(classes.files)
+    masks, wrong, pairs = {}, [], list(zip(classes.names, classes.values, strict=True))
     for name, value in classes.files:
-        of = [n for n, values in zip(classes.names, classes.values, strict=True) if value in values]
+        of = [n for n, values in pairs if value in values]
         needed = [n for n in of if case.labelled is None or n in case.labelled]
-        text = case.labels.get(name, "") if folder else ""
-        path = os.path.join(folder, expand_path(text)) if text else ""
-        if not folder and case.seg_path:
-            path = os.path.join(case.seg_path, name)
-        if needed and not (path and os.path.isfile(path)):
-            wrong += _lacking(case, classes, needed[:1], f"no file {path or name}")
+        try:
+            text = expand_path(case.labels[name]) if folder and case.labels.get(name) else ""
+        except ValueError as error:
+            wrong.append(f"{name} {case.labels[name]!r}: {error}")
+            continue
+        path = os.path.join(folder or case.seg_path, text if folder else name)
+        if needed and not os.path.isfile(path):
+            missing = path if text or not folder else name
+            wrong += _lacking(case, needed[:1], f"no file {missing}")
         elif needed:
             masks[path] = value
-    shown = zip(classes.names, classes.values, strict=True)
-    without = [name for name, values in shown if not {*values} & {*value_of.values()}]
-    return masks, wrong + _lacking(case, classes, without, "no file is named for it in classes")
+    with_files = {value for _, value in classes.files}
+    without = [name for name, values in pairs if not {*values} & with_files]
+    return masks, wrong + _lacking(case, without, "no file is named for it in classes")
 
 
 def refuse_partly_labelled(cases: Sequence[Case]) -> None:

@@ -28,8 +28,9 @@ LABELS = {
 }
 EXPLANATIONS = [
     "Scores are of the voxels and millimetres of the user's own files, to which predictions are "
-    "brought back. A class that is absent in both is not counted. One that is missed or falsely "
-    "found has Dice and surface Dice 0 and no HD95, whose mean is therefore of the other cases.",
+    "brought back. A class that is absent in both, or not labelled in a case, is not counted. One "
+    "that is missed or falsely found has Dice and surface Dice 0 and no HD95, whose mean is "
+    "therefore of the other cases.",
     "Means of a class are over the cases that count; overall, it is the mean over the classes of "
     "their means.",
     "Intervals: 95 %, percentiles of 1000 bootstrap resamples of the test patients, all rows of a "

@@ -19,6 +19,7 @@ from data.cache import VolumeCache
 from data.cases import Case, column_of, format_problems
 from data.prepare.check import mask_labels
 from data.prepare.load import PATH_COLUMNS, load_cases, seen_problems
+from data.prepare.masks import refuse_partly_labelled
 from data.prepare.targets import Targets
 from data.standard import StandardForm
 from data.views.images import standard_form
@@ -156,6 +157,8 @@ def prepare(cfg: TransferConfig, stage, stop: StopSignal) -> tuple[Study, list[s
     """Check scans and weights, draw the patients; return the study and warnings."""
     started = has_started(cfg, stage)
     cases, pool = load(stage, cfg.stage)
+    if "probe" in cfg.methods:
+        refuse_partly_labelled(cases["train"])
     files, notes = open_arms(cfg, stage, cases["test"], started)
     if cases["val"]:
         tuned_on = list(dict.fromkeys(case.patient for case in cases["val"]))
