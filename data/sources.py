@@ -74,7 +74,7 @@ class Contents:
         return self._known[at]
 
     def facts(self, case: Case) -> list:
-        """Return what tells the files of a case from those of others: of each its content, and which
+        """Return what tells the files of a case from those of others: the content of each, and which
         part of it or, of the mask of a structure, which label."""
         return [
             [self.of(path), case.masks.get(path, split_part(path or "")[1])]

@@ -10,8 +10,13 @@ import torch
 from torch import nn
 
 from data.cases import Case
-from data.inference.restore import decision_of, predict_case, read_truth, write_prediction
-from data.readers import read_volume
+from data.inference.restore import (
+    decision_of,
+    predict_case,
+    read_shown,
+    read_truth,
+    write_prediction,
+)
 from data.volume import voxel_sizes
 from utils import distributed
 from utils.classes import Classes
@@ -97,7 +102,7 @@ def predict_and_score(
 def draw_case(path: Path, case: Case, entry, found, truth, classes: Classes) -> np.ndarray:
     """Draw prediction and truth (indices on the file's grid) as outlines on the image."""
     turn = nib.io_orientation(entry.original_affine)
-    image = read_volume(case.path, case.series_uid, entry.uneven_slices).voxels
+    image = read_shown(case, entry).voxels
     volumes = (image, found, truth)
     in_ras = [nib.apply_orientation(voxels, turn) for voxels in volumes]
     rows = by_class(case_dice, found, truth, classes, case.labelled)
