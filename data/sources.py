@@ -74,8 +74,8 @@ class Contents:
         return self._known[at]
 
     def facts(self, case: Case) -> list:
-        """Return what tells the files of a case from those of others: the content of each, and which
-        part of it or, of the mask of a structure, which label."""
+        """Return what tells the files of a case from those of others: contents and parts, and of
+        the mask of a structure its label."""
         return [
             [self.of(path), case.masks.get(path, split_part(path or "")[1])]
             for path in paths_of(case)
