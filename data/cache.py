@@ -28,6 +28,7 @@ from data.readers import VolumeError
 from data.standard import StandardForm, standard_transform
 from data.volume import spacing_of
 from utils.errors import InputError
+from utils.files import make_folder
 from utils.parallel import in_processes
 
 BYTES_PER_VOXEL = 1.2  # in the cache; CT 0.95 to 1.1, MR 1.2 to 1.7
@@ -88,11 +89,10 @@ class VolumeCache:
         Args:
             on_error: called for each unreadable case; without it the first error is raised.
         Raises:
-            InputError: the entries will not fit on the disk (raised before anything is built).
+            InputError: the cache cannot be written to, or the entries will not fit on the disk
+                (raised before anything is built).
             RuntimeError: a process was killed.
         """
-        self.cache_dir.mkdir(parents=True, exist_ok=True)
-        _remove_stale_files(self.cache_dir)
         missing: dict[Path, list[Case]] = {}  # several rows may share a volume
         with ThreadPoolExecutor(16) as threads:  # network disks answer many at a time
             paths = threads.map(partial(_try, self.path), cases)
@@ -101,8 +101,10 @@ class VolumeCache:
                     _report(case, path, on_error)
                 elif not path.is_file():
                     missing.setdefault(path, []).append(case)
-        if not missing:
+        if not missing:  # a complete cache may be read-only
             return
+        make_folder(self.cache_dir, "cache_dir")
+        _remove_stale_files(self.cache_dir)
         items = [(path, shared[0]) for path, shared in missing.items()]
         self._check_space([case for _, case in items])
         build = partial(_try, partial(_build_missing, self.form))

@@ -2,10 +2,13 @@
 
 import os
 import re
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
+
+from utils.errors import InputError
 
 
 def read_text(path: str | Path) -> str:
@@ -49,6 +52,22 @@ def expand_path(text: str) -> str:
     if expanded.startswith("~"):
         raise ValueError("~ names a user that does not exist; write ./~ for a file of that name")
     return expanded
+
+
+def make_folder(path: str | Path, key: str) -> None:
+    """Make a folder if it is absent.
+
+    Raises InputError, naming the key of the config, if it cannot be made or written to.
+    """
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as e:
+        file = next((p for p in (path, *path.parents) if p.exists() and not p.is_dir()), None)
+        why = f"{'it' if file == path else file} is a file" if file else e.strerror
+        what = f"{key}: {path} cannot be written to: {why}; set {key} to a folder of yours"
+        raise InputError(what) from e
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from data.nifti import is_nifti
 from data.readers import VolumeError
 from data.standard import CheckMaskd, ReadVolumed, StandardForm
 from data.volume import MIN_VOXELS, SPACING_MM, spacing_of
+from utils.files import make_folder
 from utils.parallel import in_processes
 
 VERSION = 3  # of the remembered facts: raise it when the readers refuse more than before
@@ -124,7 +125,6 @@ def _read_new(
 ) -> Iterator[tuple[Case, Facts | VolumeError]]:
     """Read the cases that are neither remembered nor in the cache; yield what is known of each."""
     memory = cache.cache_dir / "checked.jsonl"
-    memory.parent.mkdir(parents=True, exist_ok=True)
     known = _recall(memory)
     with ThreadPoolExecutor(16) as threads:  # network disks answer many at a time
         keys = dict(
@@ -143,6 +143,9 @@ def _read_new(
             yield case, _facts_of_entry(cache.get(case))
         else:
             todo.append(case)
+    if not todo:
+        return
+    make_folder(cache.cache_dir, "cache_dir")
     jobs = in_processes(
         partial(_read, default_modality=default_modality, form=cache.form), todo, n_workers
     )
@@ -151,7 +154,7 @@ def _read_new(
         "reading volumes",
         len(todo),
         unit="volume",
-        disable=None if progress and todo else True,
+        disable=None if progress else True,
     )
     with open(memory, "a", encoding="utf-8") as file:
         for case, result in bar:

@@ -5,8 +5,9 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Generic, Self, TypeVar
 
@@ -19,8 +20,10 @@ from utils.config.command_line import save_resolved
 from utils.errors import InputError, RunError
 from utils.report.page import write_training_report
 from utils.signals import Stopped, StopSignal, end_workers
+from utils.training.folders import Lock, lock_training, new_results, refuse_taken
 from utils.training.runlog import RunLog
 from utils.training.state import State, check_space, save
+from utils.training.trackers import open_tracker
 from utils.weights import LoadReport, compare_input, load_backbone
 
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_STOPPED = 1, 2, 75
@@ -35,7 +38,8 @@ class Run(Generic[Config]):
 
     cfg: the config. device: the device of this process. stop: the signals that end the run early.
     started_from: the checkpoint from which the run goes on, if any.
-    log: opened by `open_log` when training begins. exit_code: that of training, 0 or EXIT_STOPPED.
+    log, lock: opened by `open_log` when training begins. exit_code: that of training, 0 or
+        EXIT_STOPPED.
     """
 
     cfg: Config
@@ -43,6 +47,7 @@ class Run(Generic[Config]):
     stop: StopSignal
     started_from: Path | None = None
     log: RunLog | None = None
+    lock: Lock | None = None
     exit_code: int = 0
 
     @classmethod
@@ -61,6 +66,15 @@ class Run(Generic[Config]):
     def checkpoints(self) -> Path:
         return self.folder / "checkpoints"
 
+    def to_test(self) -> Self:
+        """Return the run of a test of its best checkpoint."""
+        test_ckpt = [str(self.checkpoints / "best.pt")]
+        return replace(self, cfg=self.cfg.model_copy(update={"test_ckpt": test_ckpt}), log=None)
+
+    def new_results(self, name: str = "test") -> AbstractContextManager[Path]:
+        """Return the context of a new folder <experiment>/<name> (see `folders.new_results`)."""
+        return new_results(self.folder / name)
+
     def report_is_old(self) -> bool:
         """Return whether report.html is older than the last checkpoint; False off the main rank."""
         times = [self.folder / name for name in ("report.html", "checkpoints/last.pt")]
@@ -70,6 +84,18 @@ class Run(Generic[Config]):
     def say(self, text: str) -> None:
         """Write to the log, or to the terminal as long as there is no log."""
         (self.log.message if self.log else print)(text)
+
+    def tell(self, text: str) -> None:
+        """Write to the terminal alone, once."""
+        if distributed.is_main():
+            print(text, flush=True)
+
+    def refuse_others(self) -> None:
+        """Raise InputError if another process trains in this folder, or did so before, unless this
+        run goes on from there."""
+        refuse_taken(self.folder)
+        if not self.started_from:
+            checkpoint.refuse_existing(self.folder)
 
 
 def load_weights(run: Run, backbone: nn.Module) -> dict | None:
@@ -90,7 +116,9 @@ def open_log(run: Run, state: State, network: nn.Module, cases: dict, skipped) -
         notices of others.
     """
     check_space(state, run.checkpoints, network)
-    log = run.log = RunLog(run.folder, state.step, state.epoch, skipped, run.cfg.n_epochs)
+    run.lock = lock_training(run.folder)
+    track = partial(open_tracker, run.cfg, run.folder, bool(run.started_from))
+    log = run.log = RunLog(run.folder, state.step, state.epoch, skipped, run.cfg.n_epochs, track)
     report = LoadReport(**state.weights) if state.weights else None
     if distributed.is_main():
         (log.folder / "plots").mkdir(exist_ok=True)
@@ -126,6 +154,7 @@ def until_stopped(run: Run, state: State) -> Iterator[None]:
         run.exit_code = EXIT_STOPPED
     finally:
         run.log.close()
+        run.lock.release()
 
 
 def write_report(run: Run, state: State, title: str, pictures: dict[str, str]) -> None:
@@ -141,7 +170,16 @@ def exit_code(main: Callable[[list[str]], int]) -> int:
 
     If there are several processes, this one ends here (see `distributed.leave`).
     """
-    code = _exit_code(main)
+    try:
+        try:
+            code = _exit_code(main)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # as by --help | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush
+        if not {"--help", "-h"} & {*sys.argv}:
+            print("stopped: nobody reads the output any more, as with | head", file=sys.stderr)
+        code = EXIT_FAILED
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         distributed.leave(code)
     return code
