@@ -86,7 +86,7 @@ def forward(
         s = student(global_crops, local_crops, mask=mask, hide=True)  # sees all, partly hidden
 
     views, together = (-1, len(batch["index"])), student.training  # whether all ranks are here
-    body = torch.cat([batch["global"]["body"], batch["local"]["body"]], dim=1)
+    body = torch.cat([batch[name]["body"].flatten(1) for name in ("global", "local")], dim=1)
     out = {"body_fraction": body.mean().to(run.device, non_blocking=True)}
     if d.dino_weight > 0:  # (views * B, K) -> (views, B, K)
         q = targets["dino"](t["logits"], teacher_temp)
@@ -275,15 +275,13 @@ def make_loaders(run: Run[DinoConfig], cache: VolumeCache, cases: dict) -> dict:
     """Build the loaders: random views of the train cases, fixed ones of the val cases."""
     cfg, loaders = run.cfg, {}
     ranks = {"rank": distributed.rank(), "world_size": distributed.world_size()}
-    views = ViewSettings.from_config(
-        cfg.crops.model_dump(), cfg.augment.model_dump(), cfg.data.hu_window
-    )
+    sections = cfg.crops.model_dump(), cfg.augment.model_dump()
+    views = ViewSettings.from_config(*sections, cfg.data.hu_window)
     for name in [name for name in ("train", "val") if cases[name]]:
         train = {"draws": cfg.crops.regions_per_case, "train": name == "train"}
         sampler = EpochSampler(len(cases[name]), cfg.batch_size, cfg.seed, **train, **ranks)
         dataset = RegionDataset(cases[name], cache, views, cfg.seed)
-        pin = run.device.type == "cuda"
-        loaders[name] = make_loader(dataset, sampler, cfg.n_workers, pin)
+        loaders[name] = make_loader(dataset, sampler, cfg.n_workers, run.device.type == "cuda")
     return loaders
 
 
@@ -330,6 +328,8 @@ def train(run: Run[DinoConfig], cache: VolumeCache, cases: dict, skipped) -> int
     if run.started_from:
         resume(state, run.started_from)
     open_log(run, state, teacher.backbone, cases, skipped)
+    if cfg.crops.pairs == "same_patient":
+        run.say(loaders["train"].dataset.about_pairs())
 
     # ---- train
     with until_stopped(run, state):

@@ -59,15 +59,22 @@ def make_folder(path: str | Path, key: str) -> None:
 
     Raises InputError, naming the key of the config, if it cannot be made or written to.
     """
-    path = Path(path)
+    refuse_file(path, key)
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        Path(path).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path).close()
     except OSError as e:
-        file = next((p for p in (path, *path.parents) if p.exists() and not p.is_dir()), None)
-        why = f"{'it' if file == path else file} is a file" if file else e.strerror
-        what = f"{key}: {path} cannot be written to: {why}; set {key} to a folder of yours"
-        raise InputError(what) from e
+        what = f"{path} cannot be written to: {e.strerror}"
+        raise InputError(f"{key}: {what}; set {key} to a folder of yours") from e
+
+
+def refuse_file(path: str | Path, key: str) -> None:
+    """Raise InputError, naming the key of the config, if a folder's place is taken by a file."""
+    path = Path(path)
+    for place in (path, *path.parents):
+        if place.exists() and not place.is_dir():
+            what = "is a file" if place == path else f"cannot be made: {place} is a file"
+            raise InputError(f"{key}: {path} {what}; set {key} to a folder of yours")
 
 
 @contextmanager

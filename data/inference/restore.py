@@ -21,7 +21,8 @@ from data.cases import Case
 from data.entry import CacheEntry
 from data.inference.windows import air_of, fixed_view
 from data.nifti import is_nifti, read_nifti_header
-from data.readers import VolumeError, read_mask, read_volume
+from data.parts import split_part
+from data.readers import VolumeError, format_of, read_mask, read_volume
 from data.standard import off_by_header
 from data.volume import MAX_SHEAR, shear_of, spacing_of
 from utils.classes import Classes
@@ -186,7 +187,7 @@ def read_truth(case: Case, entry: CacheEntry, classes: Classes) -> np.ndarray:
     Raises VolumeError if mask and image have different shapes.
     """
     mask = read_mask(case.seg_path)
-    if entry.mask_grid == "voxels" and is_nifti(case.path) and is_nifti(case.seg_path):
+    if entry.mask_grid == "voxels" and format_of(case.path) and format_of(case.seg_path):
         if off_by_header(mask, entry.original_affine, entry.original_shape):
             return classes.to_index(mask.voxels)
     # the mask's axes in terms of the image's
@@ -202,8 +203,9 @@ def write_prediction(
 ) -> None:
     """Write a prediction as NIfTI that overlays the user's image; a failure leaves no file behind.
 
-    For NIfTI input, shape, axes, sform and qform are those of the image's header, bit for bit. For
-    DICOM they are those that dcm2niix gives the series: columns, rows from the last, slices.
+    For NIfTI input, shape, axes, sform and qform are those of the image's header, bit for bit; for
+    MetaImage, NRRD and MGH, shape and affine are the file's. For DICOM they are those that dcm2niix
+    gives the series: columns, rows from the last, slices.
     The data type is that of the mask or, without one, of the image; if it is no integer type that
     holds all labels, the smallest that does. Nothing else of a header is copied.
 
@@ -212,9 +214,10 @@ def write_prediction(
         classes: their label values are written; of a class with several, the first.
     """
     labels = classes.to_labels(index)
-    header = _geometry(case.path) if is_nifti(case.path) else None
-    affine = None
-    if header is None:
+    path_of_scan = split_part(case.path)[0]
+    header = _geometry(path_of_scan) if is_nifti(path_of_scan) else None
+    affine = entry.original_affine if header is None else None
+    if not format_of(case.path):  # DICOM
         affine = entry.original_affine @ np.diag([1, -1, 1, 1.0])
         affine[:3, 3] += entry.original_affine[:3, 1] * (labels.shape[1] - 1)
         labels = labels[:, ::-1]
@@ -247,7 +250,7 @@ def read_picture(
         {image, prediction, truth (None without a mask), spacing_mm}: arrays (X, Y, Z) in RAS+; and
         channel, of which the image is ("" if there is one).
     """
-    volume = read_volume(case.path, case.series_uid, entry.uneven_slices, case.part)
+    volume = read_volume(case.path, case.series_uid, entry.uneven_slices)
     found = read_mask(prediction_path)
 
     def to_ras(voxels: np.ndarray, affine: np.ndarray) -> np.ndarray:
@@ -285,10 +288,11 @@ def _dtype(case: Case, highest: int) -> np.dtype:
     """Return the type of the mask or image if it is an integer type that holds the labels."""
     given = []
     for path in (case.seg_path, case.path):
-        if path and is_nifti(path):
-            given.append(read_nifti_header(path).get_data_dtype())
+        file = path and split_part(path)[0]
+        if file and is_nifti(file):
+            given.append(read_nifti_header(file).get_data_dtype())
         elif path == case.path:
-            given.append(np.dtype(np.int16))  # as DICOM is read
+            given.append(np.dtype(np.int16))  # as other formats are read
     given = given[:1] if case.seg_path else given
     whole = [d.newbyteorder("=") for d in given if d.kind in "iu"]
     return next(d for d in [*whole, *map(np.dtype, DTYPES)] if np.iinfo(d).max >= highest)

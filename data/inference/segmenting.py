@@ -144,7 +144,7 @@ def predict_and_score(
 def draw_case(path: Path, case: Case, entry, found, truth, classes: Classes) -> np.ndarray:
     """Draw prediction and truth (class indices on the file's grid) as outlines on the image."""
     turn = nib.io_orientation(entry.original_affine)
-    image = read_volume(case.path, case.series_uid, entry.uneven_slices, case.part).voxels
+    image = read_volume(case.path, case.series_uid, entry.uneven_slices).voxels
     volumes = (image, found, truth)
     in_ras = [nib.apply_orientation(voxels, turn) for voxels in volumes]
     title = f"line {case.row} of the CSV: {describe(case_dice(found, truth, classes.names))}"

@@ -11,7 +11,7 @@ from data.cases import Case, CasesError, Problem, read_cases, split_bad
 from data.demo.make import make_demo
 from data.prepare.check import check_volumes, mask_labels, volume_notices
 from data.prepare.masks import mask_notices, mask_problems
-from data.prepare.targets import Targets
+from data.prepare.targets import Targets, minus_one
 from utils import distributed
 from utils.checkpoint import hash_patients
 from utils.classes import Classes
@@ -76,7 +76,8 @@ def _load(cfg, cache, columns, check, classes, needed, find_problems, n_workers)
         wanted = {fold for name in folds.values() for fold in name} - set(unused)
         cases = [case for case in cases if case.fold in wanted]
     progress = distributed.is_main()
-    problems += check_volumes(cases, cache, not check, n_workers, cfg.data.modality, progress)
+    reading = (not check, n_workers, cfg.data.modality, progress, cfg.data.hu_window)
+    problems += check_volumes(cases, cache, *reading)
     bad = {problem.row for problem in problems if not problem.is_notice}
     readable = [case for case in cases if case.row not in bad]
     notices = [problem for problem in problems if problem.is_notice]
@@ -225,6 +226,7 @@ def target_problems(runs: Sequence, seen: Collection[str], parts: Parts) -> list
         own = split(cases, run)
         targets, problems = Targets.fit(own["train"], *names)
         found += problems + targets.check([*own["val"], *own["test"]])
+        found += chain(*(minus_one(name, own["train"]) for name in targets.names))
     return list(dict.fromkeys(found + fold_problems(runs, seen, parts)))
 
 

@@ -12,8 +12,9 @@ import numpy as np
 
 from data.cases import NOTICE, Case, CasesError, Problem, column_of, format_problems
 from data.inference.fingerprint import look, unlike_training
-from data.nifti import is_nifti
+from data.parts import split_part
 from data.prepare.check import check_volumes, volume_notices
+from data.readers import format_of
 from data.table import dicom, names, nifti
 from data.table.found import LeftOut, Scan, walk, without_repeats
 from utils import distributed
@@ -82,9 +83,10 @@ def load_inputs(
     for one in tested if distributed.is_main() else ():
         problems += check_volumes(cases, one.cache, not check, cfg.n_workers, cfg.data.modality)
     problems = distributed.gather_objects(list(dict.fromkeys(problems)))[0]
-    good = [case for case in cases if case.row not in {problem.row for problem in problems}]
-    problems = [problem._replace(row=0) for problem in problems]
-    problems += [problem for problem in said if not problem.is_notice]
+    bad = {problem.row for problem in problems if not problem.is_notice}
+    good = [case for case in cases if case.row not in bad]
+    said += [problem._replace(row=0) for problem in problems]
+    problems = [problem for problem in said if not problem.is_notice]
     notices = [problem for problem in said if problem.is_notice]
     number = len({problem.patient for problem in problems})
     if number > cfg.data.max_bad_cases or not good:
@@ -109,7 +111,7 @@ def load_inputs(
 def results_of(path: str) -> str:
     """Return where the predictions of a path go, below the folder of a run."""
     place = Path(os.path.abspath(path))
-    return f"predictions/{(names.stem(place) if is_nifti(place) else place.name) or 'all'}"
+    return f"predictions/{(names.stem(place) if format_of(place) else place.name) or 'all'}"
 
 
 def four_dimensional(channels: Sequence[str] | None) -> bool:
@@ -123,7 +125,7 @@ def _scans(
 ) -> tuple[list[Scan], list[LeftOut]]:
     """whole_files: take NIfTI files by their names alone, as their headers are of 4D files."""
     files, left = walk(root) if root.is_dir() else ([root], [])
-    of_nifti = [root] if root.is_file() and is_nifti(root) else nifti.nifti_of(files)
+    of_nifti = [root] if root.is_file() and format_of(root) else nifti.nifti_of(files)
     headers = dicom.read_headers(sorted({*files} - {*of_nifti}), n_workers, False)
     scans, found = dicom.dicom_scans(headers, uneven_slices)
     left += found
@@ -163,10 +165,13 @@ def _with_channels(
 
 
 def _case(scan: Scan, channels: Sequence[str] | None) -> Case:
-    paths = {k: str(p) for k, p in zip(channels or (), scan.channels.values(), strict=True)}
+    paths = {}
+    for name, path in zip(channels or (), scan.channels.values(), strict=True):
+        paths[name] = f"{path}:{column_of(name)[1]}" if four_dimensional(channels) else str(path)
     modality = (scan.modality or None) if scan.name else None  # a DICOM header says it when read
     uid = None if channels else scan.series_uid or None
-    return Case("", str(scan.path), "", 0, uid, modality, channels=paths)
+    first = next(iter(paths.values()), str(scan.path))
+    return Case("", first, "", 0, uid, modality, channels=paths)
 
 
 def _named(cases: Sequence[Case], root: Path) -> list[Case]:
@@ -174,11 +179,13 @@ def _named(cases: Sequence[Case], root: Path) -> list[Case]:
     held = Counter(case.path for case in cases)
     found, used = [], set()
     for number, case in enumerate(cases, 1):
-        path = Path(case.path)
+        path = Path(split_part(case.path)[0])
         name = path.relative_to(root) if path != root else Path(path.name)
-        name = name.with_name(names.stem(name)) if is_nifti(name) else name
+        name = name.with_name(names.stem(name)) if format_of(name) else name
         end = sha256(f"{path}{case.series_uid}".encode()).hexdigest()[:8]
-        if len({*case.channels.values()}) > 1:  # without the word that tells channels apart
+        if (
+            len({split_part(path)[0] for path in case.channels.values()}) > 1
+        ):  # without the word that tells channels apart
             name = name.with_name(re.sub(r"[_\-. ][^_\-. ]+$", "", name.name))
         text = name.as_posix()
         if held[case.path] > 1 or text.casefold() in used:
@@ -192,7 +199,7 @@ def _with_modality(
     cases: Sequence[Case], given: str | Sequence[str], known: Sequence[Sequence[str]] | None
 ) -> tuple[list[Case], list[Problem]]:
     """Give NIfTI files without a modality that of the train cases; return a notice of each."""
-    unknown = {c.row for c in cases if given == "auto" and c.modality is None and is_nifti(c.path)}
+    unknown = {c.row for c in cases if given == "auto" and c.modality is None and format_of(c.path)}
     if not unknown:
         return list(cases), []
     choices = sorted({name for of_channel in known or () for name in of_channel})

@@ -44,7 +44,11 @@ def view_matrix(size, fov, centre, flips, degrees, spacing) -> np.ndarray:
 
 
 def body_fraction(body: np.ndarray, low: np.ndarray, high: np.ndarray) -> float:
-    """Return the fraction of body (0..1) in the box low..high (voxels from the volume's face)."""
+    """Return the fraction of body (0..1) in the box low..high (voxels from the volume's face), or
+    in what of it is inside the volume, 0 if nothing is."""
+    low, high = (np.clip(x, 0, np.multiply(body.shape, BODY_BLOCK)) for x in (low, high))
+    if (high <= low).any():
+        return 0.0
     first = np.floor(low / BODY_BLOCK).astype(int)
     last = np.minimum(np.ceil(high / BODY_BLOCK).astype(int), body.shape)
     blocks = body[tuple(slice(a, b) for a, b in zip(first, last, strict=True))] / 255.0

@@ -117,8 +117,8 @@ def test_every_page_is_linked_from_the_readme():
 
 
 def tree():
-    """Paths of the README's tree; two spaces are a level."""
-    block = re.search(r"^## The code\n.*?```\n(.*?)```", TEXTS["README.md"], re.M | re.S)[1]
+    """Paths of the tree in docs/code.md; two spaces are a level."""
+    block = re.search(r"```\n(.*?)```", TEXTS["docs/code.md"], re.S)[1]
     paths, parents = [], []
     for line in block.splitlines():
         indent, name, text = re.fullmatch(r"( *)(\S+)  +(\S.*)", line).groups()

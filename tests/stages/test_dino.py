@@ -14,6 +14,7 @@ from models.backbones import build_backbone
 from tests.conftest import CANARY, equal
 from tests.stages import small
 from utils.checkpoint import hash_patients
+from utils.config.command_line import ConfigError
 from utils.errors import InputError
 from utils.weights import load_backbone
 
@@ -112,6 +113,21 @@ def test_without_val_folds_labels_masks_and_local_crops(run, folder):
     nothing = "val_folds=[] probe_targets=[] crops.num_local=0 dino.patch_weight=0"
     assert run("precision=bf16", nothing) == 0
     assert (folder / "checkpoints" / "backbone.pt").exists()
+
+
+def test_two_scans_of_a_patient_are_the_two_views(run, folder, table):
+    def in_twos(rows):
+        for row, other in zip(rows[3:8], rows, strict=False):  # all of train folds
+            row["PatientID"] = other["PatientID"]
+
+    pairs, together = "crops.pairs=same_patient", table(in_twos)
+    assert run(together, pairs, "n_epochs=1") == 0
+    assert "crops.pairs: 8 of 8 train scans have another" in (folder / "log.txt").read_text()
+    assert small.epochs(folder)["val_loss"].notna().all()
+    with pytest.raises(InputError, match="no patient of the train folds has two scans"):
+        run(pairs, "experiment=y")
+    with pytest.raises(ConfigError, match="crops.num_local .* nearest: 2"):
+        run(pairs, "experiment=z crops.num_local=1")
 
 
 # ---- what a step changes

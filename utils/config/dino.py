@@ -18,6 +18,7 @@ class Crops(f.Section):
     local_zoom: f.Factors
     aspect: Annotated[float, Field(ge=1)]
     min_body: f.Fraction
+    pairs: Literal["same_scan", "same_patient"]
 
 
 class Augment(schema.IntensityAugment):
@@ -78,6 +79,10 @@ def impossible_dino(values: schema.Values, facts_of: schema.FactsOf) -> schema.W
     if level is not None and facts is not None and level >= (num := len(facts.strides)):
         what = f"{level}: {values['backbone']} has {num} feature maps; nearest: {num - 1}"
         yield "dino.patch_level", what
+    num_local = values.get("crops.num_local")
+    if values.get("crops.pairs") == "same_patient" and num_local and num_local % 2:
+        what = f"{num_local}: two scans share them (crops.pairs); nearest: {num_local + 1}"
+        yield "crops.num_local", what
     region = values.get("crops.region_size", [2**31] * 3)
     for key in ("crops.global_size", "crops.local_size"):
         size = values.get(key)

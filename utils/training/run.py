@@ -18,11 +18,13 @@ from torch import nn
 from utils import checkpoint, distributed
 from utils.config.command_line import save_resolved
 from utils.errors import InputError, RunError
+from utils.files import refuse_file
 from utils.report.page import write_training_report
 from utils.signals import Stopped, StopSignal, end_workers
 from utils.training.folders import Lock, lock_training, new_results, refuse_taken
 from utils.training.runlog import RunLog
 from utils.training.state import State, check_space, save
+from utils.training.step import is_emulated
 from utils.training.trackers import open_tracker
 from utils.weights import LoadReport, compare_input, load_backbone
 
@@ -52,9 +54,19 @@ class Run(Generic[Config]):
 
     @classmethod
     def begin(cls, cfg: Config, device: torch.device, stop: StopSignal) -> Self:
-        """Return a run that goes on from the checkpoint that resume_training_from names, if any."""
+        """Return a run that goes on from the checkpoint that resume_training_from names, if any.
+
+        Raises InputError if one of its folders is a file.
+        """
+        for key in ("results_dir", "cache_dir"):
+            refuse_file(getattr(cfg, key), key)
         run = cls(cfg, device, stop)
         run.started_from = checkpoint.find(run.checkpoints, cfg.resume_training_from)
+        if is_emulated(device, cfg.precision) and distributed.is_main():
+            run.say(
+                "WARNING: this CPU has no bf16, so that convolutions in it take about a hundred "
+                "times as long; set precision=fp32"
+            )
         return run
 
     @property

@@ -29,6 +29,15 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
 
+def is_emulated(device: torch.device, precision: str) -> bool:
+    """Return whether a CPU lacks what the convolutions of oneDNN in bf16 need (AVX-512)."""
+    return (
+        precision == "bf16"
+        and device.type == "cpu"
+        and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+
+
 def remember_buffers(*networks: nn.Module) -> Buffers:
     """Return the buffers with copies for `update`.
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from data.cache import VolumeCache
 from data.cases import Case, column_of, format_problems
+from data.parts import split_part
 from data.prepare.check import mask_labels
 from data.prepare.load import PATH_COLUMNS, load_cases, seen_problems
 from data.prepare.targets import Targets
@@ -164,7 +165,9 @@ def prepare(cfg: TransferConfig, stage, stop: StopSignal) -> tuple[Study, list[s
     for case in [*cases["train"], *cases["val"], *cases["test"]]:
         row = {"PatientID": case.patient, "path": case.path, "series_uid": case.series_uid}
         row |= {"modality": case.modality, "seg_path": case.seg_path, **case.labels}
-        row |= {column_of(name)[0]: path for name, path in case.channels.items()}
+        for name, path in case.channels.items():
+            column, part = column_of(name)
+            row[column] = path if part is None else split_part(path or "")[0]
         rows.setdefault(case.patient, []).append(row)
     with replacing(Path(cfg.out) / "draws.csv", newline="") as file:
         writer = csv.writer(file)

@@ -269,6 +269,7 @@ def test_all_is_said_at_once_before_training(tmp_path, check):
         csv_path=str(csv), train_folds=["0"], val_folds=[], test_folds=[], test_ckpt=None
     )
     cfg.n_workers, cfg.data = 0, SimpleNamespace(modality="CT", max_bad_cases=2)
+    cfg.data.hu_window = (-1000, 1000)
     cfg.data.channels, cfg.data.missing_channels = None, "refuse"
     cache = VolumeCache(tmp_path / "cache", StandardForm(None, "CT"))
     wanted = (cfg, cache, (), ("img_path",), check)

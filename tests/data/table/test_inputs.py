@@ -75,7 +75,7 @@ def test_the_channels_of_a_case(tmp_path):
     assert paths(cases) == {"P1": of_name} and [*cases["P1"].channels][0] == "t1_path"
     whole = str(nifti(tmp_path / "4d.nii", shape=(4, 4, 4, 2)))
     cases, _ = found(tmp_path / "4d.nii", ["path:0", "path:1"])
-    assert paths(cases) == {"4d": [whole, whole]}
+    assert paths(cases) == {"4d": [f"{whole}:0", f"{whole}:1"]} and cases["4d"].path == f"{whole}:0"
     (numbered / "P2_0000.nii.gz").unlink()
     with pytest.raises(InputError, match="several channels: trained on one"):
         found(numbered)

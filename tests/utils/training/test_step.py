@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from utils.training import step
+from utils.training.run import Run
 from utils.training.step import seed_everything
 
 
@@ -53,3 +54,15 @@ def test_a_step_that_is_not_finite_leaves_no_trace():
     before = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)).state_dict()
     assert not ok
     assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_a_cpu_that_can_only_emulate_bf16_is_told_so(monkeypatch, tmp_path, capsys):
+    cfg = SimpleNamespace(precision="bf16", resume_training_from=None)
+    cfg.results_dir, cfg.experiment = str(tmp_path), "x"
+    for supported in (True, False):
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda s=supported: s)
+        for precision, device in (("bf16", "cpu"), ("fp32", "cpu"), ("bf16", "cuda")):
+            cfg.precision = precision
+            Run.begin(cfg, torch.device(device), stop=None)
+            warned = "set precision=fp32" in capsys.readouterr().out
+            assert warned == ((precision, device) == ("bf16", "cpu") and not supported)
