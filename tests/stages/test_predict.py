@@ -1,6 +1,7 @@
 """--predict: scans without a CSV, by the checkpoints of both fine-tuned stages."""
 
 import shutil
+import sys
 
 import nibabel as nib
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from tests.conftest import read_cases
 from tests.stages import small
 from utils import checkpoint
+from utils.training.run import exit_code
 
 EACH = pytest.mark.parametrize("stage", ["classification", "segmentation"])
 
@@ -99,3 +101,29 @@ def test_a_checkpoint_without_a_fingerprint_asks_for_the_modality(
     assert "set data.modality" in capsys.readouterr().err
     assert script(command, "data.modality=CT") == 0
     assert "unlike" not in capsys.readouterr().out
+
+
+@EACH
+def test_a_test_that_is_stopped_leaves_nothing_half(
+    stage, best, script, folder, monkeypatch, capsys
+):
+    name = {"classification": "predict", "segmentation": "test_cases"}[stage]
+    small.stop_at(monkeypatch, stage, name, 0)
+    monkeypatch.setattr("runpy.run_path", lambda *args, **kwargs: run_program(stage))
+    assert script(f"experiment=x test_ckpt={best}") == small.STOPPED
+    assert "SIGTERM: not finished, nothing of it is kept in" in capsys.readouterr().err
+    assert {path.name for path in folder.iterdir()} == {"test_unfinished"}
+
+
+def run_program(stage):
+    """The script that tests change, as a program."""
+    sys.exit(exit_code(small.STAGES[stage].script.main))
+
+
+@EACH
+def test_a_folder_that_is_a_file_is_named_by_its_key(stage, script, tmp_path, capsys):
+    (tmp_path / "taken").touch()
+    for key in ("cache_dir", "results_dir"):
+        assert script(f"{key}={tmp_path / 'taken'}") == 2
+        said = f"{key}: {tmp_path / 'taken'} is a file; set {key} to a folder of yours"
+        assert said in capsys.readouterr().err
