@@ -18,6 +18,16 @@ Labels = Annotated[
 ]
 
 
+def not_turned_round(classes: Any) -> Any:
+    """Refuse {1: liver}, as in nnU-Net's older files, with what to write."""
+    if isinstance(classes, dict) and classes:
+        names = {v: k for k, v in classes.items() if isinstance(v, str) and str(k).isdecimal()}
+        if len(names) == len(classes):
+            right = ", ".join(f"{name}: {value}" for name, value in names.items() if value != "0")
+            raise ValueError(f"turned round: the name comes first: {{{right}}}")
+    return classes
+
+
 class Patches(f.Section):
     size: f.Size
     per_case: f.Positive
@@ -60,7 +70,7 @@ OF_THE_TEST = (
 
 
 class SegmentationConfig(schema.FineTuned):
-    classes: dict[f.Text, Labels]
+    classes: Annotated[dict[f.Text, Labels], BeforeValidator(not_turned_round)]
     ignore_labels: Values
     optimizer: Literal["adamw", "sgd"]
     val_every: f.Positive
@@ -71,10 +81,16 @@ class SegmentationConfig(schema.FineTuned):
     inference: Inference
 
 
-def impossible_segmentation(values: schema.Values, facts_of: schema.FactsOf) -> schema.Wrong:
-    """Find values that contradict each other or that the backbone cannot take."""
+def impossible_segmentation(
+    values: schema.Values, facts_of: schema.FactsOf, cv: bool = False, predicted: str | None = None
+) -> schema.Wrong:
+    """Find values that contradict each other, --cv or --predict, or that the backbone cannot take.
+
+    cv: whether --cv is given. predicted: the path of --predict, if it is given.
+    """
     facts = facts_of(values, True)
-    yield from schema.impossible_run(values)
+    yield from schema.impossible_run(values, predicted)
+    yield from schema.impossible_cv(values, predicted) if cv else ()
     yield from schema.impossible_freezing(values)
     yield from schema.impossible_size("patches.size", values, facts)
     if values.get("loss.dice") == values.get("loss.ce") == 0:

@@ -84,7 +84,7 @@ def _item(item) -> str:
     if isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], Path):
         return _picture(*item)
     if isinstance(item, dict):
-        return _table(None, [[name, value] for name, value in _flat(item)])
+        return _table(None, [[name, value] for name, value in flat(item)])
     if hasattr(item, "to_dict"):
         item = item.to_dict("records")
     if isinstance(item, list) and all(isinstance(x, dict) for x in item):
@@ -127,10 +127,11 @@ def _text(value):
     return escape(str(value))
 
 
-def _flat(values, prefix=""):
+def flat(values, prefix=""):
+    """Yield (dotted name, value) of nested dicts."""
     for name, value in values.items():
         if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
+            yield from flat(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
 

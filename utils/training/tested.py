@@ -1,6 +1,7 @@
 """The checkpoints that test_ckpt names, and the settings for a test of them."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -10,7 +11,7 @@ from utils.checkpoint import CheckpointError
 
 Config = TypeVar("Config", bound=BaseModel)
 # settings that came later, with what runs did before
-LATER = {"steps_per_epoch": None}
+LATER = {"steps_per_epoch": None, "tracker": None}
 READING = {"uneven_slices": "refuse", "mask_grid": "header", "nan_voxels": "refuse"}
 LATER_IN = {
     "data": READING | {"channels": None, "missing_channels": "refuse"},
@@ -53,6 +54,39 @@ def open_tested(path: str, stage: str, cfg: Config, keys: Sequence[str]) -> tupl
     changes = {key: getattr(cfg, key) for key in keys}
     changes |= {"data": own.data.model_copy(update=data), "train_folds": [], "val_folds": []}
     return saved, own.model_copy(update=changes)
+
+
+def facts_of(saved: Mapping) -> tuple[list[str], list[str], dict | None]:
+    """Return what a checkpoint says of its patients and scans.
+
+    Returns:
+        hashes of the patients it was trained on, weights that it started from included; of those by
+        whose scores this epoch was chosen as the best; the `fingerprint` of its train cases. Older
+        files lack the last two.
+    """
+    progress = saved.get("progress") or {}
+    is_best = progress.get("epoch") == progress.get("best_epoch")
+    chosen_by = saved.get("val_patients", []) if is_best else []
+    return saved["seen_patients"], chosen_by, saved.get("fingerprint")
+
+
+def checkpoints_of(paths: Sequence[str]) -> list[str]:
+    """Return the checkpoints that test_ckpt names; a folder stands for best.pt of the run in it or,
+    after --cv, for those of all its folds.
+
+    Raises CheckpointError if a folder holds no run, or a fold of it has no checkpoint yet.
+    """
+    found = []
+    for path in map(Path, paths):
+        folds = sorted(path.glob("fold_*/checkpoints")) if path.is_dir() else []
+        runs = folds or ([path / "checkpoints"] if path.is_dir() else [])
+        files = [run / "best.pt" for run in runs] or [path]
+        for file in files:
+            if path.is_dir() and not file.is_file():
+                what = "no such checkpoint; a folder stands for the run or the folds of --cv in it"
+                raise CheckpointError(f"{file}: {what}")
+        found += map(str, files)
+    return found
 
 
 def _listed(channels: Sequence[str] | None) -> str:
