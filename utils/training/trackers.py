@@ -47,8 +47,8 @@ class Wandb:
 
 
 class Mlflow:
-    """MLflow: to the server or folder that MLFLOW_TRACKING_URI names, without it to MLflow's
-    default below the current folder."""
+    """MLflow: to the server or file that MLFLOW_TRACKING_URI names, without it to MLflow's default
+    in the current folder."""
 
     def __init__(self, cfg: BaseModel, folder: Path, known: str | None):
         """known: the id of the run that goes on, or None."""
@@ -73,7 +73,7 @@ Tracker = Wandb | Mlflow
 TRACKERS = {"wandb": Wandb, "mlflow": Mlflow}
 HELP = {
     "wandb": "log in with `wandb login`, or set WANDB_MODE=offline in the environment",
-    "mlflow": "look at MLFLOW_TRACKING_URI in the environment, or set it to a folder",
+    "mlflow": "set MLFLOW_TRACKING_URI in the environment, such as sqlite:///mlflow.db",
 }
 
 
