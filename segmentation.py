@@ -4,8 +4,8 @@ Edit segmentation_config.yaml, then `python segmentation.py`. Results go to
 <results_dir>/<experiment>/. With test_ckpt=<that folder>/checkpoints/best.pt the test folds are
 predicted and scored, to test/ there. docs/segmentation.md says the rest.
 
-Volumes are (B, C, X, Y, Z) in RAS+ throughout. Classes are indices: 0 background, 1..K as in the
-config, IGNORE.
+Volumes are (B, C, X, Y, Z) in RAS+ throughout. Masks hold indices: 0 background, 1..K the classes
+as in the config (of regions that overlap: their parts, see utils/classes.py), IGNORE.
 """
 
 import math

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import BeforeValidator, Field, PlainValidator
 
 from utils.classes import class_problems
 from utils.config import fields as f
@@ -11,10 +11,18 @@ from utils.config import schema
 Values = Annotated[
     list[int], BeforeValidator(f.one_or_more, json_schema_input_type=int | list[int])
 ]
-Files = Annotated[str, AfterValidator(f.not_empty)]
+
+
+def label(value: Any) -> int | str:
+    """Check one entry of a class."""
+    if type(value) is not int and not (isinstance(value, str) and value):
+        raise ValueError("expected a label value (a whole number), or the name of a file or column")
+    return value
+
+
+Label = Annotated[int | str, PlainValidator(label, json_schema_input_type=int | str)]
 Labels = Annotated[
-    list[int | Files],
-    BeforeValidator(f.one_or_more, json_schema_input_type=int | str | list[int | str]),
+    list[Label], BeforeValidator(f.one_or_more, json_schema_input_type=int | str | list[int | str])
 ]
 
 
@@ -105,4 +113,5 @@ def impossible_segmentation(
 
 def _are_labels(value: Any) -> bool:
     """Return whether the schema takes a value; if it does not, that is reported already."""
-    return value is not None and all(type(x) in (int, str) for x in f.one_or_more(value))
+    values = f.one_or_more(value)
+    return isinstance(values, list) and all(type(x) in (int, str) and x != "" for x in values)
