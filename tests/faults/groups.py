@@ -16,6 +16,7 @@ from tests.faults.files.csv_files import CSV
 from tests.faults.files.formats import FORMATS
 from tests.faults.files.masks import MASKS
 from tests.faults.files.nifti import NIFTI, NIFTI_FLIPS
+from tests.faults.files.values import VALUES
 from tests.faults.files.yaml_files import YAML
 from tests.faults.runs.finished import FINISHED
 from tests.faults.runs.memory import MEMORY
@@ -43,6 +44,7 @@ GROUPS = [
     MASKS,
     CHANNELS,
     CSV,
+    VALUES,
     YAML,
     CACHE,
     CACHE_AT_ONCE,
