@@ -71,8 +71,8 @@ class StandardForm:
 
 
 def standard_transform(form: StandardForm) -> Compose:
-    """Return the transform from {"path", "series_uid"?, "modality"?, "seg_path"?, "channels"?} to
-    the form.
+    """Return the transform from {"path", "series_uid"?, "modality"?, "seg_path"?, "masks"?,
+    "channels"?} to the form.
 
     Its result holds `image` (C, X, Y, Z) int16 and, with a mask, `seg` (1, X, Y, Z) int16, both
     MetaTensors whose affine is RAS+ mm; `series_uid`; and, as described in
@@ -98,7 +98,7 @@ def standard_transform(form: StandardForm) -> Compose:
 
 
 class ReadVolumed(Transform):
-    """Read `path` or the `channels`, and `seg_path`; determine the modalities."""
+    """Read `path` or the `channels`, and `seg_path` or `masks`; determine the modalities."""
 
     def __init__(self, form: StandardForm):
         self.form = form
@@ -121,7 +121,7 @@ class ReadVolumed(Transform):
         out["values"] = [values_of(channel.voxels, channel.kind) for channel in there]
         out |= {name: getattr(form, name) for name in ("uneven_slices", "mask_grid", "nan_voxels")}
         if data.get("seg_path"):
-            mask = read_mask(data["seg_path"])
+            mask = read_mask(data["seg_path"], data.get("masks"))
             if form.mask_grid == "voxels":
                 mask = _on_voxels(mask, volume, data)
             out["seg"] = _meta_tensor([mask.voxels], mask.affine)
@@ -132,7 +132,7 @@ class ReadVolumed(Transform):
 def _on_voxels(mask: Volume, volume: Volume, data: dict) -> Volume:
     """Return a mask of its image's shape with the image's affine, and a notice if its own differs;
     any other mask as it is, and that of a DICOM image."""
-    if not (format_of(data["path"]) and format_of(data["seg_path"])):
+    if not all(map(format_of, (data["path"], *(data.get("masks") or [data["seg_path"]])))):
         return mask
     different = off_by_header(mask, volume.affine, volume.voxels.shape)
     if not different:
