@@ -23,7 +23,7 @@ import numpy as np
 
 from data.volume import spacing_of
 
-FORMAT = 6  # part of every key: raise it when the meaning of a file's content changes
+FORMAT = 7  # part of every key: raise it when the meaning of a file's content changes
 CHUNK, BLOCK = 64, 16  # voxels per axis: unit of checksums, unit of decompression
 # LZ4HC: half of zstd's reading time for 2 % more bytes on noisy CT. Never add Filter.DELTA: blosc2
 # 4.3.3 then returns wrong values for slices.

@@ -68,7 +68,8 @@ class Contents:
         if at not in self._known:
             digests = [_digest(file) for file, _, _ in files]
             # of a folder in no order: its files may be renamed
-            self._known[at] = _hash(sorted(digests) if os.path.isdir(path) else digests)
+            is_folder = os.path.isdir(split_part(path)[0])
+            self._known[at] = _hash(sorted(digests) if is_folder else digests)
             with self._lock:
                 append_line(self.file, [at, self._known[at]])
         return self._known[at]

@@ -14,7 +14,6 @@ from pydicom.uid import (
     ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
     JPEGLSTransferSyntaxes,
-    JPEGTransferSyntaxes,
     RLELossless,
 )
 
@@ -154,12 +153,8 @@ def real_values(frame: Frame, stored_values: Callable[[int], np.ndarray]) -> np.
     except (VolumeError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # each decoder has its own types; RLE's raises Rust panics
-        hint = ""
-        if image.transfer_syntax in JPEGTransferSyntaxes:
-            hint = f" (pip install {OTHER_DECODERS} adds a decoder for all kinds of JPEG)"
-        raise VolumeError(
-            f"{image.path}: frame {frame.index + 1} cannot be decoded: {error}{hint}"
-        ) from error
+        what = f"frame {frame.index + 1} cannot be decoded: {error}"
+        raise VolumeError(f"{image.path}: {what}") from error
 
 
 @contextmanager

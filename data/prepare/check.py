@@ -22,7 +22,7 @@ from data.values import hu_notices, nothing_to_see, unlike_others
 from data.volume import MIN_VOXELS, SPACING_MM, spacing_of
 from utils.parallel import in_processes
 
-VERSION = 4  # of the remembered facts: raise it when the readers refuse more than before
+VERSION = 5  # of the remembered facts: raise it when the readers refuse more than before
 MEMORY = "checked.jsonl"  # in the cache's folder
 FEW_VOXELS = 8  # fewer are noticed: the network sees mostly padding there
 # {"shape": of the (first) file, "spacing": mm, "series": hash of SeriesInstanceUID or None,
