@@ -4,8 +4,8 @@ Edit segmentation_config.yaml, then `python segmentation.py`. Results go to
 <results_dir>/<experiment>/. With test_ckpt=<that folder>/checkpoints/best.pt the test folds are
 predicted and scored, to test/ there. docs/segmentation.md says the rest.
 
-Volumes are (B, C, X, Y, Z) in RAS+ throughout. Classes are indices: 0 background, 1..K as in the
-config, IGNORE.
+Volumes are (B, C, X, Y, Z) in RAS+ throughout. Masks hold indices: 0 background, 1..K the classes
+as in the config (of regions that overlap: their parts, see utils/classes.py), IGNORE.
 """
 
 import math
@@ -41,7 +41,7 @@ from data.standard import StandardForm
 from data.table.inputs import load_inputs, results_of
 from data.views.patches import PatchDataset, PatchSettings, apply_patches, collate_patches
 from models.backbones import facts_of, from_config
-from models.segmenter import Segmenter, optimizer_groups, supervised
+from models.segmenter import Segmenter, loss_of, optimizer_groups, supervised
 from utils import checkpoint, distributed
 from utils.classes import IGNORE, Classes, unpaired_sides
 from utils.config.command_line import parse_command_line, value_of
@@ -49,7 +49,7 @@ from utils.config.schema import OPTIONS
 from utils.config.segmentation import SegmentationConfig, impossible_segmentation
 from utils.errors import NotFinite
 from utils.memory import explained
-from utils.metrics.segmentation import case_dice, mean_dice
+from utils.metrics.segmentation import by_class, case_dice, mean_dice
 from utils.report.plots import plot_crops, plot_curves, views_of
 from utils.signals import Stopped, StopSignal
 from utils.training import advice, schedules, step
@@ -86,12 +86,14 @@ def train_step(
     state.optimizer.zero_grad(set_to_none=True)
     buffers = step.remember_buffers(segmenter)
     weights, parts = torch.tensor([cfg.loss.dice, cfg.loss.ce], device=device), 0.0
+    classes = Classes.from_config(cfg.classes)
     for i, batch in enumerate(batches, 1):
         images, targets = apply_patches(batch, cfg.patches.size, device)
         with step.syncing(segmenter, last=i == len(batches)):
             with step.autocast(device, cfg.precision):
                 outputs = segmenter(images)
-            losses = supervised(outputs, targets) / len(batches)  # (2,)
+            losses = supervised(outputs, targets, loss_of(classes, batch["known"]))  # (2,)
+            losses = losses / len(batches)
             state.scaler.scale(losses @ weights).backward()
         parts = parts + losses.detach()
 
@@ -158,7 +160,7 @@ def validate(run: Run, state: State, cases: Sequence[Case], cache, classes: Clas
         except Stopped:
             break
         truth = read_truth(case, entry, classes)
-        rows += case_dice(found, truth, classes.names)
+        rows += by_class(case_dice, found, truth, classes, case.labelled)
         if distributed.is_main() and n <= NUM_SHOWN:
             path = run.folder / "plots" / f"val_{n}.png"
             picture = draw_case(path, case, entry, found, truth, classes)
@@ -240,7 +242,7 @@ def train(run: Run[SegmentationConfig], cache, cases: dict, skipped, notices) ->
     # ---- model
     segmenter = build(cfg, classes)
     if not run.started_from:
-        segmenter.start_from(loader.dataset.class_shares())
+        segmenter.start_from(loader.dataset.class_shares(), classes.overlap)
     weights = load_weights(run, segmenter.backbone)
     optimizer = build_optimizer(segmenter, cfg)
     if cfg.compile:
@@ -261,8 +263,7 @@ def train(run: Run[SegmentationConfig], cache, cases: dict, skipped, notices) ->
     state.select_by = "val_dice" if cases["val"] else "loss"
     mixed = unpaired_sides(classes.names, cfg.augment.mirror_pairs) if cfg.augment.flip[0] else []
     if mixed:
-        what = f"augment.flip x takes left for right, and augment.mirror_pairs lacks {mixed}"
-        state.warnings["sides"] = what
+        state.warnings["sides"] = f"augment.flip x takes left for right: mirror_pairs lacks {mixed}"
 
     # ---- resume
     if run.started_from:

@@ -59,6 +59,7 @@ class VolumeCache:
     def _source(self, case: Case) -> tuple[str, str, list]:
         """Return the key, and stamp and facts of the case's files."""
         rows = (case.path, case.series_uid, case.modality, case.seg_path, *case.channels.values())
+        rows += tuple(case.masks.items())
         if rows not in self._keys:
             try:
                 found = stamp_of(case), self.contents.facts(case)

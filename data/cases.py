@@ -21,6 +21,7 @@ MODALITIES = get_args(Modality)
 # and val, a misspelt column) would make the run's results wrong or are quickly fixed.
 SKIPPABLE = ("paths", "unreadable volumes", "geometry", "values", "masks")
 NOTICE = "worth a look"  # the kind of problems that are none: what is likely, and was done
+LABELLED = "labelled_classes"  # an optional column
 SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
 WHOLE = re.compile(r"([+-]?\d+)\.0*", re.ASCII)  # 1.0, as pandas writes 1 where a cell is empty
@@ -62,6 +63,9 @@ class Case:
     """One row of the CSV.
 
     labels: {column: text}, "" if empty, of requested columns that exist.
+    masks: {absolute path: label value} of a case with a file for each structure, in the order in
+        which they are drawn over each other; seg_path is then their folder, or the first one.
+    labelled: names of the classes that the mask shows, None: all.
     channels: {column: absolute path, None where it is missing} of data.channels; {} without those.
         `path` is then that of the first one that is there, to whose grid the others are brought. A
         name such as path:2 is the volume 2, from 0, of a 4D file in the column path.
@@ -77,11 +81,13 @@ class Case:
     seg_path: str | None = None  # absolute
     labels: dict[str, str] = field(default_factory=dict)
     channels: dict[str, str | None] = field(default_factory=dict)
+    masks: dict[str, int] = field(default_factory=dict)
+    labelled: tuple[str, ...] | None = None
 
     @property
     def files(self) -> dict:
         """What `data.standard.standard_transform` takes."""
-        names = ("path", "series_uid", "modality", "seg_path", "channels")
+        names = ("path", "series_uid", "modality", "seg_path", "masks", "channels")
         return {name: getattr(self, name) for name in names}
 
     @property
@@ -211,7 +217,8 @@ def _check_header(header: list[str], required: Sequence[str]) -> list[Problem]:
         if column and header.count(column) > 1:
             wrong.append(f"{header.count(column)} columns {column!r}")
         name = column.strip().lower().replace(" ", "_")
-        if name in ("series_uid", "modality", "seg_path") and column != name:
+        name = name.replace("labeled", "labelled")
+        if name in ("series_uid", "modality", "seg_path", LABELLED) and column != name:
             wrong.append(f"column {column!r}: write {name!r}")
     return [Problem(1, "", what) for what in wrong]
 

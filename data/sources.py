@@ -35,8 +35,8 @@ def fingerprint(path: str | Path) -> list[tuple[str, int, int]]:
 
 
 def paths_of(case: Case) -> list[str | None]:
-    """Return the paths of a case: image, mask, channels; None: missing."""
-    return [case.path, case.seg_path, *case.channels.values()]
+    """Return the paths of a case: image, mask or masks, channels; None: missing."""
+    return [case.path, *(case.masks or [case.seg_path]), *case.channels.values()]
 
 
 def stamp_of(case: Case) -> str:
@@ -74,8 +74,12 @@ class Contents:
         return self._known[at]
 
     def facts(self, case: Case) -> list:
-        """Return what tells the files of a case from those of others: contents and parts."""
-        return [[self.of(path), split_part(path or "")[1]] for path in paths_of(case)]
+        """Return what tells the files of a case from those of others: contents and parts, and of
+        the mask of a structure its label."""
+        return [
+            [self.of(path), case.masks.get(path, split_part(path or "")[1])]
+            for path in paths_of(case)
+        ]
 
     def _recall(self) -> None:
         """Read the file if it has grown; lines that a crash cut short are passed over."""

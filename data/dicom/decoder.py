@@ -222,6 +222,7 @@ def _decode(dataset: pydicom.Dataset, index: int) -> np.ndarray:
     plugins = [name for name in decoder.available_plugins if name != GDCM]
     if syntax in JPEGTransferSyntaxes and GDCM in decoder.available_plugins:
         plugins.append(GDCM)
+    plugins = plugins or [""]  # of frames that are not compressed
     for name in plugins:
         how = {"index": index, "raw": True, "correct_unused_bits": False}
         try:
@@ -229,7 +230,6 @@ def _decode(dataset: pydicom.Dataset, index: int) -> np.ndarray:
         except Exception:  # of many types: the next one may know this kind
             if name == plugins[-1]:
                 raise
-    raise ValueError("no decoder is installed")
 
 
 def _unwrapped(jp2: bytes) -> bytes:

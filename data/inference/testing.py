@@ -16,7 +16,7 @@ from utils import distributed
 from utils.classes import Classes
 from utils.config.command_line import save_resolved
 from utils.errors import NotFinite
-from utils.metrics.segmentation import predicted_volumes
+from utils.metrics.segmentation import by_class, predicted_volumes
 from utils.report.segmentation import write_predicted_report, write_test_report
 from utils.training.run import Run
 
@@ -73,7 +73,7 @@ def report_test(
         path = os.path.normpath(folder / "predictions" / file_of[line])
         return read_picture(case_of[line], cache.get(case_of[line]), classes, path)
 
-    options |= {"notes": notes, "settings": cfg.model_dump(mode="json")}
+    options |= {"notes": notes, "settings": cfg.model_dump(mode="json"), "classes": classes}
     content = (rows, classes.names, cfg.inference.tolerance, read)
     summary = write_test_report(folder, title, *content, **options)
     save_resolved(cfg, folder / "config.yaml")
@@ -117,7 +117,12 @@ def predict_inputs(
     def one(case: Case) -> list[dict]:
         entry, path = cache.get(case), folder / f"{case.patient}.nii.gz"
         found = predict_to(run, predict, case, entry, classes, path)
-        volumes = predicted_volumes(found, voxel_sizes(entry.original_affine), classes.names)
+        spacing = voxel_sizes(entry.original_affine)
+
+        def measure(found, _, names) -> list[dict]:
+            return predicted_volumes(found, spacing, names)
+
+        volumes = by_class(measure, found, None, classes)
         row = {"name": case.patient, "path": case.path, "series_uid": case.series_uid or ""}
         row |= {f"{v['class']}_ml": round(v["volume_ml"], 4) for v in volumes}
         return [row | {"unlike_training": "; ".join(unlike.get(case.row, ()))}]

@@ -6,6 +6,7 @@ import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -180,7 +181,7 @@ def _read(case: Case, default_modality, form: StandardForm) -> Facts | VolumeErr
     item, lacking = case.files, _lacks_modality(case, default_modality)
     item["modality"] = "OT" if lacking else case.modality
     try:
-        item = ReadVolumed(default_modality, form.uneven_slices, form.mask_grid)(item)
+        item = ReadVolumed(replace(form, modality=default_modality))(item)
         for voxels, source in zip(item["image"].numpy(), item["sources"], strict=True):
             if source and voxels.min() == voxels.max():
                 raise VolumeError(f"{source}: every voxel is {voxels.min():g}")
@@ -228,7 +229,7 @@ def _source_key(case: Case, cache: VolumeCache) -> str | None:
         return None
     form = cache.form
     facts = [VERSION, sources, case.series_uid, case.modality, form.modality]
-    facts += [form.uneven_slices, form.mask_grid]
+    facts += [form.uneven_slices, form.mask_grid, form.nan_voxels]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
 
 

@@ -7,10 +7,10 @@ from itertools import chain
 from pathlib import Path
 
 from data.cache import VolumeCache
-from data.cases import Case, CasesError, Problem, read_cases, split_bad
+from data.cases import LABELLED, Case, CasesError, Problem, read_cases, split_bad
 from data.demo.make import make_demo
 from data.prepare.check import check_volumes, mask_labels, volume_notices
-from data.prepare.masks import mask_notices, mask_problems
+from data.prepare.masks import find_masks, mask_notices, mask_problems
 from data.prepare.targets import Targets, minus_one
 from utils import distributed
 from utils.checkpoint import hash_patients
@@ -69,7 +69,12 @@ def _load(cfg, cache, columns, check, classes, needed, find_problems, n_workers)
         make_demo(DEMO)
     folds = _folds(cfg)
     channels = (cfg.data.channels, cfg.data.missing_channels)
+    label_columns, path_columns, optional = columns
+    optional = [*optional, LABELLED, *(name for name, _ in (classes.files if classes else ()))]
+    columns = (label_columns, path_columns, optional)
     cases, problems = read_cases(cfg.csv_path, folds, *columns, *channels)
+    cases, others = find_masks(cases, classes, Path(cfg.csv_path).resolve().parent)
+    problems += others
     problems += find_problems(split(cases, cfg))
     if not check:
         unused = [] if cfg.test_ckpt else cfg.test_folds

@@ -16,13 +16,14 @@ from data.cases import format_problems
 from data.inference.frozen import dense_probe, label_probe, pooled_features
 from data.inference.testing import report_test, test_cases
 from data.prepare.load import PATH_COLUMNS, load_cases, refuse_seen
+from data.prepare.masks import refuse_partly_labelled
 from data.prepare.targets import Targets
 from data.standard import StandardForm
 from data.views.images import standard_form
 from models.backbones import facts_of, from_config
 from models.classifier import Classifier
 from utils import distributed
-from utils.classes import Classes
+from utils.classes import Classes, refuse_overlap
 from utils.config.classification import ClassificationConfig, impossible_classification
 from utils.config.command_line import parse_command_line, save_resolved
 from utils.config.segmentation import SegmentationConfig, impossible_segmentation
@@ -46,7 +47,9 @@ def segmentation(run: Run[SegmentationConfig], backbone, seen) -> None:
     cfg = run.cfg
     cache = VolumeCache(cfg.cache_dir, StandardForm.from_config(cfg.data))
     classes = Classes.from_config(cfg.classes, cfg.ignore_labels)
+    refuse_overlap(classes)
     cases, skipped = load_cases(with_test(cfg), cache, [], PATH_COLUMNS[::-1], False, classes)
+    refuse_partly_labelled(cases["train"])
     notes = refuse_seen(cases["test"], seen, "dino_weights", cfg.allow_seen_patients)
     print(format_problems(skipped))
     predict = dense_probe(run, backbone, cache, cases["train"], classes)

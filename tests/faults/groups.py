@@ -14,6 +14,7 @@ from tests.faults.files.bombs import BOMBS, ESTIMATES
 from tests.faults.files.channels import CHANNELS
 from tests.faults.files.csv_files import CSV
 from tests.faults.files.formats import FORMATS
+from tests.faults.files.labels import LABELS
 from tests.faults.files.masks import MASKS
 from tests.faults.files.nifti import NIFTI, NIFTI_FLIPS
 from tests.faults.files.yaml_files import YAML
@@ -41,6 +42,7 @@ GROUPS = [
     NIFTI_FLIPS,
     FORMATS,
     MASKS,
+    LABELS,
     CHANNELS,
     CSV,
     YAML,

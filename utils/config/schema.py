@@ -59,6 +59,7 @@ class Data(f.Section):
     crop_background: bool
     uneven_slices: Literal["refuse", "resample"]
     mask_grid: Literal["header", "voxels"]
+    nan_voxels: Literal["refuse", "background"]
     max_bad_cases: f.Count
 
 

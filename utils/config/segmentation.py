@@ -2,14 +2,27 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, PlainValidator
 
 from utils.classes import class_problems
 from utils.config import fields as f
 from utils.config import schema
 
-Labels = Annotated[
+Values = Annotated[
     list[int], BeforeValidator(f.one_or_more, json_schema_input_type=int | list[int])
+]
+
+
+def label(value: Any) -> int | str:
+    """Check one entry of a class."""
+    if type(value) is not int and not (isinstance(value, str) and value):
+        raise ValueError("expected a label value (a whole number), or the name of a file or column")
+    return value
+
+
+Label = Annotated[int | str, PlainValidator(label, json_schema_input_type=int | str)]
+Labels = Annotated[
+    list[Label], BeforeValidator(f.one_or_more, json_schema_input_type=int | str | list[int | str])
 ]
 
 
@@ -66,7 +79,7 @@ OF_THE_TEST = (
 
 class SegmentationConfig(schema.FineTuned):
     classes: Annotated[dict[f.Text, Labels], BeforeValidator(not_turned_round)]
-    ignore_labels: Labels
+    ignore_labels: Values
     optimizer: Literal["adamw", "sgd"]
     val_every: f.Positive
     patches: Patches
@@ -100,4 +113,5 @@ def impossible_segmentation(
 
 def _are_labels(value: Any) -> bool:
     """Return whether the schema takes a value; if it does not, that is reported already."""
-    return all(type(x) is int for x in f.one_or_more(value)) if value is not None else False
+    values = f.one_or_more(value)
+    return isinstance(values, list) and all(type(x) in (int, str) and x != "" for x in values)

@@ -12,7 +12,7 @@ from utils.checkpoint import CheckpointError
 Config = TypeVar("Config", bound=BaseModel)
 # settings that came later, with what runs did before
 LATER = {"steps_per_epoch": None, "tracker": None}
-READING = {"uneven_slices": "refuse", "mask_grid": "header"}
+READING = {"uneven_slices": "refuse", "mask_grid": "header", "nan_voxels": "refuse"}
 LATER_IN = {
     "data": READING | {"channels": None, "missing_channels": "refuse"},
     "augment": {"drop_channel": 0.0},
