@@ -39,10 +39,11 @@ from utils.metrics.predictions import pool
 from utils.report.classification import in_words, write_test_report
 from utils.report.plots import plot_crops, plot_curves, views_of
 from utils.signals import StopSignal
-from utils.training import advice, schedules, step
+from utils.training import advice, schedules, step, summary
 from utils.training.loop import Epoch
-from utils.training.run import Run, exit_code, load_weights, open_log, until_stopped, write_report
+from utils.training.run import Run, exit_code, load_weights, open_log, until_stopped
 from utils.training.state import State, note_best, resume, save
+from utils.training.tested import about_tested
 from utils.weights import load_backbone
 
 CONFIG = Path(__file__).with_name("classification_config.yaml")
@@ -201,7 +202,7 @@ def draw_inputs(run: Run[ClassificationConfig], loaders: dict) -> None:
 def draw_progress(run: Run, state: State) -> None:
     """Renew plots/curves.png and report.html from what has been logged so far."""
     plot_curves(run.folder / "plots" / "curves.png", run.log.rows)
-    write_report(run, state, f"Classification: {run.cfg.experiment}", PICTURES)
+    summary.write_report(run, state, f"Classification: {run.cfg.experiment}", PICTURES)
 
 
 # ---------------------------------------------------------------------------------- main
@@ -326,12 +327,10 @@ def test(run: Run[ClassificationConfig], tested: list[Tested], cases: list, skip
         loader = make_loader(*one.views(cases), one.cfg.n_workers, pin, collate)
         with explained("the test", one.cfg):
             found.append(predict(replace(run, cfg=one.cfg), classifier, loader, one.targets))
-    content = {"targets": targets, "cases": cases, "images": tested[0].image}
-    content |= {
-        "predictions": average(found),
-        "control": average([t.control(cases) for t in tested]),
-    }
+    content = {"targets": targets, "cases": cases, "predictions": average(found)}
     content |= {"report_by": cfg.report_by, "notes": notes, "seed": cfg.seed}
+    content |= {"images": tested[0].image, "control": average([t.control(cases) for t in tested])}
+    content["about"] = about_tested(cfg.test_ckpt, [one.saved for one in tested])
     if distributed.is_main():
         print(in_words(write_test_report(folder, f"Test of {cfg.experiment}", **content)))
         save_resolved(tested[0].cfg, folder / "config.yaml")
@@ -357,6 +356,7 @@ def cross_validate(run: Run, folds: list[Run], cache, cases: list, skipped) -> i
         for name in ("predictions", "control"):
             content["cases"], content[name] = pool([(t["cases"], t[name]) for t in tests])
         content["notes"] = list(dict.fromkeys(note for t in tests for note in t["notes"]))
+        content["about"] |= {"checkpoint": f"best.pt of each of {len(folds)} folds"}
         title = f"Cross-validation of {run.cfg.experiment}"
         print(in_words(write_test_report(folder, title, **content, by_fold=True)))
         print(f"all folds: {folder / 'report.html'}, {folder / 'metrics.json'}")

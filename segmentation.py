@@ -49,14 +49,14 @@ from utils.errors import NotFinite
 from utils.memory import explained
 from utils.metrics.segmentation import case_dice, mean_dice
 from utils.report.plots import plot_crops, plot_curves, views_of
-from utils.report.segmentation import write_test_report
+from utils.report.segmentation import in_words, write_test_report
 from utils.signals import Stopped, StopSignal
 from utils.sliding_window import mirrored
-from utils.training import advice, schedules, step
+from utils.training import advice, schedules, step, summary
 from utils.training.loop import Epoch
-from utils.training.run import Run, exit_code, load_weights, open_log, until_stopped, write_report
+from utils.training.run import Run, exit_code, load_weights, open_log, until_stopped
 from utils.training.state import State, note_best, resume, save
-from utils.training.tested import open_tested, refuse_unlike
+from utils.training.tested import about_tested, open_tested, refuse_unlike
 from utils.weights import load_backbone
 
 CONFIG = Path(__file__).with_name("segmentation_config.yaml")
@@ -199,7 +199,7 @@ def draw_patches(run: Run[SegmentationConfig], batch: dict) -> None:
 def draw_progress(run: Run, state: State) -> None:
     """Renew plots/curves.png and report.html from what has been logged so far."""
     plot_curves(run.folder / "plots" / "curves.png", run.log.rows)
-    write_report(run, state, f"Segmentation: {run.cfg.experiment}", PICTURES)
+    summary.write_report(run, state, f"Segmentation: {run.cfg.experiment}", PICTURES)
 
 
 # ---------------------------------------------------------------------------------- main
@@ -356,11 +356,10 @@ def test(run: Run[SegmentationConfig], opened, cases: list[Case], cache, notes: 
         return read_picture(case, cache.get(case), classes, files / file_of[line])
 
     options = {"notes": notes, "settings": cfg.model_dump(mode="json")}
-    tolerance, title = cfg.inference.tolerance, f"Test of {cfg.experiment}"
-    summary = write_test_report(folder, title, rows, classes.names, tolerance, read, **options)
+    options["about"] = about_tested(cfg.test_ckpt, [saved for saved, _ in opened])
+    parts = folder, f"Test of {cfg.experiment}", rows, classes.names, cfg.inference.tolerance, read
+    print(in_words(write_test_report(*parts, **options)))
     save_resolved(cfg, folder / "config.yaml")
-    means = {name: entry["mean"] for name, entry in summary["overall"].items()}
-    print(", ".join(f"{name} {mean:.4g}" for name, mean in means.items() if mean is not None))
     print(f"{folder / 'report.html'}, {folder / 'cases.csv'}, {files}")
 
 

@@ -37,7 +37,8 @@ class Tested:
     Attributes:
         cfg: its config, but with the fields OF_THE_TEST of the current config.
         cache: a cache in its standard form.
-        targets, seen_patients: of its training. weights: of the classifier.
+        saved: what it says of its training. targets, seen_patients: of that.
+        weights: of the classifier.
     """
 
     def __init__(self, path: str, cfg):
@@ -47,6 +48,7 @@ class Tested:
         self.cache = VolumeCache(cfg.cache_dir, standard_form(self.cfg))
         self.seen_patients, self.weights = saved["seen_patients"], saved["modules"]["classifier"]
         self._control = Control.from_dict(saved["control"])
+        self.saved = {name: x for name, x in saved.items() if name not in ("modules", "optimizer")}
 
     def views(self, cases: Sequence[Case]) -> tuple[ImageDataset, EpochSampler]:
         """Return all fixed views of the cases, for `make_loader`."""

@@ -12,15 +12,26 @@ from fnmatch import fnmatch
 from itertools import product
 from math import log
 
+import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import hsv_to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 from scipy.ndimage import zoom
 
-# Okabe and Ito: distinguishable with any colour vision. Black is kept for reference lines.
+# Pictures have no background and their text is of a gray that can be read on white and on black, so
+# that they fit into a light page and a dark one.
+INK, GRID = "#7b8088", "#80808040"
+matplotlib.rcParams.update({"figure.facecolor": "#ffffff00", "axes.facecolor": "none"})
+matplotlib.rcParams.update(dict.fromkeys(["text.color", "axes.labelcolor", "axes.edgecolor"], INK))
+matplotlib.rcParams.update(dict.fromkeys(["xtick.color", "ytick.color"], INK))
+
+# Okabe and Ito: distinguishable with any colour vision. INK is kept for reference lines.
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#777777"]
+OUTLINES = ["#F0E442", "#56B4E9", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#0072B2"]
+GOLDEN = 0.618  # of the colour wheel, from one class beyond OUTLINES to the next
 LINES = ["-", "--", "-.", ":"]
 
 PLANES = {  # {name: (axis across the slice, letters at the picture's left, right, top, bottom)}
@@ -55,6 +66,7 @@ PANELS = [  # (title, columns of metrics.csv); a column is drawn in the first pa
     ("body fraction of crops", ["*body*"]),
     ("share of time waiting for data", ["*wait*"]),
     ("images per second", ["*images_per_s*", "*images/s*"]),
+    ("seconds of an epoch", ["seconds"]),
 ]
 MAX_LEGEND = 12  # lines in a legend; more would hide the panel
 LEFT_OUT = ["epoch", "step", "prototypes_move", "probe_*accuracy"]  # only in metrics.csv
@@ -149,13 +161,13 @@ def plot_curves(path, metrics, out_dim: int | None = None, patch_out_dim: int | 
             marker = "o" if len(values) <= 30 else ""
             ax.plot(epochs, values, marker=marker, ms=3, label=name, **line_style(i))
         if k := ln_k.get(WITH_LN_K.get(title)):
-            ax.axhline(log(k), color="black", lw=1, ls=":", label=f"ln K = {log(k):.2f}")
+            ax.axhline(log(k), color=INK, lw=1, ls=":", label=f"ln K = {log(k):.2f}")
         ax.set_title(title, fontsize=10)
         ax.set_xlabel("epoch", fontsize=8)
         ax.tick_params(labelsize=8)
         ax.ticklabel_format(axis="y", scilimits=(-3, 4), useOffset=False)
         ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        ax.grid(color="#dddddd", lw=0.6)
+        ax.grid(color=GRID, lw=0.6)
         ax.spines[["top", "right"]].set_visible(False)
         if len(names) > MAX_LEGEND:
             note = f"{len(names)} lines: see metrics.csv"
@@ -286,6 +298,14 @@ def line_style(i: int) -> dict:
     return {"color": COLORS[i % len(COLORS)], "ls": dashes, "lw": 1.5}
 
 
+def color_of(k: int) -> str | tuple:
+    """Return the colour of class index k; all classes differ. The background, 0, is black."""
+    if k <= len(OUTLINES):
+        return OUTLINES[k - 1] if k else "black"
+    turn = (k - len(OUTLINES)) * GOLDEN
+    return tuple(hsv_to_rgb((turn % 1, 0.55 + 0.35 * (k % 2), 1.0 - 0.15 * (k % 3))))
+
+
 def letters(ax, names: str) -> None:
     """Write letters at the left, right, top and bottom of a picture, as in `PLANES`."""
     places = [(0.03, 0.5), (0.97, 0.5), (0.5, 0.97), (0.5, 0.03)]
@@ -297,6 +317,8 @@ def letters(ax, names: str) -> None:
 
 
 def save(fig: Figure, path) -> np.ndarray:
-    """Write the PNG and return its pixels, (H, W, 3) uint8."""
+    """Write the PNG, without background, and return its pixels on white, (H, W, 3) uint8."""
     fig.savefig(path)
-    return np.asarray(fig.canvas.buffer_rgba())[..., :3].copy()
+    rgba = np.asarray(fig.canvas.buffer_rgba()).astype(np.float32) / 255
+    on_white = 1 - rgba[..., 3:] * (1 - rgba[..., :3])
+    return np.rint(255 * on_white).astype(np.uint8)

@@ -11,8 +11,9 @@ import numpy as np
 
 from utils.files import replacing
 from utils.metrics.segmentation import ONLY_PREDICTED, summarize
-from utils.report.page import Section, write_report
+from utils.report.page import Section, Slices, number, write_report
 from utils.report.plots_segmentation import plot_overlay, plot_scores
+from utils.report.slices import MAX_MB, fits, pack
 
 COLUMNS = (
     "PatientID csv_line class dice surface_dice hd95_mm volume_ml true_volume_ml volume_error_ml "
@@ -39,6 +40,11 @@ EXPLANATIONS = [
     "voxels within {tolerance:g} mm of the other surface. Volume error: predicted minus true.",
     "Cases are named by their line in the CSV; cases.csv has the PatientIDs.",
 ]
+SLICES = (
+    "Wheel, slider or arrow keys move through the slices, a click moves the other two planes, a "
+    "class jumps to where it is. For each class its worst case comes first, the worst class "
+    "leading; then the worst cases follow, {n} in all, as many as {mb:g} MB of the page hold."
+)
 
 
 def write_test_report(
@@ -52,6 +58,7 @@ def write_test_report(
     settings: Mapping | None = None,
     num_pictures: int = 30,
     seed: int = 0,
+    about: Mapping | None = None,
 ) -> dict:
     """Write cases.csv, summary.json, plots/*.png and report.html. Only cases.csv has PatientIDs.
 
@@ -65,6 +72,7 @@ def write_test_report(
             `plot_overlay`, for a csv_line, and perhaps the `channel` that the image is of.
         notes: warnings at the top of the page. settings: shown at its end.
         num_pictures: how many cases are drawn, the worst first.
+        about: {name: value} of the network, for the box on top.
     Returns:
         the content of summary.json.
     """
@@ -86,15 +94,7 @@ def write_test_report(
     for path, metric in zip(scores, ("dice", "hd95_mm"), strict=True):
         if plot_scores(path, rows, names, metric, LABELS[metric]) is None:
             path.unlink(missing_ok=True)
-    overlays = []
-    for rank, (line, of_case) in enumerate(list(cases.items())[:num_pictures], 1):
-        path = folder / "plots" / f"overlay_{rank:03}_line{line}.png"
-        picture = read(line)
-        channel = picture.pop("channel", "")
-        caption = f"line {line} of the CSV: {describe(of_case)}"
-        caption += f"; drawn on {channel}" * bool(channel)
-        plot_overlay(path, **picture, names=names, title=caption)
-        overlays.append((path, caption))
+    overlays, packed = _draw_cases(folder, cases, read, names, num_pictures)
     left = len(cases) - len(overlays)
     counts = {
         "cases with a mask": summary["cases"],
@@ -108,12 +108,57 @@ def write_test_report(
         Section("Overall", [counts, [_table_row("all classes", summary["overall"])]]),
         Section("Classes", [_class_table(summary), *(p for p in scores if p.exists())]),
         Section("Cases, worst first", [_case_table(cases)]),
+        Section("Slices", [SLICES.format(n=len(packed), mb=MAX_MB), Slices(packed)]),
         Section("Pictures, worst first", drawn),
         Section("What the numbers mean", [meaning]),
         Section("Settings", [dict(settings or {})]),
     ]
-    write_report(folder / "report.html", title, sections)
+    write_report(folder / "report.html", title, sections, {**(about or {}), **_headline(summary)})
     return summary
+
+
+def _draw_cases(
+    folder: Path, cases: Mapping, read: Callable, names: Sequence[str], num_pictures: int
+) -> tuple[list, list[dict]]:
+    """Draw the worst cases; return (path, caption) of each, and the cases for the viewer."""
+    overlays, packed, room = [], [], True
+    drawn = list(cases)[:num_pictures]
+    for line in dict.fromkeys([*worst_of_classes(cases), *drawn]):
+        picture = read(line)
+        channel = picture.pop("channel", "")
+        title = f"line {line} of the CSV: {describe(cases[line])}"
+        title += f"; drawn on {channel}" * bool(channel)
+        if room:
+            dice = {row["class"]: row["dice"] for row in cases[line]}
+            one = pack(**picture, names=names, title=title, dice=dice)
+            room = fits([*packed, one])
+            packed += [one] * room
+        if line in drawn:
+            path = folder / "plots" / f"overlay_{drawn.index(line) + 1:03}_line{line}.png"
+            plot_overlay(path, **picture, names=names, title=title)
+            overlays.append((path, title))
+    return sorted(overlays), packed
+
+
+def _headline(summary: Mapping) -> dict[str, str]:
+    """What the box on top says of the scores."""
+    classes = summary["classes"]
+    scored = [name for name in classes if classes[name]["dice"]["mean"] is not None]
+    found = {"cases": f"{summary['cases']} with a mask, of {summary['patients']} patients"}
+    if not scored:
+        return found
+    worst = min(scored, key=lambda name: classes[name]["dice"]["mean"])
+    missed = classes[worst]["missed"]
+    told = f"{worst}: {number(classes[worst]['dice']['mean'])}"
+    found["mean Dice"] = _table_row("", summary["overall"])[LABELS["dice"]]
+    found["worst class, Dice"] = told + f", missed in {missed} cases" * (missed > 0)
+    return found
+
+
+def in_words(summary: Mapping) -> str:
+    """Return the overall scores of a test for the terminal. summary: of `summarize`."""
+    means = {name: entry["mean"] for name, entry in summary["overall"].items()}
+    return ", ".join(f"{name} {number(mean)}" for name, mean in means.items() if mean is not None)
 
 
 def file_name(patient: str, row: int) -> str:
@@ -139,6 +184,20 @@ def worst_first(rows: Sequence[Mapping]) -> dict[int, list[Mapping]]:
     return {line: cases[line] for line in sorted(cases, key=order)}
 
 
+def worst_of_classes(cases: Mapping[int, Sequence[Mapping]]) -> list[int]:
+    """Return for each class the CSV line with its lowest Dice, those of the worst class first.
+
+    cases: of `worst_first`.
+    """
+    found: dict[str, list[tuple]] = {}
+    for line, rows in cases.items():
+        for row in rows:
+            if row["dice"] is not None:
+                found.setdefault(row["class"], []).append((row["dice"], line))
+    worst = sorted(found.values(), key=lambda pairs: np.mean([dice for dice, _ in pairs]))
+    return [min(pairs, key=lambda pair: pair[0])[1] for pairs in worst]
+
+
 def mean_of(rows: Sequence[Mapping], metric: str) -> float | None:
     """Return the mean of a metric over the classes that count in one case; None if none does."""
     values = [row[metric] for row in rows if row[metric] is not None]
@@ -151,8 +210,8 @@ def describe(rows: Sequence[Mapping], num: int = 3) -> str:
     if not scored:
         only_predicted = rows[0].get("note") == ONLY_PREDICTED
         return "predicted only" if only_predicted else "nothing to find or found"
-    worst = ", ".join(f"{r['class']} {r['dice']:.3f}" for r in scored[:num])
-    return f"mean Dice {mean_of(scored, 'dice'):.3f}; {'worst: ' * (len(scored) > num)}{worst}"
+    worst = ", ".join(f"{r['class']} {number(r['dice'])}" for r in scored[:num])
+    return f"mean Dice {number(mean_of(scored, 'dice'))}; {'worst: ' * (len(scored) > num)}{worst}"
 
 
 def _table_row(name: str, entries: Mapping) -> dict:
@@ -160,9 +219,9 @@ def _table_row(name: str, entries: Mapping) -> dict:
     row = {"class": name}
     for metric, label in LABELS.items():
         entry = entries[metric]
-        row[label] = None if entry["mean"] is None else _number(entry["mean"])
+        row[label] = None if entry["mean"] is None else number(entry["mean"])
         if entry["interval"]:
-            row[label] += f" [{', '.join(map(_number, entry['interval']))}]"
+            row[label] += f" [{', '.join(map(number, entry['interval']))}]"
     return row
 
 
@@ -186,7 +245,3 @@ def _case_table(cases: Mapping[int, Sequence[Mapping]]) -> list[dict]:
         row |= {"Dice": worst, "notes": "; ".join(notes) or describe(rows) * (not worst)}
         table.append(row)
     return table
-
-
-def _number(value: float) -> str:
-    return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Generic, Self, TypeVar
 
@@ -17,7 +17,6 @@ from torch import nn
 from utils import checkpoint, distributed
 from utils.config.command_line import save_resolved
 from utils.errors import InputError, RunError
-from utils.report.page import write_training_report
 from utils.signals import Stopped, StopSignal, end_workers
 from utils.training.runlog import RunLog
 from utils.training.state import State, check_space, save
@@ -36,7 +35,8 @@ class Run(Generic[Config]):
 
     cfg: the config. device: the device of this process. stop: the signals that end the run early.
     started_from: the checkpoint from which the run goes on, if any.
-    log: opened by `open_log` when training begins. exit_code: that of training, 0 or EXIT_STOPPED.
+    log: opened by `open_log` when training begins, which fills counts: {"train", "val": cases;
+        "parameters"}. exit_code: that of training, 0 or EXIT_STOPPED.
     """
 
     cfg: Config
@@ -44,6 +44,7 @@ class Run(Generic[Config]):
     stop: StopSignal
     started_from: Path | None = None
     log: RunLog | None = None
+    counts: dict[str, int] = field(default_factory=dict)
     exit_code: int = 0
 
     @classmethod
@@ -97,6 +98,8 @@ def open_log(run: Run, state: State, network: nn.Module, cases: dict, skipped) -
     """
     check_space(state, run.checkpoints, network)
     log = run.log = RunLog(run.folder, state.step, state.epoch, skipped, run.cfg.n_epochs)
+    run.counts = {name: len(cases[name]) for name in ("train", "val")}
+    run.counts["parameters"] = sum(p.numel() for p in network.parameters())
     report = LoadReport(**state.weights) if state.weights else None
     if distributed.is_main():
         (log.folder / "plots").mkdir(exist_ok=True)
@@ -106,9 +109,9 @@ def open_log(run: Run, state: State, network: nn.Module, cases: dict, skipped) -
     if not run.started_from:
         log.message(str(report) if report else "weights: random")
     log.message(
-        f"{', '.join(f'{len(cases[name])} {name}' for name in ('train', 'val'))} cases, "
+        f"{', '.join(f'{run.counts[name]} {name}' for name in ('train', 'val'))} cases, "
         f"{sum(not p.is_notice for p in skipped)} problems; {run.cfg.backbone}, "
-        f"{sum(p.numel() for p in network.parameters()) / 1e6:.1f} M parameters, on "
+        f"{run.counts['parameters'] / 1e6:.1f} M parameters, on "
         f"{distributed.world_size()} x {run.device.type}; {state.steps_per_epoch} steps per "
         f"epoch, from step {state.step}"
     )
@@ -132,14 +135,6 @@ def until_stopped(run: Run, state: State) -> Iterator[None]:
         run.exit_code = EXIT_STOPPED
     finally:
         run.log.close()
-
-
-def write_report(run: Run, state: State, title: str, pictures: dict[str, str]) -> None:
-    """Write report.html from what was logged so far. pictures: {file in plots/: caption}."""
-    report = LoadReport(**state.weights) if state.weights else None
-    warnings = [*(report.warnings if report else []), *state.warnings.values()]
-    settings, weights = run.cfg.model_dump(mode="json"), report.rows() if report else None
-    write_training_report(run.log, title, pictures, warnings, settings, weights)
 
 
 def exit_code(main: Callable[[list[str]], int]) -> int:

@@ -68,3 +68,19 @@ def refuse_unlike(paths: Sequence[str], parts: Sequence[Mapping]) -> None:
         if different := ", ".join(name for name in part if part[name] != parts[0][name]):
             what = f"differs from {paths[0]} in {different}: they cannot be averaged"
             raise CheckpointError(f"{path}: {what}")
+
+
+def about_tested(paths: Sequence[str], opened: Sequence[dict]) -> dict[str, str]:
+    """Return what is tested, {name: value}, for the box on top of the report.
+
+    opened: the checkpoints at these paths; several are an ensemble.
+    """
+    told = []
+    for path, saved in zip(paths, opened, strict=True):
+        weights, seen = saved.get("weights") or {}, len(saved["seen_patients"])
+        before = ", with those of the weights it started from" * bool(weights.get("seen_patients"))
+        one = {"network": saved["config"]["backbone"]}
+        one["checkpoint"] = f"{path}, of epoch {saved['progress']['epoch']}"
+        one["started from"] = weights.get("file") or "random weights"
+        told.append(one | {"trained on": f"{seen} patients{before}"})
+    return {name: "; ".join(dict.fromkeys(one[name] for one in told)) for name in told[0]}

@@ -1,15 +1,14 @@
 import numpy as np
 import pandas as pd
 import pytest
-from matplotlib.image import imread
 
+from tests.utils.report.pictures import on_white
 from utils.report.plots import pca_rgb, plot_crops, plot_curves, plot_feature_pca, slice_2d
 
 
 def _same_picture(path, rgb):
     assert rgb.dtype == np.uint8 and rgb.ndim == 3 and rgb.shape[2] == 3
-    saved = np.rint(imread(path)[..., :3] * 255).astype(np.uint8)
-    return saved.shape == rgb.shape and (saved == rgb).all()
+    return np.array_equal(on_white(path), rgb)
 
 
 @pytest.mark.parametrize("plane", ["axial", "coronal", "sagittal"])
