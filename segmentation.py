@@ -40,14 +40,14 @@ from data.prepare.masks import mask_notices
 from data.standard import StandardForm
 from data.views.patches import PatchDataset, PatchSettings, apply_patches, collate_patches
 from models.backbones import facts_of, from_config
-from models.segmenter import Segmenter, optimizer_groups, supervised
+from models.segmenter import Segmenter, loss_of, optimizer_groups, supervised
 from utils import checkpoint, distributed
 from utils.classes import IGNORE, Classes, unpaired_sides
 from utils.config.command_line import parse_command_line, save_resolved
 from utils.config.segmentation import OF_THE_TEST, SegmentationConfig, impossible_segmentation
 from utils.errors import NotFinite
 from utils.memory import explained
-from utils.metrics.segmentation import case_dice, mean_dice
+from utils.metrics.segmentation import by_class, case_dice, mean_dice
 from utils.report.plots import plot_crops, plot_curves, views_of
 from utils.report.segmentation import in_words, write_test_report
 from utils.signals import Stopped, StopSignal
@@ -87,12 +87,14 @@ def train_step(
     state.optimizer.zero_grad(set_to_none=True)
     buffers = step.remember_buffers(segmenter)
     weights, parts = torch.tensor([cfg.loss.dice, cfg.loss.ce], device=device), 0.0
+    classes = Classes.from_config(cfg.classes)
     for i, batch in enumerate(batches, 1):
         images, targets = apply_patches(batch, cfg.patches.size, device)
         with step.syncing(segmenter, last=i == len(batches)):
             with step.autocast(device, cfg.precision):
                 outputs = segmenter(images)
-            losses = supervised(outputs, targets) / len(batches)  # (2,)
+            losses = supervised(outputs, targets, loss_of(classes, batch["known"]))  # (2,)
+            losses = losses / len(batches)
             state.scaler.scale(losses @ weights).backward()
         parts = parts + losses.detach()
 
@@ -159,7 +161,7 @@ def validate(run: Run, state: State, cases: Sequence[Case], cache, classes: Clas
         except Stopped:
             break
         truth = read_truth(case, entry, classes)
-        rows += case_dice(found, truth, classes.names)
+        rows += by_class(case_dice, found, truth, classes, case.labelled)
         if distributed.is_main() and n <= NUM_SHOWN:
             path = run.folder / "plots" / f"val_{n}.png"
             picture = draw_case(path, case, entry, found, truth, classes)
@@ -241,7 +243,7 @@ def train(run: Run[SegmentationConfig], cache, cases: dict, skipped, notices) ->
     # ---- model
     segmenter = build(cfg, classes)
     if not run.started_from:
-        segmenter.start_from(loader.dataset.class_shares())
+        segmenter.start_from(loader.dataset.class_shares(), classes.overlap)
     weights = load_weights(run, segmenter.backbone)
     optimizer = build_optimizer(segmenter, cfg)
     if cfg.compile:
@@ -261,8 +263,7 @@ def train(run: Run[SegmentationConfig], cache, cases: dict, skipped, notices) ->
     state.select_by = "val_dice" if cases["val"] else "loss"
     mixed = unpaired_sides(classes.names, cfg.augment.mirror_pairs) if cfg.augment.flip[0] else []
     if mixed:
-        what = f"augment.flip x takes left for right, and augment.mirror_pairs lacks {mixed}"
-        state.warnings["sides"] = what
+        state.warnings["sides"] = f"augment.flip x takes left for right: mirror_pairs lacks {mixed}"
 
     # ---- resume
     if run.started_from:
@@ -325,8 +326,7 @@ def build_tested(run: Run, opened, classes: Classes, notes: list[str]) -> Callab
     if unlike:
         where = ", ".join("xyz"[axis] for axis in unlike)
         notes.append(f"inference.mirror along {where}, but trained without augment.flip there")
-    pairs = [[classes.names.index(n) + 1 for n in pair] for pair in cfg.augment.mirror_pairs]
-    return mirrored(probabilities(run, networks), axes, pairs)
+    return mirrored(probabilities(run, networks), axes, classes.channels(cfg.augment.mirror_pairs))
 
 
 def test(run: Run[SegmentationConfig], opened, cases: list[Case], cache, notes: list[str]) -> None:
@@ -355,7 +355,7 @@ def test(run: Run[SegmentationConfig], opened, cases: list[Case], cache, notes: 
         case = case_of[line]
         return read_picture(case, cache.get(case), classes, files / file_of[line])
 
-    options = {"notes": notes, "settings": cfg.model_dump(mode="json")}
+    options = {"notes": notes, "settings": cfg.model_dump(mode="json"), "classes": classes}
     options["about"] = about_tested(cfg.test_ckpt, [saved for saved, _ in opened])
     parts = folder, f"Test of {cfg.experiment}", rows, classes.names, cfg.inference.tolerance, read
     print(in_words(write_test_report(*parts, **options)))

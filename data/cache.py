@@ -1,7 +1,7 @@
 """The cache: each volume in standard form, in one file under `cache_dir`.
 
-A file's name is a hash of its sources (path, size and time of every file), the standard form and
-the format: a changed source or setting leads to another file, so that no entry is ever outdated.
+A file's name is a hash of the content of its sources, the standard form and the format: a changed
+source or setting leads to another file, so that no entry is ever outdated; moved data are known.
 Files get their name only when complete; several processes may build at once.
 """
 
@@ -18,13 +18,14 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data.cases import Case, column_of
+from data.cases import Case
 from data.dicom.elements import NotDicom
 from data.dicom.header import read_header
 from data.dicom.pixels import check_pixels
 from data.entry import FORMAT, CacheEntry, write_entry
-from data.nifti import is_nifti, nifti_files, read_nifti_grid
-from data.readers import VolumeError
+from data.parts import split_part
+from data.readers import VolumeError, format_of
+from data.sources import Contents, fingerprint, portable, stamp_of
 from data.standard import StandardForm, standard_transform
 from data.volume import spacing_of
 from utils.errors import InputError
@@ -41,7 +42,10 @@ class VolumeCache:
     def __init__(self, cache_dir: str | Path, standard_form: StandardForm):
         self.cache_dir = Path(cache_dir).absolute()
         self.form = standard_form
-        self._keys: dict[tuple, str] = {}  # kept, since looking up 500 slices on disk takes long
+        self.contents = Contents(self.cache_dir / "contents.jsonl")
+        # kept, since looking up 500 slices on disk takes long: name, stamp and facts of the sources
+        self._keys: dict[tuple, tuple[str, str, list]] = {}
+        self.checked: dict[str, dict] = {}  # facts of `data.prepare.check`
         self._entries: dict[Path, CacheEntry] = {}  # kept with the facts read and chunks checked
 
     def __getstate__(self) -> dict:
@@ -49,11 +53,21 @@ class VolumeCache:
 
     def key(self, case: Case) -> str:
         """Return the name of the case's file. Raises VolumeError if a source is missing."""
-        channels = [(path, column_of(name)[1]) for name, path in case.channels.items()]
-        facts = (case.path, case.series_uid, case.modality, case.seg_path, *channels)
-        if facts not in self._keys:
-            self._keys[facts] = _compute_key(case, self.form)
-        return self._keys[facts]
+        return self._source(case)[0]
+
+    def _source(self, case: Case) -> tuple[str, str, list]:
+        """Return the key, and stamp and facts of the case's files."""
+        rows = (case.path, case.series_uid, case.modality, case.seg_path, *case.channels.values())
+        rows += tuple(case.masks.items())
+        if rows not in self._keys:
+            try:
+                found = stamp_of(case), self.contents.facts(case)
+            except VolumeError as error:
+                raise VolumeError(f"patient {case.patient}: {error}") from error
+            facts = [FORMAT, self.form.to_dict(), found[1], case.series_uid, case.modality]
+            key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
+            self._keys[rows] = (key, *found)
+        return self._keys[rows]
 
     def path(self, case: Case) -> Path:
         return self.cache_dir / f"{self.key(case)}.b2nd"
@@ -68,7 +82,8 @@ class VolumeCache:
         """
         path = self.path(case)
         if path not in self._entries:
-            rebuild = partial(_build, path, case, self.form)
+            _, stamp, facts = self._source(case)
+            rebuild = partial(_build, path, case, stamp, self.form, facts)
             if not path.is_file():
                 rebuild()
             entry = CacheEntry(path, rebuild)
@@ -103,14 +118,18 @@ class VolumeCache:
                     missing.setdefault(path, []).append(case)
         if not missing:
             return
-        items = [(path, shared[0]) for path, shared in missing.items()]
-        self._check_space([case for _, case in items])
+        firsts = [(path, shared[0]) for path, shared in missing.items()]
+        items = [(path, case, *self._source(case)[1:]) for path, case in firsts]
+        if not os.access(self.cache_dir, os.W_OK):
+            what = f"may not be written, and lacks {len(items)} of the volumes"
+            raise InputError(f"cache_dir {self.cache_dir}: {what}")
+        self._check_space([item[1] for item in items])
         build = partial(_try, partial(_build_missing, self.form))
         jobs = in_processes(build, items, n_workers)
         bar = tqdm(
             jobs, "building cache", len(items), unit="volume", disable=None if progress else True
         )
-        for (path, _), error in bar:
+        for (path, *_), error in bar:
             for case in missing[path] if error else ():
                 _report(case, error, on_error)
 
@@ -135,47 +154,16 @@ class VolumeCache:
         print(f"{text} ({free / 1e9:.3g} GB free)")
 
 
-def fingerprint(path: str | Path) -> list[tuple[str, int, int]]:
-    """Return (absolute path, bytes, time of change in ns) of a file or of all files in a folder.
-
-    Raises VolumeError if there is none.
-    """
-    path = os.path.abspath(path)
-    try:
-        if not os.path.isdir(path):
-            files = list(map(str, nifti_files(path)))
-        else:
-            files = [os.path.join(d, name) for d, _, names in os.walk(path) for name in names]
-        stats = [(file, os.stat(file)) for file in sorted(files)]
-    except OSError as error:
-        raise VolumeError(f"{error.filename or path}: {error.strerror}") from error
-    return [(file, stat.st_size, stat.st_mtime_ns) for file, stat in stats]
-
-
-def fingerprints(case: Case) -> list:
-    """Return of each channel its `fingerprint` and, of a 4D file, which volume; None: missing."""
-    parts = [(path, column_of(name)[1]) for name, path in case.channels.items()]
-    return [path and [fingerprint(path)] + [part] * (part is not None) for path, part in parts]
-
-
 def hash_series(uid: str | None) -> str | None:
     """Return the first 16 hex digits of a SeriesInstanceUID's SHA-256, or None without a UID."""
     return hashlib.sha256(uid.encode()).hexdigest()[:16] if uid else None
 
 
-def _compute_key(case: Case, form: StandardForm) -> str:
-    try:
-        sources = [fingerprint(p) for p in (case.path, case.seg_path) if p]
-        channels = fingerprints(case)
-    except VolumeError as error:
-        raise VolumeError(f"patient {case.patient}: {error}") from error
-    facts = [FORMAT, form.to_dict(), sources, bool(case.seg_path), case.series_uid, case.modality]
-    facts += [channels] if channels else []  # the keys of one channel stay the same
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
+def _build(path: Path, case: Case, stamp: str, form: StandardForm, facts: list) -> None:
+    """Read one case, bring it into standard form and write it.
 
-
-def _build(path: Path, case: Case, form: StandardForm) -> None:
-    """Read one case, bring it into standard form and write it."""
+    stamp: of the files whose content the path stands for. facts: of `Contents.facts`.
+    """
     try:
         standard = standard_transform(form)(case.files)
     except (RuntimeError, VolumeError) as error:  # MONAI wraps what a transform raises
@@ -184,17 +172,19 @@ def _build(path: Path, case: Case, form: StandardForm) -> None:
             raise
         raise VolumeError(f"patient {case.patient}: {cause}") from error
     # a second look, since a file may have changed while it was read
-    if _compute_key(case, form) != path.stem:
+    if stamp_of(case) != stamp:
         raise VolumeError(f"patient {case.patient}: {case.path}: changed since this run began")
     path.parent.mkdir(parents=True, exist_ok=True)
+    standard["notices"] = portable(standard["notices"], case)
+    standard["sources"] = [digest for digest, _ in facts if digest]
     series_hash = hash_series(standard["series_uid"])
     write_entry(path, standard, series_hash, seed=int(path.stem[:8], 16))
 
 
-def _build_missing(form: StandardForm, item: tuple[Path, Case]) -> None:
-    path, case = item
+def _build_missing(form: StandardForm, item: tuple[Path, Case, str, list]) -> None:
+    path, case, stamp, facts = item
     if not path.is_file():  # another process may have been faster
-        _build(path, case, form)
+        _build(path, case, stamp, form, facts)
 
 
 def _try(function: Callable, item):
@@ -218,7 +208,8 @@ def _estimate(case: Case, form: StandardForm) -> float:
         return float(np.prod(form.size, dtype=float)) * each
     sources = fingerprint(case.path)
     try:
-        shape, spacing = _read_grid(Path(case.path), [Path(path) for path, _, _ in sources])
+        files = [Path(path) for path, _, _ in sources]
+        shape, spacing = _read_grid(Path(split_part(case.path)[0]), files)
     except (VolumeError, NotDicom, OSError):
         return float(sum(size for _, size, _ in sources))
     voxels = np.prod(shape, dtype=float)
@@ -232,8 +223,8 @@ def _read_grid(path: Path, sources: list[Path]) -> tuple[tuple, tuple]:
     source = sources[len(sources) // 2]
     if not source.is_file():  # opening a pipe would block forever
         raise VolumeError(f"{source}: not a file")
-    if is_nifti(path):
-        shape, affine = read_nifti_grid(source)
+    if found := format_of(path):
+        shape, affine = found.read_grid(path)
         return shape, tuple(spacing_of(affine))
     image = read_header(source)
     if image is None or not image.frames or not image.frames[0].spacing:
@@ -249,5 +240,5 @@ def _remove_stale_files(cache_dir: Path) -> None:
         try:
             if time.time() - file.stat().st_mtime > STALE_SECONDS:
                 file.unlink()
-        except FileNotFoundError:
-            pass  # another process was faster
+        except OSError:
+            pass  # another process was faster, or the folder may only be read

@@ -3,6 +3,7 @@
 import csv
 import io
 import os
+import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, get_args
 
+from data.parts import split_part
 from utils.config.fields import Modality
 from utils.errors import InputError, nearest
 from utils.files import expand_path, read_text
@@ -17,9 +19,12 @@ from utils.files import expand_path, read_text
 MODALITIES = get_args(Modality)
 # Kinds of problems of a single volume: such a case can be left out. The others (a patient in train
 # and val, a misspelt column) would make the run's results wrong or are quickly fixed.
-SKIPPABLE = ("paths", "unreadable volumes", "geometry", "masks")
+SKIPPABLE = ("paths", "unreadable volumes", "geometry", "values", "masks")
 NOTICE = "worth a look"  # the kind of problems that are none: what is likely, and was done
-SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
+LABELLED = "labelled_classes"  # an optional column
+SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
+WHOLE = re.compile(r"([+-]?\d+)\.0*", re.ASCII)  # 1.0, as pandas writes 1 where a cell is empty
 
 
 class Problem(NamedTuple):
@@ -58,9 +63,13 @@ class Case:
     """One row of the CSV.
 
     labels: {column: text}, "" if empty, of requested columns that exist.
+    masks: {absolute path: label value} of a case with a file for each structure, in the order in
+        which they are drawn over each other; seg_path is then their folder, or the first one.
+    labelled: names of the classes that the mask shows, None: all.
     channels: {column: absolute path, None where it is missing} of data.channels; {} without those.
         `path` is then that of the first one that is there, to whose grid the others are brought. A
         name such as path:2 is the volume 2, from 0, of a 4D file in the column path.
+    Paths may end with the part of a file or series that is meant (see `data.parts`).
     """
 
     patient: str
@@ -72,22 +81,19 @@ class Case:
     seg_path: str | None = None  # absolute
     labels: dict[str, str] = field(default_factory=dict)
     channels: dict[str, str | None] = field(default_factory=dict)
+    masks: dict[str, int] = field(default_factory=dict)
+    labelled: tuple[str, ...] | None = None
 
     @property
     def files(self) -> dict:
         """What `data.standard.standard_transform` takes."""
-        names = ("path", "series_uid", "modality", "seg_path", "channels")
+        names = ("path", "series_uid", "modality", "seg_path", "masks", "channels")
         return {name: getattr(self, name) for name in names}
 
     @property
     def drawn(self) -> str:
         """For pictures: which of several channels `path` is; "" if there is one."""
         return next((name for name, path in self.channels.items() if path), "")
-
-    @property
-    def part(self) -> int | None:
-        """Which volume of `path` is drawn, and the first channel, if that is a 4D file."""
-        return column_of(self.drawn)[1]
 
     @property
     def missing(self) -> list[str]:
@@ -134,6 +140,7 @@ def read_cases(
     problems += _check_header(header, required)
     may_lack = channels if channels and missing_channels == "zero" else ()
     columns = [name for name in (*label_columns, *optional_columns) if name in header]
+    _in_one_spelling(rows, ["fold", *columns])
     folder, cases = Path(csv_path).resolve().parent, []
     for line, cells in rows:
         paths, wrong = _read_paths(line, cells, channels or [path_column], may_lack, folder)
@@ -152,13 +159,15 @@ def read_cases(
 def read_rows(text: str) -> tuple[list[str], list[tuple[int, dict[str, str]]], list[Problem]]:
     """Return header, [(line, {column: text})] and problems of rows that do not fit the header.
 
-    Raises ValueError if the text is empty or has other separators.
+    Cells are separated by what the header has most: commas, semicolons, tabs or bars.
+
+    Raises ValueError if the text is empty.
     """
-    first = text.lstrip().partition("\n")[0]
-    separator = max(SEPARATORS, key=first.count)
-    if first.count(separator) > first.count(","):
-        raise ValueError(f"is separated by {SEPARATORS[separator]}; save it with commas")
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    named = re.match(r"sep=(.)(?=[\r\n])", text)  # a first line by which Excel names it
+    text = text[named.end() :] if named else text
+    first = text.lstrip("\r\n").partition("\n")[0]
+    separator = named[1] if named else max(SEPARATORS, key=first.count)
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=separator)
     header, rows, problems, line = [], [], [], 1
     try:
         for fields in reader:
@@ -169,7 +178,8 @@ def read_rows(text: str) -> tuple[list[str], list[tuple[int, dict[str, str]]], l
                 header = fields
             elif len(fields) != len(header):
                 what = f"{len(fields)} fields, the header has {len(header)}"
-                hint = "; text with a comma needs double quotes" * (len(fields) > len(header))
+                of = f"; text with a {SEPARATORS.get(separator, separator)} needs double quotes"
+                hint = of * (len(fields) > len(header))
                 problems.append(Problem(start, "", what + hint))
             else:
                 rows.append((start, {c: f.strip() for c, f in zip(header, fields, strict=True)}))
@@ -180,6 +190,25 @@ def read_rows(text: str) -> tuple[list[str], list[tuple[int, dict[str, str]]], l
     return header, rows, problems
 
 
+def _in_one_spelling(rows: list[tuple[int, dict[str, str]]], columns: Sequence[str]) -> None:
+    """Write 0.0 as 0 in columns of numbers, and TRUE as True in columns of truth values.
+
+    Cells without a digit, such as those that mean a missing value, make no difference.
+    """
+    for name in columns if rows else ():
+        if name not in rows[0][1]:
+            continue
+        texts = {cells[name] for _, cells in rows}
+        if all(NUMBER.fullmatch(text) for text in texts if any(map(str.isdigit, text))):
+            spelled = {text: found[1] for text in texts if (found := WHOLE.fullmatch(text))}
+        else:
+            spelled = {}
+        if {text.casefold() for text in texts} - {""} <= {"true", "false"}:
+            spelled = {text: text.capitalize() for text in texts}
+        for _, cells in rows if spelled else ():
+            cells[name] = spelled.get(cells[name], cells[name])
+
+
 def _check_header(header: list[str], required: Sequence[str]) -> list[Problem]:
     """Find missing and repeated columns, and optional ones that would silently not be used."""
     missing = [name for name in dict.fromkeys(required) if name not in header]
@@ -188,7 +217,8 @@ def _check_header(header: list[str], required: Sequence[str]) -> list[Problem]:
         if column and header.count(column) > 1:
             wrong.append(f"{header.count(column)} columns {column!r}")
         name = column.strip().lower().replace(" ", "_")
-        if name in ("series_uid", "modality", "seg_path") and column != name:
+        name = name.replace("labeled", "labelled")
+        if name in ("series_uid", "modality", "seg_path", LABELLED) and column != name:
             wrong.append(f"column {column!r}: write {name!r}")
     return [Problem(1, "", what) for what in wrong]
 
@@ -215,9 +245,13 @@ def _read_paths(
             continue
         try:
             paths[name] = os.path.join(folder, expand_path(text))
-            os.stat(paths[name])
+            os.stat(split_part(paths[name])[0])
+            if name != column:
+                paths[name] += f":{column_of(name)[1]}"
         except OSError as e:
             what = f"{name} {paths[name]}: {e.strerror}"
+            if "\\" in text and os.sep == "/":
+                what += "; it has backslashes, as paths of Windows have: write / for them"
             problems.append((what, "paths"))
         except ValueError as e:
             hint = "; data.missing_channels=zero allows it" if len(images) > 1 and not text else ""
@@ -315,7 +349,8 @@ def _check_repeats(cases: list[Case]) -> list[Problem]:
         for name, path in (case.channels or {"": case.path}).items():
             if path is None:
                 continue
-            key = (os.path.realpath(path), case.series_uid, column_of(name)[1])
+            file, part = split_part(path)
+            key = (os.path.realpath(file), case.series_uid, str(part))
             earlier, other = first.setdefault(key, (case, name))
             if (earlier, other) == (case, name):
                 continue

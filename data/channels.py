@@ -7,13 +7,16 @@ from typing import NamedTuple
 import nibabel as nib
 import numpy as np
 
-from data.cases import column_of
 from data.readers import Volume, VolumeError, read_volume
 from data.volume import MIN_VOXELS, SPACING_MM, corner_gap, resample, spacing_of, voxel_sizes
 
 CT_RANGE = (-1024, 32767)  # HU; lower values are padding outside the scanner's circle; metal stays
 CT_AIR = -1000  # HU
 SAME_VOXELS = 0.02  # voxels by which grids may differ and no voxel is interpolated
+NOT_HU = (
+    "DICOM of CT without RescaleSlope and RescaleIntercept, so its values need not be HU: take the "
+    "original files, or set data.modality=OT to scale it by percentiles"
+)
 MIN_OVERLAP = 0.1  # of the smaller of two volumes; scans of one region have more in common
 
 
@@ -58,10 +61,12 @@ def read_channels(
         if path is None:
             continue
         with _named(name):
-            volume = read_volume(path, series_uid, uneven_slices, column_of(name)[1])
+            volume = read_volume(path, series_uid, uneven_slices)
             own = modality if isinstance(modality, str) else modality[i]
             own = _modality_of(volume, path, of_row, len(paths) > 1) if own == "auto" else own
             kind, voxels, said = "CT" if own.upper() == "CT" else "other", volume.voxels, []
+            if kind == volume.modality == "CT" and not volume.rescaled:
+                raise VolumeError(f"{path}: {NOT_HU}")
             if first is None:
                 first, name_of_first = volume, name
             else:

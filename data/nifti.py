@@ -30,6 +30,7 @@ GZIP_RATIO = 1040  # deflate cannot compress further (zlib's technical details: 
 MAX_OFFSET = 1 << 26  # bytes of header extensions
 PAIRED = (".hdr", ".img", ".hdr.gz", ".img.gz")
 GZIP_MAGIC = b"\x1f\x8b"
+READ_BYTES = 1 << 16
 PADDING_BYTES = 512  # some writers pad the file to a whole block after the voxels
 FORMS_AGREE_MM, FORMS_AGREE_RELATIVE = 0.1, 1e-3  # sum of both; relative to the volume's diagonal
 MAX_SKEW = 0.5  # degrees off the right angle between the pixels' rows and columns
@@ -65,10 +66,16 @@ def read_nifti(path: Path, part: int | None = None) -> Volume:
     """
     header, shape, affine, notices = _read_grid(path, part)
     voxels = nifti_files(path)[-1]
-    with _opened(voxels) as file:
-        stored = _read_voxels(file, header, shape, _dtype(header, path), voxels)
+    start, dtype = int(header["vox_offset"]), _dtype(header, path)
+    with opened(voxels) as file:
+        stored = read_voxels(file, start, shape, dtype, voxels)
     stored = stored if part is None else stored[..., part]
-    return Volume(voxels=_real_values(stored, header, path), affine=affine, notices=notices)
+    slope, intercept = float(header["scl_slope"]), float(header["scl_inter"])
+    if slope == 0 or not math.isfinite(slope):  # the standard's sign for values without scaling
+        slope, intercept = 1.0, 0.0
+    if not math.isfinite(intercept):
+        raise VolumeError(f"{path}: scl_inter is {intercept}")
+    return Volume(real_values(stored, slope, intercept, path), affine, notices=notices)
 
 
 def read_nifti_grid(path: Path) -> tuple[tuple[int, int, int], np.ndarray]:
@@ -82,20 +89,21 @@ def read_nifti_header(path: str | Path) -> nib.Nifti1Header:
     Raises VolumeError if it is damaged.
     """
     path = nifti_files(path)[0]
-    with _opened(path) as file:
+    with opened(path) as file:
         return _read_header(file, path)
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[BinaryIO]:
+def opened(path: Path) -> Iterator[BinaryIO]:
+    """Yield a file, unpacked if it is gzip."""
     try:
-        with gzip.open(path, "rb") if _is_compressed(path) else open(path, "rb") as file:
+        with gzip.open(path, "rb") if is_compressed(path) else open(path, "rb") as file:
             yield file
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise VolumeError(f"{path}: damaged or truncated gzip stream ({error})") from None
 
 
-def _is_compressed(path: Path) -> bool:
+def is_compressed(path: Path) -> bool:
     """Return whether a file is gzip by its first bytes: its name may say otherwise."""
     with open(path, "rb") as file:
         return file.read(2) == GZIP_MAGIC
@@ -109,12 +117,12 @@ def _read_grid(
     shape = _shape(header, path, part)
     num_bytes = math.prod(shape) * _dtype(header, path).itemsize
     end = int(header["vox_offset"]) + num_bytes
-    if end > os.path.getsize(path) * (GZIP_RATIO if _is_compressed(path) else 1):
+    if end > os.path.getsize(path) * (GZIP_RATIO if is_compressed(path) else 1):
         raise VolumeError(
             f"{path}: header claims {' x '.join(map(str, shape))} voxels, more than the "
             "file holds: truncated, or a damaged header"
         )
-    if _is_compressed(path):
+    if is_compressed(path):
         check_expansion(num_bytes, path)
     affine, notices = _affine(header, shape[:3], path)
     return header, shape, affine, tuple(f"{path}: {what}" for what in notices)
@@ -219,7 +227,7 @@ def _affine(
             "too); set one from the original images"
         )
     for name, form in forms.items():
-        _check_form(form, f"{path}: {name}")
+        check_form(form, f"{path}: {name}")
     affine, notices = next(iter(forms.values())), []
     axis, shear = shear_of(affine)
     if shear > MAX_SHEAR:
@@ -254,7 +262,7 @@ def _may_be_two_spaces(forms: dict[str, np.ndarray], code: int) -> bool:
     return not mirrored and (code in (3, 4) or bool(np.all(np.abs(ratio - 1) < SAME_SIZE)))
 
 
-def _check_form(form: np.ndarray, what: str) -> None:
+def check_form(form: np.ndarray, what: str) -> None:
     """Raise VolumeError unless an affine is finite, invertible, of plausible size, and sheared at
     most as slices are by a tilted gantry."""
     if not np.all(np.isfinite(form)):
@@ -273,11 +281,11 @@ def _check_form(form: np.ndarray, what: str) -> None:
         )
 
 
-def _read_voxels(
-    file: BinaryIO, header: nib.Nifti1Header, shape: tuple, dtype: np.dtype, path: Path
+def read_voxels(
+    file: BinaryIO, start: int, shape: tuple, dtype: np.dtype, path: Path, ends: bool = True
 ) -> np.ndarray:
-    """Read the stored values (X, Y, Z); the file must end after them."""
-    file.seek(int(header["vox_offset"]))
+    """Read the stored values (X, Y, Z) from a byte on. ends: the file must end after them."""
+    file.seek(start)
     flat = np.empty(math.prod(shape), dtype)
     remaining = memoryview(flat).cast("B")
     while len(remaining):
@@ -286,20 +294,23 @@ def _read_voxels(
             missing = len(remaining)
             raise VolumeError(f"{path}: truncated: {missing} of {flat.nbytes} bytes missing")
         remaining = remaining[count:]
-    if len(file.read(PADDING_BYTES + 1)) > PADDING_BYTES:  # also makes gzip compare its checksum
+    rest = 0
+    while chunk := file.read(READ_BYTES):  # to the end, where gzip compares its checksum
+        rest += len(chunk)
+        if ends and rest > PADDING_BYTES:
+            break
+    if ends and rest > PADDING_BYTES:
         raise VolumeError(
             f"{path}: more data than the {' x '.join(map(str, shape))} voxels of its header"
         )
     return flat.reshape(shape, order="F")
 
 
-def _real_values(stored: np.ndarray, header: nib.Nifti1Header, path: Path) -> np.ndarray:
-    """Return scaled values, int16 or float32, computed slice by slice to save memory."""
-    slope, intercept = float(header["scl_slope"]), float(header["scl_inter"])
-    if slope == 0 or not math.isfinite(slope):  # the standard's sign for values without scaling
-        slope, intercept = 1.0, 0.0
-    if not math.isfinite(intercept):
-        raise VolumeError(f"{path}: scl_inter is {intercept}")
+def real_values(stored: np.ndarray, slope: float, intercept: float, path: Path) -> np.ndarray:
+    """Return scaled values, int16 or float32, computed slice by slice to save memory.
+
+    Raises VolumeError if some are not finite.
+    """
     if stored.dtype.kind == "f":
         num_bad = stored.size - np.count_nonzero(np.isfinite(stored))
         if num_bad:

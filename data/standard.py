@@ -16,8 +16,8 @@ from monai.transforms import Compose, MapTransform, Orientationd, Spacingd, Spat
 from scipy import ndimage
 
 from data.channels import CT_AIR, CT_RANGE, air_of, read_channels
-from data.nifti import is_nifti
-from data.readers import Volume, VolumeError, read_mask
+from data.readers import Volume, VolumeError, format_of, read_mask
+from data.values import values_of
 from data.volume import MAX_SHEAR, grid_difference, resample, shear_of, spacing_of
 
 BLOCK = 4  # voxels along the edge of the blocks on which the body is found
@@ -41,7 +41,7 @@ class StandardForm:
     size: voxels along x, y, z to which the whole (cropped) volume is resized, at any resulting
         spacing; None keeps each volume's own.
     uneven_slices: "resample" interpolates DICOM slices at uneven distances; "refuse".
-    mask_grid: "voxels" takes a NIfTI mask of the scan's shape voxel by voxel where its header says
+    mask_grid: "voxels" takes a mask of the scan's shape voxel by voxel where its header says
         otherwise; "header" refuses it.
     """
 
@@ -68,12 +68,12 @@ class StandardForm:
 
 
 def standard_transform(form: StandardForm) -> Compose:
-    """Return the transform from {"path", "series_uid"?, "modality"?, "seg_path"?, "channels"?} to
-    the form.
+    """Return the transform from {"path", "series_uid"?, "modality"?, "seg_path"?, "masks"?,
+    "channels"?} to the form.
 
     Its result holds `image` (C, X, Y, Z) int16 and, with a mask, `seg` (1, X, Y, Z) int16, both
     MetaTensors whose affine is RAS+ mm; `series_uid`; and, as described in
-    `data.entry.CacheEntry`: body, body_box, notices, original_shape, original_affine,
+    `data.entry.CacheEntry`: body, body_box, notices, values, original_shape, original_affine,
     slice_spacing, and kind, modality, scale, offset, background, lists if there are `channels`
     (see `data.cases.Case`). It raises VolumeError (inside MONAI's RuntimeError).
     """
@@ -95,7 +95,7 @@ def standard_transform(form: StandardForm) -> Compose:
 
 
 class ReadVolumed(Transform):
-    """Read `path` or the `channels`, and `seg_path`; determine the modalities."""
+    """Read `path` or the `channels`, and `seg_path` or `masks`; determine the modalities."""
 
     def __init__(self, modality="auto", uneven_slices="refuse", mask_grid="header"):
         self.modality, self.uneven_slices, self.mask_grid = modality, uneven_slices, mask_grid
@@ -113,9 +113,11 @@ class ReadVolumed(Transform):
         out["original_shape"] = tuple(volume.voxels.shape)
         out["original_affine"] = np.asarray(volume.affine, np.float64)
         out["notices"] = notices
+        there = [channel for channel in channels if channel.source]
+        out["values"] = [values_of(channel.voxels, channel.kind) for channel in there]
         out["uneven_slices"], out["mask_grid"] = self.uneven_slices, self.mask_grid
         if data.get("seg_path"):
-            mask = read_mask(data["seg_path"])
+            mask = read_mask(data["seg_path"], data.get("masks"))
             if self.mask_grid == "voxels":
                 mask = _on_voxels(mask, volume, data)
             out["seg"] = _meta_tensor([mask.voxels], mask.affine)
@@ -124,9 +126,9 @@ class ReadVolumed(Transform):
 
 
 def _on_voxels(mask: Volume, volume: Volume, data: dict) -> Volume:
-    """Return a NIfTI mask of its image's shape with the image's affine, and a notice if its own
-    differs; any other mask as it is."""
-    if not (is_nifti(data["path"]) and is_nifti(data["seg_path"])):
+    """Return a mask of its image's shape with the image's affine, and a notice if its own differs;
+    any other mask as it is, and that of a DICOM image."""
+    if not all(map(format_of, (data["path"], *(data.get("masks") or [data["seg_path"]])))):
         return mask
     different = off_by_header(mask, volume.affine, volume.voxels.shape)
     if not different:
@@ -159,7 +161,7 @@ class CheckMaskd(Transform):
             different = grid_difference(seg, image)
             if different:
                 hint = ""
-                if seg.shape[1:] == image.shape[1:] and is_nifti(data["path"]):
+                if seg.shape[1:] == image.shape[1:] and format_of(data["path"]):
                     hint = "; if it was drawn on these voxels, set data.mask_grid=voxels"
                 what = f"mask {data['seg_path']} of {data['path']}: {different}{hint}"
                 raise VolumeError(what)

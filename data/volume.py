@@ -35,6 +35,7 @@ class Volume:
     series_uid: DICOM SeriesInstanceUID; None for NIfTI.
     patient: a hash of DICOM's PatientID, by which scans are told to be of two patients; None for
         NIfTI, or without one. frame: likewise of FrameOfReferenceUID, by which scans share a space.
+    rescaled: whether the header of a DICOM series says how stored values become real ones.
     notices: what was likely, but not certain, or changed on the way; for the user, by row.
     """
 
@@ -44,6 +45,7 @@ class Volume:
     series_uid: str | None = None
     patient: str | None = None
     frame: str | None = None
+    rescaled: bool = True
     notices: tuple[str, ...] = ()
 
 

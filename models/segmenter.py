@@ -1,6 +1,7 @@
 """The segmenter, a backbone with its decoder and output layers; its loss."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -10,13 +11,16 @@ from torch import nn
 
 from models.common import scaled_groups
 from models.unet import BatchStatisticsNorm
-from utils.classes import IGNORE
+from utils.classes import IGNORE, Classes
 
 # The background is a class of the softmax, the cross-entropy and the argmax. Dice is over the other
 # classes, in the loss as in the metrics.
 dice_loss = DiceLoss(
     include_background=False, to_onehot_y=True, softmax=True, batch=False, ignore_index=IGNORE
 )
+dice_of_each = DiceLoss(batch=False, reduction="none")  # of probabilities, (B, K, 1, 1, 1)
+
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # as `dice_ce`
 
 
 class Segmenter(nn.Module):
@@ -39,15 +43,17 @@ class Segmenter(nn.Module):
         self.frozen = False
 
     @torch.no_grad()
-    def start_from(self, shares: np.ndarray) -> None:
+    def start_from(self, shares: np.ndarray, overlap: bool = False) -> None:
         """Let the first answers of all outputs be near the shares of the classes, (num_classes,).
 
-        Softmax of log(share) is the share (for sigmoids: Lin et al. 2017, arXiv 1708.02002, 4.1).
-        No step then goes into learning that most is background. The random weights stay: they add
-        to the logits a standard deviation of 0.2 to 0.6, little beside these.
+        Softmax of log(share) is the share; for sigmoids (overlap) it is log(share / (1 - share)):
+        Lin et al. 2017, arXiv 1708.02002, 4.1. No step then goes into learning that most is
+        background. The random weights stay: they add to the logits a standard deviation of 0.2 to
+        0.6, little beside these.
         """
+        shares = torch.from_numpy(shares)
         for output in self.outputs:
-            output.bias.copy_(torch.from_numpy(shares).log())
+            output.bias.copy_(shares.logit() if overlap else shares.log())
 
     def encoder(self) -> list[nn.Module]:
         """Return the parts of the backbone that `encode` needs."""
@@ -105,10 +111,79 @@ def dice_ce(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         return torch.stack([dice, (ce.flatten(1).sum(dim=1) / voxels).mean()])
 
 
-def supervised(
-    outputs: torch.Tensor | Sequence[torch.Tensor], target: torch.Tensor
+def marginal_dice_ce(
+    logits: torch.Tensor, target: torch.Tensor, known: torch.Tensor
 ) -> torch.Tensor:
-    """Return `dice_ce` of one output, or its mean over several with weights 1, 1/2, 1/4, ...
+    """Return `dice_ce` for patches in which not all classes are labelled: the marginal loss of Shi
+    et al. 2021, arXiv 2007.03868.
+
+    What is background there may be of any class that is not labelled. So the softmax p gives way to
+    q, with q_k = p_k for labelled classes and q_0 = p_0 + the sum of p_u over those that are not:
+    cross-entropy is of q, Dice of q over the labelled classes of each patch.
+
+    Args:
+        logits, target: as in `dice_ce`. known: (B, K) bool, of `Classes.known`, on any device.
+    """
+    known = known.to(logits.device)[..., None, None, None]
+    logits, counts = logits.float(), (target != IGNORE)[:, None]
+    with torch.autocast(logits.device.type, enabled=False):
+        only = torch.cat([torch.zeros_like(known[:, :1]), known[:, 1:]], dim=1)
+        rest = logits.masked_fill(only, -torch.inf).logsumexp(dim=1, keepdim=True)
+        log_q = torch.cat([rest, logits[:, 1:].masked_fill(~known[:, 1:], -torch.inf)], dim=1)
+        log_q = log_q.log_softmax(dim=1)
+        ce = F.nll_loss(log_q, target.long(), ignore_index=IGNORE, reduction="none")
+        voxels = counts.flatten(1).sum(dim=1).clamp(min=1)
+        ce = (ce.flatten(1).sum(dim=1) / voxels).mean()
+        wanted = F.one_hot(torch.where(counts[:, 0], target, 0).long(), logits.shape[1])
+        wanted = wanted.movedim(-1, 1) * counts
+        dice = dice_of_each(log_q.exp()[:, 1:] * counts, wanted[:, 1:])
+        return torch.stack([_mean_of(dice, known[:, 1:]), ce])
+
+
+def _mean_of(losses: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
+    """Return the mean over patches of the means of (B, K, 1, 1, 1) over what is known."""
+    losses, known = losses.flatten(1), known.flatten(1)
+    return ((losses * known).sum(dim=1) / known.sum(dim=1).clamp(min=1)).mean()
+
+
+def dice_bce(
+    logits: torch.Tensor, target: torch.Tensor, regions: torch.Tensor, known: torch.Tensor
+) -> torch.Tensor:
+    """Return the Dice loss and the binary cross-entropy of regions that overlap, (2,) float32.
+
+    nnU-Net's region-based training (Isensee et al. 2020, arXiv 2011.00848): each region is an
+    output with a sigmoid. Weights of patches, voxels and absent regions are as in `dice_ce`; both
+    losses are means over the regions, of each patch over those that are labelled.
+
+    Args:
+        logits: (B, K, X, Y, Z). target: (B, X, Y, Z) uint8, an index of `Classes` or IGNORE.
+        regions: (1 + parts, K), `Classes.targets`, on any device.
+        known: (B, K) bool, of `Classes.known`, on any device.
+    """
+    logits, counts = logits.float(), (target != IGNORE)[:, None]
+    wanted = regions.to(logits.device)[torch.where(counts[:, 0], target, 0).long()].movedim(-1, 1)
+    with torch.autocast(logits.device.type, enabled=False):
+        dice = dice_of_each(logits.sigmoid() * counts, wanted * counts)
+        bce = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none") * counts
+        bce = bce.flatten(2).sum(dim=2) / counts.flatten(2).sum(dim=2).clamp(min=1)  # (B, K)
+        known = known.to(logits.device)
+        return torch.stack([_mean_of(dice, known), _mean_of(bce, known)])
+
+
+def loss_of(classes: Classes, known: torch.Tensor) -> Loss:
+    """Return the loss of a batch, of classes that exclude each other or regions that overlap.
+
+    known: (B, K) bool, on the CPU: which outputs each patch teaches.
+    """
+    if classes.overlap:
+        return partial(dice_bce, regions=torch.from_numpy(classes.targets), known=known)
+    return dice_ce if known.all() else partial(marginal_dice_ce, known=known)
+
+
+def supervised(
+    outputs: torch.Tensor | Sequence[torch.Tensor], target: torch.Tensor, loss: Loss = dice_ce
+) -> torch.Tensor:
+    """Return the loss of one output, or its mean over several with weights 1, 1/2, 1/4, ...
 
     Several outputs are ordered finest first. The target of a coarser one is every second, fourth,
     ... voxel of the target.
@@ -118,7 +193,7 @@ def supervised(
     for level, logits in enumerate(outputs):
         step = target.shape[1] // logits.shape[2]
         picked = (slice(step // 2, None, step),) * 3
-        total = total + 0.5**level * dice_ce(logits, target[(slice(None), *picked)])
+        total = total + 0.5**level * loss(logits, target[(slice(None), *picked)])
     return total / sum(0.5**level for level in range(len(outputs)))
 
 

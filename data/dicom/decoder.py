@@ -48,6 +48,7 @@ JPEG_2000 = (*JPEG2000TransferSyntaxes, HTJ2K, HTJ2KLossless, HTJ2KLosslessRPCL)
 JPEG_FAMILY = (*JPEGTransferSyntaxes, *JPEGLSTransferSyntaxes, *JPEG_2000)
 END_OF_IMAGE = b"\xff\xd9"  # the last two bytes of every JPEG, JPEG-LS and JPEG 2000 stream
 PADDING = b"\0\xff"  # bytes that may follow them
+GDCM = "gdcm"  # the decoder of the package python-gdcm
 CODESTREAM = b"\xff\x4f\xff\x51"  # the first bytes of a JPEG 2000 codestream
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -216,8 +217,19 @@ def _decode(dataset: pydicom.Dataset, index: int) -> np.ndarray:
             raise ValueError("truncated: its stream breaks off")
         if syntax in JPEG_2000 and not stream.startswith(CODESTREAM):
             dataset, index = _with_frame(dataset, _unwrapped(stream)), 0
+    # GDCM is for what no other decodes, lossless and 12-bit JPEG: its JPEG 2000 is an old one
     decoder = get_decoder(syntax)
-    return decoder.as_array(dataset, index=index, raw=True, correct_unused_bits=False)[0]
+    plugins = [name for name in decoder.available_plugins if name != GDCM]
+    if syntax in JPEGTransferSyntaxes and GDCM in decoder.available_plugins:
+        plugins.append(GDCM)
+    for name in plugins:
+        how = {"index": index, "raw": True, "correct_unused_bits": False}
+        try:
+            return decoder.as_array(dataset, decoding_plugin=name, **how)[0]
+        except Exception:  # of many types: the next one may know this kind
+            if name == plugins[-1]:
+                raise
+    raise ValueError("no decoder is installed")
 
 
 def _unwrapped(jp2: bytes) -> bytes:

@@ -26,10 +26,13 @@ from pydicom.uid import (
 
 from data.volume import VolumeError
 
-# Images at one position that differ in one of these are time points, echoes, ...; named in errors.
+# Images at one position that differ in one of these are time points, echoes, ...; named in errors,
+# and the user may name a part by them: first those that say best what it is.
 PHASE_KEYWORDS = tuple(
-    "TemporalPositionIdentifier TemporalPositionIndex StackID AcquisitionNumber AcquisitionTime "
-    "TriggerTime EchoTime EchoNumbers DiffusionBValue FrameOfReferenceUID ImageType".split()
+    "StackID DiffusionBValue EchoTime EffectiveEchoTime EchoNumbers TemporalPositionIndex "
+    "TemporalPositionIdentifier TemporalPositionTimeOffset TriggerTime "
+    "NominalCardiacTriggerDelayTime AcquisitionNumber FrameType ImageType AcquisitionTime "
+    "FrameOfReferenceUID".split()
 )
 PIXEL_KEYWORDS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
 # PatientName tells two patients apart where PatientID is empty; it is never shown or kept.
@@ -276,7 +279,7 @@ def raw_values(dataset: Dataset) -> dict[str, bytes]:
         element = dataset.get_item(tag, keep_deferred=True)
         is_raw = isinstance(element, RawDataElement) and element.value is not None
         value = element.value if is_raw else b""
-        if is_raw and not element.is_little_endian and element.VR in ("US", "UL"):
+        if is_raw and not element.is_little_endian and element.VR in ("US", "UL", "FD"):
             value = value[::-1]
         values[WANTED[tag]] = value
     return values

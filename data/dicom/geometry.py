@@ -16,8 +16,8 @@ LARGEST_SPACING_MM = 1000.0
 WIDEST_GAP = 4  # narrowest distances: more cannot be interpolated
 # The other phases, such as AcquisitionNumber, may differ between the slices of a volume.
 ONE_PER_VOLUME = (
-    "TemporalPositionIdentifier TemporalPositionIndex StackID EchoNumbers EchoTime DiffusionBValue "
-    "FrameOfReferenceUID".split()
+    "TemporalPositionIdentifier TemporalPositionIndex StackID EchoNumbers EchoTime "
+    "EffectiveEchoTime DiffusionBValue FrameOfReferenceUID".split()
 )
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
@@ -155,18 +155,13 @@ def _without_copies(
 
 
 def _is_copy(first: Frame, second: Frame, same_values: Callable) -> bool:
-    """Return whether two frames at one position are the same instance, stored twice.
-
-    Copies that got new SOPInstanceUIDs, or lost theirs, must agree in everything else that tells
-    instances apart; a repeated scan does not.
-    """
-    a, b = first.image, second.image
-    same_instance = a.sop_uid == b.sop_uid != ""
-    same_but_uid = a.instance_number == b.instance_number and first.phase == second.phase
-    identified = a.instance_number != "" or a.sop_uid == b.sop_uid == ""
-    if not (same_instance or (same_but_uid and identified)):
-        return False
-    return first.index == second.index and same_values(first, second)
+    """Return whether two frames at one position are one image stored twice, whatever their UIDs and
+    numbers: equal in every voxel, and in time, echo and all else that tells images apart."""
+    same_instance = first.image.sop_uid == second.image.sop_uid != ""
+    names = {*first.phase, *second.phase} - {"FrameOfReferenceUID"}
+    same_phase = all(first.phase.get(name) == second.phase.get(name) for name in names)
+    same_frame = first.index == second.index  # in one file there are no copies
+    return same_frame and (same_instance or same_phase) and same_values(first, second)
 
 
 def _check_phases(frames: list[Frame], where: str) -> None:

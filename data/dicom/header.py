@@ -16,6 +16,12 @@ FRAME_MACROS = (  # of the functional groups in enhanced multi-frame files (PS3.
     "PlanePositionSequence",
     "PixelValueTransformationSequence",
     "FrameContentSequence",
+    "MRDiffusionSequence",
+    "MREchoSequence",
+    "CardiacSynchronizationSequence",
+    "TemporalPositionSequence",
+    "MRImageFrameTypeSequence",
+    "CTImageFrameTypeSequence",
 )
 
 

@@ -5,28 +5,38 @@ import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 
 from data.dicom.elements import NotDicom
 from data.dicom.geometry import between_slices, describe_gaps, stack_frames
 from data.dicom.header import Frame, Image, read_header, shown
+from data.dicom.parts import stack_part
 from data.dicom.pixels import PLAIN, check_pixels, read_frames, same_values
 from data.volume import MAX_SHEAR, TILTED, Volume, VolumeError, check_expansion, shear_of
 
 DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
 PARTIAL_SUFFIXES = (".gz", ".bz2", ".xz", ".zip", ".part", ".crdownload", ".filepart", ".tmp")
 INTERPOLATED = "interpolated to the narrowest distance, and predictions are on those slices"
+NO_PART = MappingProxyType({})
 FEW_SLICES = 3  # a series of at most this many may be an accessory of a longer one
 
 
-def read_dicom(path: Path, series_uid: str | None = None, uneven_slices: str = "refuse") -> Volume:
+def read_dicom(
+    path: Path,
+    series_uid: str | None = None,
+    uneven_slices: str = "refuse",
+    part: Mapping[str, str] = NO_PART,
+) -> Volume:
     """Read the one image series of a folder, or one multi-frame file.
 
     series_uid: SeriesInstanceUID to pick if there are several series.
     uneven_slices: "refuse", or "resample" to the narrowest distance.
+    part: which of several time points, echoes, ... of a series: {element: value}.
 
     Returns voxels (column, row, slice) in the order of slice positions, rescaled per slice
     (CT: HU), with their affine. Values of MONOCHROME1 images are kept as stored.
@@ -38,9 +48,9 @@ def read_dicom(path: Path, series_uid: str | None = None, uneven_slices: str = "
     with warnings.catch_warnings():  # pydicom warns of oddities; those that matter are checked here
         warnings.simplefilter("ignore")
         images = find_images(path) if path.is_dir() else [_one_image(path)]
-        series = _choose_series(images, series_uid, where)
-        frames, affine, places = stack_series(series, where, uneven_slices)
-        voxels, notices = read_frames(frames), []
+        series, notices = _choose_series(images, series_uid, where)
+        frames, affine, places = stack_series(series, where, uneven_slices, part)
+        voxels = read_frames(frames)
     if places is not None:
         voxels = between_slices(voxels, places)
         notices.append(f"{where}: {describe_gaps(frames)}; {INTERPOLATED}")
@@ -53,6 +63,7 @@ def read_dicom(path: Path, series_uid: str | None = None, uneven_slices: str = "
         modality=next((image.modality for image in series if image.modality), None),
         series_uid=series[0].series_uid or None,
         patient=_hashed(next((image.patient for image in series if image.patient), "").encode()),
+        rescaled=any(frame.slope or frame.intercept for frame in frames),
         frame=_hashed(frames[0].phase.get("FrameOfReferenceUID", b"").strip(b" \0")),
         notices=tuple(notices),
     )
@@ -63,11 +74,14 @@ def _hashed(value: bytes) -> str | None:
 
 
 def stack_series(
-    series: list[Image], where: str, uneven_slices: str = "refuse"
+    series: list[Image],
+    where: str,
+    uneven_slices: str = "refuse",
+    part: Mapping[str, str] = NO_PART,
 ) -> tuple[list[Frame], np.ndarray, np.ndarray | None]:
     """Put the frames of one series in order, before their voxels are read.
 
-    where: file or folder, for errors. uneven_slices: as `read_dicom`.
+    where: file or folder, for errors. uneven_slices, part: as `read_dicom`.
 
     Returns what `stack_frames` returns. Raises VolumeError as `read_dicom` does for headers.
     """
@@ -77,8 +91,8 @@ def stack_series(
     if len(modalities) > 1:
         raise VolumeError(f"{where}: one series of several modalities: {', '.join(modalities)}")
     frames = [frame for image in series for frame in image.frames]
-    resample = uneven_slices == "resample"
-    frames, affine, places = stack_frames(frames, where, same_values, resample)
+    stack = partial(stack_frames, same_values=same_values, resample=uneven_slices == "resample")
+    frames, affine, places = stack_part(frames, where, part, stack)
     if any(image.transfer_syntax not in PLAIN for image in series):
         check_expansion(len(frames) * frames[0].image.frame_bytes, where)
     return frames, affine, places
@@ -157,8 +171,10 @@ def _is_binary(path: Path) -> bool:
         return b"\0" in file.read(1024)
 
 
-def _choose_series(images: list[Image], series_uid: str | None, where: str) -> list[Image]:
-    """Return the images of the wanted series, or of the only one."""
+def _choose_series(
+    images: list[Image], series_uid: str | None, where: str
+) -> tuple[list[Image], list[str]]:
+    """Return the images of the wanted series, or of the only one, and notices."""
     if series_uid:
         chosen = [image for image in images if image.series_uid == series_uid]
         if not chosen:
@@ -190,11 +206,47 @@ def _choose_series(images: list[Image], series_uid: str | None, where: str) -> l
         if members is not main and not _is_accessory(members, main)
     ]
     if rivals:
+        together = [image for members in (main, *rivals) for image in members]
+        if what := _are_one(main, rivals):
+            return together, [f"{where}: {what}"]
         raise VolumeError(
             f"{where}: {len(rivals) + 1} series in one folder; name one as series_uid: "
             f"{_listed(series)}"
         )
-    return main
+    return main, []
+
+
+def _are_one(main: list[Image], rivals: list[list[Image]]) -> str:
+    """Say why several series are one, or return ''.
+
+    They are where each slice has a series of its own and all are one regular stack of one study, or
+    where they are equal copies of one series under other UIDs.
+    """
+    together = [image for members in (main, *rivals) for image in members]
+    facts = {(image.study_uid, image.modality, *_frames_of_reference(image)) for image in together}
+    if len(facts) != 1 or not together[0].study_uid:
+        return ""
+    slices = _num_stacked(together)
+    if slices == len(together) == len(rivals) + 1 > FEW_SLICES:
+        return f"{slices} series of one slice each, one regular stack of one study: read as one"
+    if slices and slices == _num_stacked(main):
+        return f"{len(rivals) + 1} series are equal copies of each other: read as one"
+    return ""
+
+
+def _frames_of_reference(image: Image) -> set[bytes]:
+    return {frame.phase.get("FrameOfReferenceUID", b"") for frame in image.frames}
+
+
+def _num_stacked(images: list[Image]) -> int:
+    """Return the number of slices of the stack that images form, each once; 0 if they form none."""
+    try:
+        for image in images:
+            check_pixels(image)
+        frames = [frame for image in images for frame in image.frames]
+        return len(stack_frames(frames, "", same_values)[0])
+    except VolumeError:
+        return 0
 
 
 def by_series(images: list[Image]) -> dict[str, list[Image]]:
@@ -242,14 +294,7 @@ def _is_accessory(images: list[Image], main: list[Image]) -> bool:
 
 def _continues(images: list[Image], main: list[Image]) -> bool:
     """Return whether slices extend a stack: then they belong to it and their UID is wrong."""
-    frames = [[frame for image in part for frame in image.frames] for part in (main, main + images)]
-    try:
-        for image in main + images:
-            check_pixels(image)
-        alone, together = (len(stack_frames(part, "", same_values)[0]) for part in frames)
-    except VolumeError:
-        return False
-    return together > alone
+    return 0 < _num_stacked(main) < _num_stacked(main + images)
 
 
 def _orientations(images: list[Image]) -> Counter:

@@ -1,9 +1,10 @@
 """From the standard form back to the file: predictions on the voxels of the user's volume.
 
 Probabilities are interpolated (trilinear) at the file's voxels, and the most probable class is
-taken; air that was cut away becomes background. A voxel between eight voxels of one class gets that
-class whatever the weights, so that only boundaries are interpolated. Slabs are restored as the
-sliding window finishes them, so that the probabilities of a volume are never held as a whole.
+taken (of regions that overlap, those above 0.5); air that was cut away becomes background. A voxel
+between eight voxels of one class gets that class whatever the weights, so that only boundaries are
+interpolated. Slabs are restored as the sliding window finishes them, so that the probabilities of a
+volume are never held as a whole.
 """
 
 import os
@@ -21,7 +22,8 @@ from data.cases import Case
 from data.entry import CacheEntry
 from data.inference.windows import air_of, fixed_view
 from data.nifti import is_nifti, read_nifti_header
-from data.readers import VolumeError, read_mask, read_volume
+from data.parts import split_part
+from data.readers import VolumeError, format_of, read_mask, read_volume
 from data.standard import off_by_header
 from data.volume import MAX_SHEAR, shear_of, spacing_of
 from utils.classes import Classes
@@ -34,6 +36,27 @@ EDGE = 0.5 + 1e-3  # voxels by which a volume extends past the centres of its ou
 CHUNK = 2**21  # voxels restored at a time
 CHUNK_VALUES = 2**24  # probabilities interpolated at a time
 DTYPES = (np.uint8, np.int16, np.int32)
+Decide = Callable[[Tensor], Tensor]  # (K, ...) probabilities -> (...) uint8 index of `Classes`
+
+
+def decision_of(classes: Classes) -> Decide:
+    """Return how an index follows from probabilities: the most probable class or, of regions that
+    overlap, `Classes.decision` of those above 0.5."""
+    if not classes.overlap:
+        return most_probable
+    tables = [torch.from_numpy(table.flatten()) for table in classes.decision()]
+
+    def decide(probabilities: Tensor) -> Tensor:
+        node = torch.zeros(probabilities.shape[1:], dtype=torch.int64, device=probabilities.device)
+        for table, p in zip(tables, probabilities.flip(0), strict=True):
+            node = table.to(p.device)[2 * node + (p > 0.5)]
+        return node.to(torch.uint8)
+
+    return decide
+
+
+def most_probable(probabilities: Tensor) -> Tensor:
+    return probabilities.argmax(0).to(torch.uint8)
 
 
 def predict_case(
@@ -45,16 +68,18 @@ def predict_case(
     hu_window: tuple[float, float],
     device: torch.device,
     log: Callable[[str], None] | None = None,
+    decide: Decide = most_probable,
 ) -> np.ndarray:
-    """Predict the most probable class at every voxel of the file.
+    """Predict the index of every voxel of the file.
 
     Args:
         predict: (B, C, x, y, z) in 0..1 -> probabilities (B, K, x, y, z), K <= 255.
         entry: the case in standard form; the part that only its mask added is not used.
         roi, overlap, batch, device, log: see `utils.sliding_window.window_slabs`.
         hu_window: HU mapped to 0 and 1 (CT only).
+        decide: what becomes of the probabilities of a voxel.
     Returns:
-        uint8 index of the class, of entry.original_shape: in the axes of the volume as read.
+        uint8 index, of entry.original_shape: in the axes of the volume as read.
     Raises:
         NotFinite: without the patient, who is not known here.
     """
@@ -66,7 +91,7 @@ def predict_case(
     sums = torch.device("cpu") if device.type == "mps" else device  # MPS cannot resample in 3D
     slabs = window_slabs(predict, image, roi, overlap, batch, axis, air, device, sums, log)
     grids = (affine, image.shape[1:], entry.original_affine, entry.original_shape)
-    return to_file_grid(map(_finite, slabs), axis, *grids)
+    return to_file_grid(map(_finite, slabs), axis, *grids, decide)
 
 
 def _finite(slab: tuple[int, Tensor]) -> tuple[int, Tensor]:
@@ -77,17 +102,24 @@ def _finite(slab: tuple[int, Tensor]) -> tuple[int, Tensor]:
 
 @torch.no_grad()
 def to_file_grid(
-    slabs: Iterable[tuple[int, Tensor]], axis: int, affine, shape, original_affine, original_shape
+    slabs: Iterable[tuple[int, Tensor]],
+    axis: int,
+    affine,
+    shape,
+    original_affine,
+    original_shape,
+    decide: Decide = most_probable,
 ) -> np.ndarray:
-    """Return the most probable class on another grid than that of the probabilities.
+    """Return the index of each voxel of another grid than that of the probabilities.
 
     Args:
         slabs: (first voxel along the axis, (K, x, y, z)), consecutive, K <= 255.
         axis: along which the slabs follow each other.
         affine, shape: of the grid of the probabilities, index -> mm; (X, Y, Z).
         original_affine, original_shape: of the wanted grid, in the same space.
+        decide: what becomes of the probabilities of a voxel.
     Returns:
-        uint8 index of the class; 0 outside the grid of the probabilities.
+        uint8 index; 0 outside the grid of the probabilities.
     """
     to_standard = np.linalg.solve(np.asarray(affine), np.asarray(original_affine))
     out = np.zeros(original_shape, np.uint8)
@@ -109,7 +141,7 @@ def to_file_grid(
         if ready > done:
             box = [slice(None)] * 3
             box[along] = slice(planes[done:ready].min(), planes[done:ready].max() + 1)
-            rest = (axis, first, shape, to_standard)
+            rest = (axis, first, shape, to_standard, decide)
             if attempt(_restore_box, out, box, held, *rest) is None:
                 held = held.cpu()
                 _restore_box(out, box, held, *rest)
@@ -128,11 +160,13 @@ def _joined(one: Tensor, other: Tensor, dim: int) -> Tensor:
     return torch.cat([one.cpu(), other.cpu()], dim) if found is None else found
 
 
-def _restore_box(out, box, held: Tensor, axis: int, first: int, shape, to_standard) -> bool:
+def _restore_box(
+    out, box, held: Tensor, axis: int, first: int, shape, to_standard, decide: Decide
+) -> bool:
     """Fill a box of the wanted grid from the slabs that are held, which start at `first`."""
     box = [slice(*s.indices(n)) for s, n in zip(box, out.shape, strict=True)]
     step = max(1, CHUNK // max(1, int(np.prod([s.stop - s.start for s in box[1:]]))))
-    classes = _agreed(held).flatten()
+    classes = _agreed(decide(held)).flatten()
     size = held.shape[1:]
     for i in range(box[0].start, box[0].stop, step):
         part = (slice(i, min(i + step, box[0].stop)), *box[1:])
@@ -148,14 +182,14 @@ def _restore_box(out, box, held: Tensor, axis: int, first: int, shape, to_standa
         found = torch.where(inside, classes[cell], 0)
         mixed = (found == MIXED).nonzero(as_tuple=True)
         points = torch.stack([p[mixed] for p in at])
-        found[mixed] = _interpolated(held, points)
+        found[mixed] = _interpolated(held, points, decide)
         out[part] = found.cpu().numpy()
     return True
 
 
-def _agreed(probabilities: Tensor) -> Tensor:
-    """Return the class that a voxel and its upper neighbours (up to 2^3) share, or MIXED."""
-    low = high = probabilities.argmax(0).to(torch.uint8)
+def _agreed(index: Tensor) -> Tensor:
+    """Return the index that a voxel and its upper neighbours (up to 2^3) share, or MIXED."""
+    low = high = index
     for axis in range(3):
         last = low.shape[axis] - 1
         upper = torch.arange(1, last + 2, device=low.device).clamp(max=last)
@@ -164,8 +198,8 @@ def _agreed(probabilities: Tensor) -> Tensor:
     return torch.where(low == high, low, MIXED)
 
 
-def _interpolated(probabilities: Tensor, points: Tensor) -> Tensor:
-    """Interpolate the most probable class (M,) uint8 at points (3, M) in voxels; borders repeat."""
+def _interpolated(probabilities: Tensor, points: Tensor, decide: Decide) -> Tensor:
+    """Interpolate the index (M,) uint8 at points (3, M) in voxels; borders repeat."""
     size = torch.tensor(probabilities.shape[1:], device=points.device)
     grid = (2 * points.T / (size - 1).clamp(min=1) - 1).flip(1).to(probabilities.dtype)
     found = []
@@ -176,7 +210,7 @@ def _interpolated(probabilities: Tensor, points: Tensor) -> Tensor:
             padding_mode="border",
             align_corners=True,
         )
-        found.append(values[0, :, 0, 0].argmax(0).to(torch.uint8))
+        found.append(decide(values[0, :, 0, 0]))
     return torch.cat(found)
 
 
@@ -185,16 +219,16 @@ def read_truth(case: Case, entry: CacheEntry, classes: Classes) -> np.ndarray:
 
     Raises VolumeError if mask and image have different shapes.
     """
-    mask = read_mask(case.seg_path)
-    if entry.mask_grid == "voxels" and is_nifti(case.path) and is_nifti(case.seg_path):
+    mask, files = read_mask(case.seg_path, case.masks), case.masks or [case.seg_path]
+    if entry.mask_grid == "voxels" and all(map(format_of, (case.path, *files))):
         if off_by_header(mask, entry.original_affine, entry.original_shape):
-            return classes.to_index(mask.voxels)
+            return classes.to_index(mask.voxels, case.labelled)
     # the mask's axes in terms of the image's
     turn = nib.io_orientation(np.linalg.solve(entry.original_affine, mask.affine))
     voxels = nib.apply_orientation(mask.voxels, turn)
     if voxels.shape != tuple(entry.original_shape):
         raise VolumeError(f"{case.seg_path}: not on the grid of {case.path}")
-    return classes.to_index(voxels)
+    return classes.to_index(voxels, case.labelled)
 
 
 def write_prediction(
@@ -202,23 +236,25 @@ def write_prediction(
 ) -> None:
     """Write a prediction as NIfTI that overlays the user's image; a failure leaves no file behind.
 
-    For NIfTI input, shape, axes, sform and qform are those of the image's header, bit for bit. For
-    DICOM they are those that dcm2niix gives the series: columns, rows from the last, slices.
+    For NIfTI input, shape, axes, sform and qform are those of the image's header, bit for bit; for
+    MetaImage, NRRD and MGH, shape and affine are the file's. For DICOM they are those that dcm2niix
+    gives the series: columns, rows from the last, slices.
     The data type is that of the mask or, without one, of the image; if it is no integer type that
     holds all labels, the smallest that does. Nothing else of a header is copied.
 
     Args:
         index: uint8 class indices in the axes of the volume as read.
-        classes: their label values are written; of a class with several, the first.
+        classes: their label values are written (`Classes.meanings`); of several, the first.
     """
     labels = classes.to_labels(index)
-    header = _geometry(case.path) if is_nifti(case.path) else None
-    affine = None
-    if header is None:
+    path_of_scan = split_part(case.path)[0]
+    header = _geometry(path_of_scan) if is_nifti(path_of_scan) else None
+    affine = entry.original_affine if header is None else None
+    if not format_of(case.path):  # DICOM
         affine = entry.original_affine @ np.diag([1, -1, 1, 1.0])
         affine[:3, 3] += entry.original_affine[:3, 1] * (labels.shape[1] - 1)
         labels = labels[:, ::-1]
-    highest = max(found[0] for found in classes.values)
+    highest = max(classes.meanings())
     labels = labels.astype(_dtype(case, highest))
     kind = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
     image = kind(labels, affine, header, dtype=labels.dtype)
@@ -244,10 +280,10 @@ def read_picture(
     """Read what `utils.report.plots_segmentation.plot_overlay` needs of a case from its files.
 
     Returns:
-        {image, prediction, truth (None without a mask), spacing_mm}: arrays (X, Y, Z) in RAS+; and
-        channel, of which the image is ("" if there is one).
+        {image, prediction, truth (None without a mask), spacing_mm}: arrays (X, Y, Z) in RAS+;
+        indices of each class; and channel, of which the image is ("" if there is one).
     """
-    volume = read_volume(case.path, case.series_uid, entry.uneven_slices, case.part)
+    volume = read_volume(case.path, case.series_uid, entry.uneven_slices)
     found = read_mask(prediction_path)
 
     def to_ras(voxels: np.ndarray, affine: np.ndarray) -> np.ndarray:
@@ -262,6 +298,7 @@ def read_picture(
         "prediction": indices(found),
         "truth": to_ras(read_truth(case, entry, classes), volume.affine) if case.seg_path else None,
         "spacing_mm": spacing_of(volume.affine)[order],
+        "indices": [classes.indices_of(name) for name in classes.names],
         "channel": case.drawn,
     }
 
@@ -285,10 +322,11 @@ def _dtype(case: Case, highest: int) -> np.dtype:
     """Return the type of the mask or image if it is an integer type that holds the labels."""
     given = []
     for path in (case.seg_path, case.path):
-        if path and is_nifti(path):
-            given.append(read_nifti_header(path).get_data_dtype())
+        file = path and split_part(path)[0]
+        if file and is_nifti(file):
+            given.append(read_nifti_header(file).get_data_dtype())
         elif path == case.path:
-            given.append(np.dtype(np.int16))  # as DICOM is read
+            given.append(np.dtype(np.int16))  # as other formats are read
     given = given[:1] if case.seg_path else given
     whole = [d.newbyteorder("=") for d in given if d.kind in "iu"]
     return next(d for d in [*whole, *map(np.dtype, DTYPES)] if np.iinfo(d).max >= highest)

@@ -3,27 +3,29 @@
 import hashlib
 import json
 import os
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 from monai.transforms import Orientationd
 from tqdm import tqdm
 
-from data.cache import VolumeCache, fingerprint, fingerprints, hash_series
+from data.cache import VolumeCache, hash_series
 from data.cases import NOTICE, Case, Problem
-from data.nifti import is_nifti
-from data.readers import VolumeError
+from data.readers import VolumeError, format_of
+from data.sources import append_line, portable, read_lines, with_paths
 from data.standard import CheckMaskd, ReadVolumed, StandardForm
+from data.values import hu_notices, nothing_to_see, unlike_others
 from data.volume import MIN_VOXELS, SPACING_MM, spacing_of
 from utils.parallel import in_processes
 
-VERSION = 3  # of the remembered facts: raise it when the readers refuse more than before
+VERSION = 4  # of the remembered facts: raise it when the readers refuse more than before
+MEMORY = "checked.jsonl"  # in the cache's folder
 FEW_VOXELS = 8  # fewer are noticed: the network sees mostly padding there
 # {"shape": of the (first) file, "spacing": mm, "series": hash of SeriesInstanceUID or None,
-#  "labels": label values of the mask except 0, "notices": of the readers}
+#  "labels": label values of the mask except 0, "notices": of the readers, "values": `values_of`}
 Facts = dict
 
 
@@ -34,6 +36,7 @@ def check_volumes(
     n_workers: int,
     default_modality: str | tuple[str, ...],
     progress: bool = True,
+    hu_window: tuple[float, float] | None = None,
 ) -> list[Problem]:
     """Read every volume and mask that has not been read before.
 
@@ -41,9 +44,9 @@ def check_volumes(
         cases: of `read_cases`.
         cache: volumes that are in it already are not read.
         build: put all volumes into the cache. False: only read them, and remember good ones in
-            <cache_dir>/checked.jsonl, by path, size and time of their files; it holds no names.
+            <cache_dir>/checked.jsonl, by the content of their files; it holds no names.
         n_workers: number of processes; 0 reads in this one.
-        default_modality: data.modality of the config.
+        default_modality: data.modality of the config. hu_window: data.hu_window, or None.
     Returns:
         unreadable volumes, wrong geometry, unknown modality, one series under two patients, in the
         order of the rows.
@@ -52,8 +55,9 @@ def check_volumes(
     unknown = [case for case in cases if _lacks_modality(case, default_modality)]
     if unknown:
         what = (
-            f"{len(unknown)} of {len(cases)} volumes are NIfTI, which does not say the modality "
-            f"(first: line {unknown[0].row}); set data.modality or add a modality column to the CSV"
+            f"{len(unknown)} of {len(cases)} volumes are of a format that does not say the "
+            f"modality, such as NIfTI (first: line {unknown[0].row}); set data.modality or add a "
+            "modality column to the CSV"
         )
         problems.append(Problem(0, "", what, "modality"))
     # with an unknown modality nothing can be built, but the other problems can still be found
@@ -69,6 +73,10 @@ def check_volumes(
             if what:
                 what = f"{case.path}: {what}"
                 problems.append(Problem(case.row, case.patient, what, "geometry"))
+            for values in result["values"] if hu_window else ():
+                if what := nothing_to_see(values, hu_window):
+                    what = f"{case.path}: {what}"
+                    problems.append(Problem(case.row, case.patient, what, "values"))
     problems += _shared_series(cases, facts)
     return sorted(problems, key=lambda problem: problem.row)
 
@@ -79,34 +87,43 @@ def mask_labels(cases: Sequence[Case], cache: VolumeCache) -> dict[int, list[int
     They come from the cache or from what that check has noted; no mask is read. Cases without a
     mask are left out.
     """
-    known, found = _recall(cache.cache_dir / "checked.jsonl"), {}
+    known, found = _recall(cache), {}
     for case in cases:
         if case.seg_path and cache.has(case):
             found[case.row] = cache.get(case).labels
         elif case.seg_path:
-            found[case.row] = known[_source_key(case, cache.form)]["labels"]
+            found[case.row] = known[_source_key(case, cache)]["labels"]
     return found
 
 
 def volume_notices(cases: Sequence[Case], cache: VolumeCache) -> list[Problem]:
     """Return what the user should know of cases that `check_volumes` found good, by row."""
-    known, found = _recall(cache.cache_dir / "checked.jsonl"), []
+    known, found, values = _recall(cache), [], defaultdict(list)
     for case in cases:
         entry = cache.get(case) if cache.has(case) else None
-        facts = _facts_of_entry(entry) if entry else known[_source_key(case, cache.form)]
-        notices = [*facts["notices"]]
+        facts = _facts_of_entry(entry) if entry else known[_source_key(case, cache)]
+        notices = with_paths(facts["notices"], case)
         if min(facts["shape"]) < FEW_VOXELS:
             shown = " x ".join(map(str, facts["shape"]))
             notices.append(f"{case.path}: {shown} voxels: few along an axis, the rest is padding")
         if case.missing:
             notices.append(f"{', '.join(case.missing)}: missing; zeros for the network")
+        there = [(name, x) for name, x in (case.channels or {"": case.path}).items() if x]
+        for (name, path), fact in zip(there, facts["values"], strict=True):
+            notices += hu_notices(fact, path)
+            values[name, fact["kind"]].append((case, path, fact))
         found += [Problem(case.row, case.patient, what, NOTICE) for what in notices]
-    return found
+    for rows in values.values():
+        for i, what in unlike_others([fact for *_, fact in rows]).items():
+            case, path, _ = rows[i]
+            what = f"{path}: unlike all others: {what}"
+            found.append(Problem(case.row, case.patient, what, NOTICE))
+    return sorted(found, key=lambda notice: notice.row)
 
 
 def _lacks_modality(case: Case, default_modality: str | tuple[str, ...]) -> bool:
     paths = [path for path in case.channels.values() if path] or [case.path]
-    return default_modality == "auto" and case.modality is None and any(map(is_nifti, paths))
+    return default_modality == "auto" and case.modality is None and any(map(format_of, paths))
 
 
 def _build(
@@ -123,14 +140,12 @@ def _read_new(
     cases, cache, n_workers, default_modality, progress
 ) -> Iterator[tuple[Case, Facts | VolumeError]]:
     """Read the cases that are neither remembered nor in the cache; yield what is known of each."""
-    memory = cache.cache_dir / "checked.jsonl"
-    memory.parent.mkdir(parents=True, exist_ok=True)
-    known = _recall(memory)
+    known = _recall(cache)
     with ThreadPoolExecutor(16) as threads:  # network disks answer many at a time
         keys = dict(
             zip(
                 (c.row for c in cases),
-                threads.map(partial(_source_key, form=cache.form), cases),
+                threads.map(partial(_source_key, cache=cache), cases),
                 strict=True,
             )
         )
@@ -153,13 +168,11 @@ def _read_new(
         unit="volume",
         disable=None if progress and todo else True,
     )
-    with open(memory, "a", encoding="utf-8") as file:
-        for case, result in bar:
-            if not isinstance(result, VolumeError):
-                # in one write, so that two checks at the same time do not mix their lines
-                file.write(json.dumps({"key": keys[case.row], **result}) + "\n")
-                file.flush()
-            yield case, result
+    for case, result in bar:
+        if not isinstance(result, VolumeError):
+            cache.checked[keys[case.row]] = result
+            append_line(cache.cache_dir / MEMORY, {"key": keys[case.row], **result})
+        yield case, result
 
 
 def _read(case: Case, default_modality, form: StandardForm) -> Facts | VolumeError:
@@ -178,7 +191,8 @@ def _read(case: Case, default_modality, form: StandardForm) -> Facts | VolumeErr
             "spacing": spacing_of(item["original_affine"]).tolist(),
             "series": hash_series(item["series_uid"]),
             "labels": _label_values(item["seg"].numpy()) if case.seg_path else [],
-            "notices": item["notices"],
+            "notices": portable(item["notices"], case),
+            "values": item["values"],
         }
     except VolumeError as e:
         return e
@@ -193,6 +207,7 @@ def _facts_of_entry(entry) -> Facts:
         "series": entry.series_hash,
         "labels": entry.labels,
         "notices": entry.notices,
+        "values": entry.values,
     }
 
 
@@ -204,30 +219,25 @@ def _label_values(mask: np.ndarray) -> list[int]:
     return (np.flatnonzero(seen[1:]) + 1).tolist()
 
 
-def _source_key(case: Case, form: StandardForm) -> str | None:
-    """Return a hash of path, size and time of all source files, or None if one is gone, and of how
-    they are read."""
+def _source_key(case: Case, cache: VolumeCache) -> str | None:
+    """Return a hash of the content of all source files, or None if one is gone, and of how they are
+    read."""
     try:
-        sources = [fingerprint(path) for path in (case.path, case.seg_path) if path]
-        channels = fingerprints(case)
+        sources = cache.contents.facts(case)
     except VolumeError:
         return None
-    facts = [VERSION, sources, case.series_uid, form.uneven_slices, form.mask_grid]
-    facts += [channels] if channels else []
+    form = cache.form
+    facts = [VERSION, sources, case.series_uid, case.modality, form.modality]
+    facts += [form.uneven_slices, form.mask_grid]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
 
 
-def _recall(path: Path) -> dict[str, Facts]:
-    """Read what earlier checks found good; skip a line that a crash cut short."""
+def _recall(cache: VolumeCache) -> dict[str, Facts]:
+    """Return what this check and earlier ones found good."""
     known = {}
-    lines = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    for line in lines.splitlines():
-        try:
-            facts = json.loads(line)
-        except json.JSONDecodeError:
-            continue
+    for facts in read_lines(cache.cache_dir / MEMORY):
         known[facts.pop("key")] = facts
-    return known
+    return known | cache.checked
 
 
 def wrong_geometry(facts: Facts) -> str:

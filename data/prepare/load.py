@@ -7,11 +7,11 @@ from itertools import chain
 from pathlib import Path
 
 from data.cache import VolumeCache
-from data.cases import Case, CasesError, Problem, read_cases, split_bad
+from data.cases import LABELLED, Case, CasesError, Problem, read_cases, split_bad
 from data.demo.make import make_demo
 from data.prepare.check import check_volumes, mask_labels, volume_notices
-from data.prepare.masks import mask_problems
-from data.prepare.targets import Targets
+from data.prepare.masks import find_masks, mask_problems
+from data.prepare.targets import Targets, minus_one
 from utils import distributed
 from utils.checkpoint import hash_patients
 from utils.classes import Classes
@@ -69,14 +69,20 @@ def _load(cfg, cache, columns, check, classes, needed, find_problems, n_workers)
         make_demo(DEMO)
     folds = _folds(cfg)
     channels = (cfg.data.channels, cfg.data.missing_channels)
+    label_columns, path_columns, optional = columns
+    optional = [*optional, LABELLED, *(name for name, _ in (classes.files if classes else ()))]
+    columns = (label_columns, path_columns, optional)
     cases, problems = read_cases(cfg.csv_path, folds, *columns, *channels)
+    cases, others = find_masks(cases, classes, Path(cfg.csv_path).resolve().parent)
+    problems += others
     problems += find_problems(split(cases, cfg))
     if not check:
         unused = [] if cfg.test_ckpt else cfg.test_folds
         wanted = {fold for name in folds.values() for fold in name} - set(unused)
         cases = [case for case in cases if case.fold in wanted]
     progress = distributed.is_main()
-    problems += check_volumes(cases, cache, not check, n_workers, cfg.data.modality, progress)
+    reading = (not check, n_workers, cfg.data.modality, progress, cfg.data.hu_window)
+    problems += check_volumes(cases, cache, *reading)
     bad = {problem.row for problem in problems if not problem.is_notice}
     readable = [case for case in cases if case.row not in bad]
     notices = [problem for problem in problems if problem.is_notice]
@@ -179,6 +185,7 @@ def target_problems(runs: Sequence, seen: Collection[str], parts: Parts) -> list
         own = split(cases, run)
         targets, problems = Targets.fit(own["train"], *names)
         found += problems + targets.check([*own["val"], *own["test"]])
+        found += chain(*(minus_one(name, own["train"]) for name in targets.names))
         found += seen_problems(own["test"], seen, "suprem_weights or dino_weights")
     for case in cases if len(runs) > 1 else ():
         first = fold_of.setdefault(case.patient, case.fold)

@@ -6,7 +6,6 @@ second is the positive one.
 """
 
 import math
-import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Collection, Sequence
@@ -16,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.cases import Case, Problem
+from data.cases import NOTICE, NUMBER, Case, Problem
 
 # Spellings of a missing value, compared without regard to case.
 MISSING = {"", "nan", "-nan", "na", "n/a", "n.a.", "#n/a", "#n/a n/a", "#na", "<na>", "nat"}
@@ -24,7 +23,6 @@ MISSING |= {"null", "?", "."}
 DASHES = {"-", "--", "---", "–", "—"}  # missing too, unless "+" is a class
 # Missing, or a class ("none, mild, severe")? A class, with a warning; refused among numbers.
 UNCLEAR = {"none", "nil", "unknown", "missing", "undefined", "not available", "not known"}
-NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
 LARGEST = 1e30  # largest number that is accepted
 MANY_CLASSES = 20  # more than this, and than half the labelled rows: the column is refused
 
@@ -221,6 +219,16 @@ def _check_classes(name: str, cases: Sequence[Case], counts: Counter) -> list[Pr
                 what += "not known; write another word if it is a class"
                 problems.append(_problem(name, what, case))
     return problems
+
+
+def minus_one(name: str, cases: Sequence[Case]) -> list[Problem]:
+    """Return a notice if -1 is the only negative number of a column: often it means "unknown"."""
+    values = {number(text) for text in _texts(cases, name)} - {None}
+    if -1 not in values or len(values) < 2 or sorted(values)[1] < 0:
+        return []
+    rows = [case for case in cases if number(case.labels.get(name, "")) == -1]
+    what = f"{name}: -1 in {len(rows)} train rows is taken as a value; leave the cell empty where "
+    return [Problem(rows[0].row, rows[0].patient, f"{what}it means that none is known", NOTICE)]
 
 
 def _not_numbers(name: str, cases: Sequence[Case]) -> list[Problem]:

@@ -18,13 +18,14 @@ from data.inference.frozen import dense_probe, label_probe, pooled_features
 from data.inference.restore import read_picture
 from data.inference.segmenting import predict_and_score
 from data.prepare.load import PATH_COLUMNS, load_cases, refuse_seen
+from data.prepare.masks import refuse_partly_labelled
 from data.prepare.targets import Targets
 from data.standard import StandardForm
 from data.views.images import standard_form
 from models.backbones import facts_of, from_config
 from models.classifier import Classifier
 from utils import distributed
-from utils.classes import Classes
+from utils.classes import Classes, refuse_overlap
 from utils.config.classification import ClassificationConfig, impossible_classification
 from utils.config.command_line import parse_command_line, save_resolved
 from utils.config.segmentation import SegmentationConfig, impossible_segmentation
@@ -49,7 +50,9 @@ def segmentation(run: Run[SegmentationConfig], backbone, seen) -> None:
     cfg, folder = run.cfg, run.folder / "test"
     cache = VolumeCache(cfg.cache_dir, StandardForm.from_config(cfg.data))
     classes = Classes.from_config(cfg.classes, cfg.ignore_labels)
+    refuse_overlap(classes)
     cases, skipped = load_cases(with_test(cfg), cache, [], PATH_COLUMNS[::-1], False, classes)
+    refuse_partly_labelled(cases["train"])
     notes = refuse_seen(cases["test"], seen, "dino_weights", cfg.allow_seen_patients)
     print(format_problems(skipped))
     predict = dense_probe(run, backbone, cache, cases["train"], classes)

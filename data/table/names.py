@@ -15,13 +15,13 @@ MODALITY_OF |= dict.fromkeys("mr mri t1ww t2star bold angio tof".split(), "MR")
 MODALITY_OF |= {"ct": "CT", "cta": "CT", "ncct": "CT", "cect": "CT", "cbct": "CT"}
 MODALITY_OF |= {"pet": "PT", "pt": "PT", "us": "US"}
 IMAGE_WORDS = {"image", "img", "volume", "scan", *MODALITY_OF}
-NIFTI_SUFFIX = re.compile(r"\.(nii|hdr|img)(\.gz)?$", re.IGNORECASE)
+SUFFIX = re.compile(r"\.((nii|hdr|img|mgh)(\.gz)?|mgz|mha|mhd|nrrd|nhdr)$", re.IGNORECASE)
 BIDS_NAME = re.compile(r"sub-[^_]+(_[a-zA-Z]+-[^_]+)*_[a-zA-Z0-9]+")
 OF_A_MASK = {"desc", "label", "space", "seg", "atlas", "res", "den", "hemi"}  # entities of BIDS
 
 
 def stem(path: Path) -> str:
-    return NIFTI_SUFFIX.sub("", path.name)
+    return SUFFIX.sub("", path.name)
 
 
 def words(text: str) -> list[str]:

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data.nifti import is_nifti, nifti_files, read_nifti_grid
+from data.nifti import nifti_files
 from data.prepare.check import wrong_geometry
+from data.readers import format_of
 from data.table import names
 from data.table.found import Grid, LeftOut, Scan
 from data.volume import VolumeError, spacing_of
@@ -24,9 +25,10 @@ TEST = "test"  # the fold of imagesTs
 
 
 def nifti_of(files: Iterable[Path]) -> list[Path]:
-    """Return the NIfTI files, of a pair its voxels. A .img without .hdr may be DICOM."""
-    found = [path for path in files if is_nifti(path) and nifti_files(path)[0].exists()]
-    return [path for path in found if path == nifti_files(path)[-1]]
+    """Return the files of other formats than DICOM, of a NIfTI pair that of the voxels, else that
+    of the header. A .img without .hdr may be DICOM."""
+    found = [(path, nifti_files(path)) for path in files if format_of(path)]
+    return [path for path, parts in found if path == parts[-1] and parts[0].exists()]
 
 
 class Layout:
@@ -111,7 +113,7 @@ def nifti_scans(
 def _grid(path: Path) -> Grid | str:
     """Return a file's grid, or what is wrong with it."""
     try:
-        shape, affine = read_nifti_grid(path)
+        shape, affine = format_of(path).read_grid(path)
     except VolumeError as error:
         return str(error).removeprefix(f"{path}: ")
     except OSError as error:

@@ -8,7 +8,7 @@ the scanner's field of view. Axes and coordinates are those of `data.views.geome
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -270,9 +270,9 @@ class PatchDataset(Dataset):
 
     Items: region (C, X, Y, Z) int16 and mask (X, Y, Z) uint8 class indices that it is cut from,
     left and right swapped in the mask if the patch is flipped along x; the parameters of
-    `sample_patch`; foreground, index of the class it is centred on, 0 for a random place; index of
-    the case; key. They depend on seed and key alone. Raises what cache.get raises for a case that
-    cannot be read.
+    `sample_patch`; known, which outputs of the network they teach (`Classes.known`); foreground,
+    the class it is centred on, from 1, or 0 for a random place; index of the case; key. They depend
+    on seed and key alone. Raises what cache.get raises for a case that cannot be read.
     """
 
     def __init__(
@@ -288,42 +288,61 @@ class PatchDataset(Dataset):
         """foreground: share of patches centred on a voxel of a class."""
         super().__init__(cases)
         self.cache, self.classes, self.settings, self.seed = cache, classes, settings, seed
-        self.foreground, table = foreground, classes.table()
-        self.tables = table, classes.mirror_table(mirror_pairs)[table]
+        self.foreground, self.tables = foreground, {}  # labelled classes -> two of them if flipped
+        for labelled in {case.labelled for case in cases}:
+            table, known = classes.table(labelled), classes.known(labelled)
+            mirrored, order = classes.mirror_table(mirror_pairs)[table], np.arange(len(known))
+            for one, two in classes.channels(mirror_pairs):
+                order[[one, two]] = two, one
+            self.tables[labelled] = (table, known), (mirrored, known[order])
 
     def __getitem__(self, key: Key) -> dict[str, Any]:
-        rng, entry = generator_of(self.seed, key), self.cache.get(self.data[key[1]])
+        rng, case = generator_of(self.seed, key), self.data[key[1]]
+        entry, labelled = self.cache.get(case), case.labelled
         foreground, point = 0, None
         if rng.random() < self.foreground:
-            foreground, point = sample_foreground(rng, entry.class_coords, self.classes)
+            foreground, point = sample_foreground(rng, entry.class_coords, self.classes, labelled)
         start, size, params = sample_patch(rng, entry, point, self.settings)
-        table = self.tables[bool(params["flip"][0])]
+        table, known = self.tables[labelled][bool(params["flip"][0])]
         # negative values count from the table's end
         mask = np.take(table, entry.read_seg(start, size), mode="wrap")
         region = np.ascontiguousarray(entry.read_region(start, size))
         return params | {
             "region": torch.from_numpy(region),
             "mask": torch.from_numpy(mask),
+            "known": torch.from_numpy(known),
             "foreground": foreground,
             "index": key[1],
             "key": torch.tensor(key),
         }
 
     def class_shares(self) -> np.ndarray:
-        """Return the share of each class among the voxels of a patch that are not IGNORE, (1 + K,).
+        """Return the share of each output's class among the voxels of a patch that are not IGNORE,
+        (num_outputs,).
 
         Counted in patches without augmentation, not in whole masks: `foreground` decides how much
         of a class the network sees. Shares of patches are averaged, not voxels, since each patch
-        has the same weight in the loss. One more patch in which all classes are equal keeps shares
-        above 0. The result is a function of data and seed alone, the same on all ranks.
+        has the same weight in the loss. One more patch in which all classes are equal (each
+        region in half of it) keeps shares above 0. A class counts in the patches where it is
+        labelled; where one is not, the background is what the classes leave. The result is a
+        function of data and seed alone, the same on all ranks.
         """
-        plain, num_classes = copy.copy(self), self.classes.num_outputs
+        plain, targets, num = copy.copy(self), self.classes.targets, self.classes.num_outputs
         plain.settings = PatchSettings(self.settings.patch_size)
-        shares = [np.full(num_classes, 1 / num_classes)]
+        shares = [np.full(num, 1 / 2 if self.classes.overlap else 1 / num)]
         for key in EpochSampler(len(self.data), NUM_COUNTED, self.seed, batches=1):
-            counts = np.bincount(plain[key]["mask"].flatten(), minlength=num_classes)[:num_classes]
-            shares += [counts / counts.sum()] if counts.any() else []
-        return np.mean(shares, axis=0)
+            item = plain[key]
+            counts = np.bincount(item["mask"].flatten(), minlength=256)[: len(targets)]
+            known = item["known"].numpy()
+            if not (known.all() or self.classes.overlap):
+                known = known & (np.arange(num) > 0)
+            if counts.any():
+                shares.append(np.where(known, counts @ targets / counts.sum(), np.nan))
+        mean = np.nanmean(shares, axis=0)
+        if np.isnan(shares).any() and not self.classes.overlap:
+            mean[0] = max(1 - mean[1:].sum(), mean.min())
+            mean /= mean.sum()
+        return mean
 
 
 def collate_patches(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -334,21 +353,26 @@ def collate_patches(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def sample_foreground(
-    rng: np.random.Generator, coords: Mapping[int, np.ndarray], classes: Classes
+    rng: np.random.Generator,
+    coords: Mapping[int, np.ndarray],
+    classes: Classes,
+    labelled: Collection[str] | None = None,
 ) -> tuple[int, np.ndarray | None]:
-    """Draw a class of those in the volume, all equally likely, and one of its voxels (3,); return
-    (0, None) if there is none.
+    """Draw a class of those in the volume, all equally likely, and one of its voxels (3,).
 
     Args:
         coords: {label value: (n, 3) voxels} of the cache entry.
+        labelled: names of the classes that count, None: all.
+    Returns:
+        the class, counted from 1, and the voxel; (0, None) if there is none.
     """
-    found: dict[int, list[np.ndarray]] = {}
-    for value, voxels in coords.items():
-        index = classes.index_of(value)
-        if 0 < index < IGNORE:
-            found.setdefault(index, []).append(voxels)
-    if not found:
+    found = {}
+    for k, (name, held) in enumerate(zip(classes.names, classes.values, strict=True), 1):
+        if labelled is None or name in labelled:
+            found[k] = [at for value, at in coords.items() if value in held]
+    present = [k for k, voxels in found.items() if voxels]
+    if not present:
         return 0, None
-    index = int(rng.choice(sorted(found)))
-    voxels = np.concatenate(found[index])
-    return index, voxels[rng.integers(len(voxels))]
+    k = int(rng.choice(present))
+    voxels = np.concatenate(found[k])
+    return k, voxels[rng.integers(len(voxels))]

@@ -4,36 +4,47 @@
 
 Both arms run in one process and by turns. Shown are medians, and the median of the ratios: how many
 times as long the other takes. On a CPU it is the time of the CPU, so that other programs disturb
-less, though they still take cache and bandwidth. Run it with one and with two threads. Rows:
+less, though they still take cache and bandwidth. Run it with one and with two threads. On a GPU
+both arms run in bf16, with larger crops and batches; all rows take some minutes there. Rows:
 
-    encoder64, encoder32   swinunetr's encoder, forward and backward, against MONAI
-    swinunetr              with its decoder, 96^3
-    dino_swinunetr         a step of student and teacher, against a loop over views with MONAI's
-    dino_resunet           likewise, with our resunet in the loop
-    memory                 the peak of the encoder at 96^3, each in a process of its own
-    resunet                against ResidualEncoderUNet, after `pip install --no-deps
-                           dynamic-network-architectures`, into an environment of your own
+    check             no times: every fast path beside the plain one on this device, in float32
+    encoder, crops    swinunetr's encoder, forward and backward, against MONAI: a global crop, and
+                      a batch of local ones
+    swinunetr         with its decoder, 96^3
+    dino_swinunetr    a step of student and teacher, against a loop over views with MONAI's
+    dino_resunet      likewise, with our resunet in the loop
+    memory            the peak of the encoder at 96^3, each in a process of its own
+    resunet           against ResidualEncoderUNet, after `pip install --no-deps
+                      dynamic-network-architectures`, into an environment of your own
+    sizes             ours alone: cost over crop edge, batch, prototypes, channels and windows, to
+                      results/benchmarks/sizes.png
 """
 
 import argparse
+import contextlib
 import copy
 import resource
 import statistics
 import subprocess
 import sys
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from monai.networks.nets import SwinUNETR
 from torch import nn
 
 from models.backbones import build_backbone
 from models.dino import DINOHead, DINONetwork, update_teacher
 from models.losses import TeacherTargets, dino_loss
+from models.windows import attend, attend_plainly
 from tests.benchmarks.sliding_window import timed
 
 REPEATS = 5
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+ON_GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+GLOBAL, LOCAL, BATCH = (96, 48, 4) if ON_GPU else (64, 32, 1)  # edges of crops; cases
 PROTOTYPES, TEACHER_TEMP, STUDENT_TEMP, MOMENTUM = 4096, 0.04, 0.1, 0.99
 
 
@@ -49,15 +60,21 @@ def compare(name: str, ours, other) -> None:
     print(f"{name}, {DEVICE}, {threads} threads: ours {a:.3f} s, other {b:.3f} s, {ratio:.2f}x")
 
 
-def cube(size: int, batch: int = 1) -> torch.Tensor:
+def cube(size: int, batch: int = BATCH) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     return torch.rand(batch, 1, size, size, size, generator=generator).to(DEVICE)
 
 
+def autocast() -> contextlib.AbstractContextManager:
+    return torch.autocast(DEVICE.type, torch.bfloat16, enabled=ON_GPU)
+
+
 def forward_backward(network, x: torch.Tensor):
     def run():
-        out = network(x)
-        sum(y.square().mean() for y in (out if isinstance(out, list) else [out])).backward()
+        with autocast():
+            out = network(x)
+        out = out if isinstance(out, list) else [out]
+        sum(y.float().square().mean() for y in out).backward()
 
     return run
 
@@ -71,14 +88,48 @@ def swin_pair(decoder: bool) -> tuple[nn.Module, SwinUNETR]:
     return ours.to(DEVICE), monai.to(DEVICE)
 
 
-def encoder(size: int, batch: int) -> None:
+def check() -> None:
+    """Compare the fast paths with plain ones: outputs, and gradients in float64."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(3, 8, n, 16, device=DEVICE, requires_grad=True) for n in (49, 50, 50))
+    bias = torch.randn(3, 49, 50, device=DEVICE, requires_grad=True)
+    plain = torch.softmax(q @ k.transpose(-1, -2) / 4 + bias[:, None], -1) @ v
+    for path in (attend, attend_plainly):
+        difference(f"attention, {path.__name__}", path(q, k, v, bias, 0.25), plain)
+    for dtype in (torch.float32, torch.float64):
+        ours, monai = (network.to(dtype) for network in swin_pair(decoder=False))
+        x, grads = cube(64, 1).to(dtype), []
+        maps = ours.encode(x), monai.swinViT(x)
+        for network, out in zip((ours, monai), maps, strict=True):
+            sum(y.square().mean() for y in out).backward()
+            own = {n: p.grad for n, p in network.named_parameters() if p.grad is not None}
+            grads.append(own)
+        for level, pair in enumerate(zip(*maps, strict=True)):
+            difference(f"swinunetr against MONAI, {dtype}, map {level}", *pair)
+        if dtype == torch.float64:
+            flat = [torch.cat([own[n].flatten() for n in sorted(grads[0])]) for own in grads]
+            difference("swinunetr against MONAI, float64, gradients", *flat)
+
+
+def exact_check() -> None:
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        check()
+
+
+def difference(name: str, ours: torch.Tensor, other: torch.Tensor) -> None:
+    """Print the largest difference over the other's spread; 1e-4 of it is what is allowed."""
+    share = float(((ours - other).abs().max() / other.std()).detach())
+    print(f"{name}: {share:.1e} of the spread, {'well' if share < 1e-4 else 'TOO LARGE'}")
+
+
+def encoder(size: int = GLOBAL, batch: int = BATCH) -> None:
     ours, monai = swin_pair(decoder=False)
     x = cube(size, batch)
     pair = forward_backward(ours.encode, x), forward_backward(monai.swinViT, x)
     compare(f"swinunetr's encoder, {batch} x {size}^3", *pair)
 
 
-def swinunetr(size: int = 96) -> None:
+def swinunetr(size: int = 96) -> None:  # MONAI's decoder takes no less than 64
     ours, monai = swin_pair(decoder=True)
     output = copy.deepcopy(monai.out)
     x = cube(size)
@@ -86,7 +137,7 @@ def swinunetr(size: int = 96) -> None:
     compare(f"swinunetr, {size}^3", pair, forward_backward(monai, x))
 
 
-def resunet(size: int = 64) -> None:
+def resunet(size: int = GLOBAL) -> None:
     try:
         from dynamic_network_architectures.architectures.unet import ResidualEncoderUNet
     except ImportError:
@@ -139,9 +190,10 @@ def plain_step(encode: nn.Module, width: int, global_crops: list, local_crops: l
     center = torch.zeros(PROTOTYPES, device=DEVICE)
 
     def run():
-        with torch.no_grad():
-            teacher_out = [teacher(view) for view in global_crops]
-        student_out = [student(view) for view in global_crops + local_crops]
+        with autocast():
+            with torch.no_grad():
+                teacher_out = [teacher(view).float() for view in global_crops]
+            student_out = [student(view).float() for view in global_crops + local_crops]
         loss, pairs = 0, 0
         for i, t in enumerate(teacher_out):
             p = ((t - center) / TEACHER_TEMP).softmax(-1)
@@ -169,9 +221,10 @@ def our_step(backbone: nn.Module, global_crops: list, local_crops: list):
     global_crops, local_crops = torch.cat(global_crops), torch.cat(local_crops)
 
     def run():
-        with torch.no_grad():
-            p = targets(teacher(global_crops)["logits"], TEACHER_TEMP)
-        logits = student(global_crops, local_crops)["logits"]
+        with autocast():
+            with torch.no_grad():
+                p = targets(teacher(global_crops)["logits"], TEACHER_TEMP)
+            logits = student(global_crops, local_crops)["logits"]
         optimizer.zero_grad()
         dino_loss(p.unflatten(0, (2, -1)), logits[:, None], STUDENT_TEMP).backward()
         optimizer.step()
@@ -183,9 +236,10 @@ def our_step(backbone: nn.Module, global_crops: list, local_crops: list):
 
 def dino_swinunetr() -> None:
     ours, monai = swin_pair(decoder=False)
-    views = [cube(64) for _ in range(2)], [cube(32) for _ in range(8)]
+    views = [cube(GLOBAL) for _ in range(2)], [cube(LOCAL) for _ in range(8)]
     plain = plain_step(monai.swinViT, ours.feature_channels[-1], *views)
-    compare("DINO, swinunetr, 2 x 64^3 + 8 x 32^3", our_step(ours, *views), plain)
+    name = f"DINO, swinunetr, {BATCH} x (2 x {GLOBAL}^3 + 8 x {LOCAL}^3)"
+    compare(name, our_step(ours, *views), plain)
 
 
 class Encode(nn.Module):
@@ -199,9 +253,9 @@ class Encode(nn.Module):
 
 def dino_resunet() -> None:
     ours = build_backbone("resunet", decoder=False)
-    views = [cube(64) for _ in range(2)], [cube(64) for _ in range(4)]
+    views = [cube(GLOBAL) for _ in range(2)], [cube(GLOBAL) for _ in range(4)]
     plain = plain_step(Encode(copy.deepcopy(ours)), ours.feature_channels[-1], *views)
-    compare("DINO, resunet, 2 x 64^3 + 4 x 64^3", our_step(ours, *views), plain)
+    compare(f"DINO, resunet, {BATCH} x (2 + 4) x {GLOBAL}^3", our_step(ours, *views), plain)
 
 
 def memory(size: int = 96) -> None:
@@ -214,23 +268,76 @@ def memory(size: int = 96) -> None:
 def peak(arm: str, size: int) -> None:
     ours, monai = swin_pair(decoder=False)
     network = ours.encode if arm == "ours" else monai.swinViT
-    forward_backward(network, cube(32))()  # gradients and caches are there
+    forward_backward(network, cube(32, 1))()  # gradients and caches are there
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    forward_backward(network, cube(size))()
+    forward_backward(network, cube(size, 1))()
     mib = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     if DEVICE.type == "cuda":
         mib = torch.cuda.max_memory_allocated() / 2**20
     print(f"swinunetr's encoder, {size}^3, peak memory of {arm}: {mib:,.0f} MiB")
 
 
+def sizes() -> None:
+    """Plot the time of our forward and backward passes over what a user may change."""
+    swin, _ = swin_pair(decoder=False)
+    panels = {
+        "crop edge (voxels)": {n: forward_backward(swin.encode, cube(n, 1)) for n in (32, 64, 96)},
+        "batch of local crops": {
+            n: forward_backward(swin.encode, cube(LOCAL, n)) for n in (1, 2, 4, 8)
+        },
+        "prototypes": {n: head_pass(n) for n in (1024, 4096, 16384, 65536)},
+        "feature_size of swinunetr": {
+            n: forward_backward(
+                build_backbone("swinunetr", decoder=False, feature_size=n).to(DEVICE).encode,
+                cube(GLOBAL, 1),
+            )
+            for n in (12, 24, 48, 96)
+        },
+        "windows of a sliding window": {
+            n: lambda n=n: [swin.encode(cube(LOCAL, 1)) for _ in range(n)] for n in (1, 4, 16)
+        },
+    }
+    figure = Figure(figsize=(4 * len(panels), 3), layout="tight")
+    axes = figure.subplots(1, len(panels))
+    for ax, (name, passes) in zip(axes, panels.items(), strict=True):
+        seconds = []
+        for run in passes.values():
+            seconds.append(statistics.median(timed(run, DEVICE)[0] for _ in range(REPEATS + 1)))
+        print(
+            f"{name}:", ", ".join(f"{n}: {s:.3f} s" for n, s in zip(passes, seconds, strict=True))
+        )
+        ax.loglog(list(passes), seconds, "o-")
+        ax.set(xlabel=name, ylabel="s", xticks=list(passes), xticklabels=list(passes))
+        ax.minorticks_off()
+    path = Path("results/benchmarks/sizes.png")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    print(path)
+
+
+def head_pass(prototypes: int):
+    """Return a pass of the projection head and DINO's loss for 8 cases of 2 + 8 crops."""
+    head = DINOHead(768, prototypes, batchnorm=False).to(DEVICE)
+    features = torch.randn(80, 768, device=DEVICE)
+    target = torch.full((2, 8, prototypes), 1 / prototypes, device=DEVICE)
+
+    def run():
+        logits = head(features).unflatten(0, (10, 8))
+        dino_loss(target, logits, STUDENT_TEMP).backward()
+
+    return run
+
+
 ROWS = {
-    "encoder64": lambda: encoder(64, 1),
-    "encoder32": lambda: encoder(32, 8),
+    "check": exact_check,
+    "encoder": encoder,
+    "crops": lambda: encoder(LOCAL, 8 * BATCH),
     "swinunetr": swinunetr,
     "dino_swinunetr": dino_swinunetr,
     "dino_resunet": dino_resunet,
     "memory": memory,
     "resunet": resunet,
+    "sizes": sizes,
 }
 
 

@@ -6,6 +6,7 @@ import pickle
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
@@ -14,10 +15,13 @@ import pytest
 
 import data.cache
 import data.entry
-from data.cache import VolumeCache, fingerprint
+from data import sources
+from data.cache import VolumeCache
 from data.cases import Case
 from data.entry import Channel
+from data.prepare.check import volume_notices
 from data.readers import VolumeError
+from data.sources import fingerprint
 from data.standard import StandardForm, standard_transform
 from utils.errors import InputError
 
@@ -129,7 +133,9 @@ def test_key_depends_on_all_that_matters(tmp_path):
     keys.append(VolumeCache(folder, FORM).key(make_case(tmp_path, modality="CT")))
     keys.append(VolumeCache(folder, FORM).key(make_case(tmp_path, series_uid="1.2")))
     assert len(set(keys)) == len(keys)
-    os.utime(case.seg_path, ns=(1, 1))
+    other = np.array(nib.load(case.seg_path).get_fdata())
+    other[0] = 1
+    nib.save(nib.Nifti1Image(other, nib.load(case.seg_path).affine), case.seg_path)
     keys.append(VolumeCache(folder, FORM).key(case))
     (tmp_path / "more").mkdir()
     for i in range(2):  # a folder: one file more
@@ -147,9 +153,10 @@ def test_built_once_and_files_name_nobody(tmp_path, monkeypatch):
     monkeypatch.setattr(data.cache, "standard_transform", None)
     again = VolumeCache(tmp_path / "cache", FORM).get(case)
     assert np.array_equal(whole(again), first)
-    files = list((tmp_path / "cache").iterdir())
-    assert files == [cache.path(case)] and len(files[0].stem) == 32
-    content = files[0].read_bytes()
+    files = sorted((tmp_path / "cache").iterdir())
+    assert files == sorted([cache.path(case), tmp_path / "cache" / "contents.jsonl"])
+    assert len(cache.path(case).stem) == 32
+    content = b"".join(file.read_bytes() for file in files)
     assert b"Patient" not in content and str(tmp_path).encode() not in content
 
 
@@ -165,7 +172,7 @@ def test_errors_name_the_patient_and_the_file(tmp_path):
     os.utime(case.path, ns=(1, 1))
     with pytest.raises(VolumeError, match="changed since this run began"):
         cache.get(case)
-    assert not list((tmp_path / "cache").glob("*"))
+    assert not list((tmp_path / "cache").glob("*.b2nd"))
 
 
 def test_any_damage_is_noticed_and_healed(tmp_path):
@@ -228,7 +235,7 @@ def test_several_may_build_at_once(tmp_path):
         entries = list(threads.map(lambda cache: cache.get(case), caches))
     wanted = standard(case)["image"].numpy()
     assert all(np.array_equal(whole(entry), wanted) for entry in entries)
-    assert [f.name for f in (tmp_path / "cache").iterdir()] == [caches[0].path(case).name]
+    assert [f.name for f in (tmp_path / "cache").glob("*.b2nd")] == [caches[0].path(case).name]
 
 
 @pytest.mark.parametrize("n_workers", [1, 2])
@@ -282,7 +289,7 @@ def test_disk_that_fills_up_leaves_nothing_behind(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no space left for the cache") as caught:
         cache.get(case)
     assert caught.value.errno == errno.ENOSPC and not isinstance(caught.value, VolumeError)
-    assert not list((tmp_path / "cache").iterdir())
+    assert not list((tmp_path / "cache").glob("*b2nd*"))
     monkeypatch.undo()
     assert cache.get(case).has_seg
 
@@ -295,6 +302,43 @@ def test_old_temporary_files_are_removed(tmp_path):
     os.utime(old, (time.time() - 2 * 24 * 3600,) * 2)
     VolumeCache(tmp_path / "cache", FORM).build_all([case], 1, progress=False)
     assert not old.exists() and new.exists()
+
+
+def test_moved_data_are_known_and_notices_name_the_new_place(tmp_path, monkeypatch):
+    (tmp_path / "old").mkdir()
+    case = make_case(tmp_path / "old")
+    mask = nib.load(case.seg_path)
+    nearly = mask.get_fdata(dtype=np.float32) + np.float32(0.001)
+    nib.save(nib.Nifti1Image(nearly, mask.affine), case.seg_path)
+    cache = VolumeCache(tmp_path / "cache", FORM)
+    cache.get(case)
+    (tmp_path / "old").rename(tmp_path / "new")
+    moved = {name: getattr(case, name).replace("old", "new") for name in ("path", "seg_path")}
+    case = replace(case, **moved)
+    for file in moved.values():
+        os.utime(file, ns=(1, 1))
+    monkeypatch.setattr(data.cache, "standard_transform", None)
+    again = VolumeCache(tmp_path / "cache", FORM)
+    (notice,) = volume_notices([case], again)
+    assert notice.what.startswith(f"{case.seg_path}: labels are up to 0.001 away")
+    digests = []
+    monkeypatch.setattr(sources, "_digest", digests.append)
+    assert VolumeCache(tmp_path / "cache", FORM).has(case) and not digests  # not read once more
+
+
+def test_a_folder_that_may_not_be_written_serves_what_it_has(tmp_path, monkeypatch):
+    cache, case = VolumeCache(tmp_path / "cache", FORM), make_case(tmp_path)
+    cache.get(case)
+    os.utime(case.path, ns=(1, 1))
+    (tmp_path / "cache" / "contents.jsonl").unlink()
+    (tmp_path / "cache" / "contents.jsonl").mkdir()  # root may write everywhere, but not to this
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    again = VolumeCache(tmp_path / "cache", FORM)
+    again.build_all([case], 0, progress=False)
+    assert again.get(case).labels == cache.get(case).labels
+    other = replace(case, modality="CT")
+    with pytest.raises(InputError, match="cache: may not be written, and lacks 1 of the volumes"):
+        again.build_all([case, other], 0, progress=False)
 
 
 def test_fingerprint_lists_every_file_below_a_folder(tmp_path):

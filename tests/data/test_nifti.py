@@ -10,8 +10,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from data.cache import fingerprint
 from data.readers import VolumeError, read_volume
+from data.sources import fingerprint
 from tests.places import SHARED
 
 DATA = SHARED / "data"

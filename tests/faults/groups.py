@@ -8,10 +8,13 @@ from tests.faults.checkpoints.given import CHECKPOINT_RUNS
 from tests.faults.checkpoints.weights import WEIGHTS
 from tests.faults.dicom.decoders import DECODERS
 from tests.faults.dicom.folder import DICOM
+from tests.faults.dicom.parts import PARTS
 from tests.faults.dicom.pydicom_files import PYDICOM
 from tests.faults.files.bombs import BOMBS, ESTIMATES
 from tests.faults.files.channels import CHANNELS
 from tests.faults.files.csv_files import CSV
+from tests.faults.files.formats import FORMATS
+from tests.faults.files.labels import LABELS
 from tests.faults.files.masks import MASKS
 from tests.faults.files.nifti import NIFTI, NIFTI_FLIPS
 from tests.faults.files.yaml_files import YAML
@@ -33,10 +36,13 @@ GROUPS = [
     WORKERS,
     FINISHED,
     DICOM,
+    PARTS,
     PYDICOM,
     NIFTI,
     NIFTI_FLIPS,
+    FORMATS,
     MASKS,
+    LABELS,
     CHANNELS,
     CSV,
     YAML,

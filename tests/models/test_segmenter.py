@@ -3,11 +3,18 @@
 import numpy as np
 import pytest
 import torch
-from monai.losses import DeepSupervisionLoss, DiceCELoss
+from monai.losses import DeepSupervisionLoss, DiceCELoss, DiceLoss
 
 from models.backbones import build_backbone
-from models.segmenter import Segmenter, dice_ce, optimizer_groups, supervised
-from utils.classes import IGNORE
+from models.segmenter import (
+    Segmenter,
+    dice_ce,
+    loss_of,
+    marginal_dice_ce,
+    optimizer_groups,
+    supervised,
+)
+from utils.classes import IGNORE, Classes
 from utils.weights import load_backbone
 
 TINY = {
@@ -183,3 +190,80 @@ def test_the_loss_of_a_batch_is_the_mean_of_its_halves():
     target[1, :5], target[2, :, :7] = IGNORE, IGNORE
     halves = [dice_ce(logits[i : i + 2], target[i : i + 2]) for i in (0, 2)]
     torch.testing.assert_close(dice_ce(logits, target), torch.stack(halves).mean(0))
+
+
+# ---- regions that overlap
+
+TWO = Classes.from_config({"a": 1, "b": 2})
+BRATS = Classes.from_config({"WT": [1, 2, 4], "TC": [1, 4], "ET": 4})  # indices 1: 2, 2: 1, 3: 4
+
+
+def test_the_loss_of_regions_is_monais_with_a_sigmoid_each():
+    logits, target = some()
+    target[:, 4:] += target[:, 4:] > 0  # all of the values
+    regions = torch.stack([target >= 1, target >= 2, target >= 3], dim=1).float()
+    loss = loss_of(BRATS, torch.ones(2, 3, dtype=torch.bool))
+    dice, bce = DiceLoss(sigmoid=True), torch.nn.BCEWithLogitsLoss()
+    expected = torch.stack([dice(logits, regions), bce(logits, regions)])
+    torch.testing.assert_close(loss(logits, target), expected)
+    deep = supervised([logits, logits[..., ::2, ::2, ::2]], target, loss)
+    assert torch.isfinite(deep).all()
+    assert loss_of(TWO, torch.ones(2, 3, dtype=torch.bool)) is dice_ce
+
+
+def test_ignored_voxels_count_in_no_region():
+    logits, target = some()
+    target[0, :, :, :3], target[1, 4:] = IGNORE, IGNORE
+    loss = loss_of(BRATS, torch.ones(1, 3, dtype=torch.bool))
+    losses = loss(logits, target)
+    losses.sum().backward()
+    ignored = (target == IGNORE)[:, None].expand_as(logits)
+    assert logits.grad[ignored].abs().max() == 0 and logits.grad[~ignored].abs().min() > 0
+    parts = [(logits[:1, ..., 3:], target[:1, ..., 3:]), (logits[1:, :, :4], target[1:, :4])]
+    torch.testing.assert_close(losses, torch.stack([loss(*p) for p in parts]).mean(0))
+
+
+def test_the_first_answers_of_regions_are_their_shares():
+    network, shares = segmenter(), np.array([0.3, 0.03, 0.01])
+    network.start_from(shares, overlap=True)
+    torch.testing.assert_close(network.outputs[0].bias.sigmoid(), torch.tensor(shares).float())
+
+
+# ---- not all classes labelled
+
+
+def test_unlabelled_classes_are_merged_with_the_background():
+    """Against the formula of the marginal loss, voxel by voxel."""
+    logits, target = some()
+    target[1] = torch.where(target[1] == 2, 0, target[1])
+    target[0, :, :, :3] = IGNORE
+    known = torch.tensor([[True, True, True], [True, True, False]])
+    losses = loss_of(TWO, known)(logits, target)
+    whole = dice_ce(logits[:1], target[:1])
+    p = logits[1].softmax(0)
+    q = torch.stack([p[0] + p[2], p[1]])
+    ce = -torch.where(target[1] == 1, q[1], q[0]).log().mean()
+    inside = target[1] == 1
+    dice = 1 - 2 * (q[1] * inside).sum() / (q[1].sum() + inside.sum())
+    torch.testing.assert_close(losses, (whole + torch.stack([dice, ce])) / 2, atol=1e-5, rtol=1e-4)
+    losses.sum().backward()
+    assert torch.isfinite(logits.grad).all()
+    torch.testing.assert_close(
+        marginal_dice_ce(logits, target, known | True), dice_ce(logits, target)
+    )
+
+
+def test_a_region_that_is_not_labelled_gets_no_gradient():
+    logits, target = some()
+    known = torch.tensor([[True, True, True], [True, False, True]])
+    losses = loss_of(BRATS, known)(logits, target)
+    losses.sum().backward()
+    assert logits.grad[1, 1].abs().max() == 0 and logits.grad[1, 2].abs().min() > 0
+    first = loss_of(BRATS, known[:1])(logits[:1], target[:1])
+    torch.testing.assert_close(losses[1], (first[1] + _bce(logits[1], target[1])) / 2)
+
+
+def _bce(logits, target):
+    """Mean binary cross-entropy of the first and the last region."""
+    wanted = torch.stack([target >= 1, target >= 3]).float()
+    return torch.nn.functional.binary_cross_entropy_with_logits(logits[::2], wanted)

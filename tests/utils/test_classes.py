@@ -1,5 +1,6 @@
 """Label values to classes and back, and what is said about a config that cannot be right."""
 
+import itertools
 import json
 
 import numpy as np
@@ -42,6 +43,72 @@ def test_json_round_trip():
     assert CLASSES.names == ("liver", "kidneys", "spleen") and CLASSES.num_outputs == 4
 
 
+# ---- regions that overlap
+
+BRATS = Classes.from_config({"WT": [1, 2, 4], "TC": [1, 4], "ET": 4}, [9])
+CROSSED = Classes.from_config({"a": [1, 2], "b": [2, 3], "c": [5, 3, 1]})
+
+
+def test_classes_overlap_only_where_a_value_is_in_two():
+    assert BRATS.overlap and CROSSED.overlap and not CLASSES.overlap
+    assert (BRATS.num_outputs, CLASSES.num_outputs) == (3, 4)
+    assert np.array_equal(CLASSES.targets, np.eye(4))
+
+
+def test_each_voxel_of_a_mask_is_in_the_regions_that_hold_its_value():
+    labels = np.int16([0, 1, 2, 4, 9, 7])
+    for classes in (BRATS, CROSSED):
+        index = classes.to_index(labels)
+        known = index != IGNORE
+        for k, name in enumerate(classes.names):
+            inside = np.isin(labels, classes.values[k])
+            assert np.array_equal(np.isin(index, classes.indices_of(name)), inside)
+            assert np.array_equal(classes.targets[index[known], k], inside[known])
+    assert BRATS.meanings() == {2: ["WT"], 1: ["WT", "TC"], 4: ["WT", "TC", "ET"]}
+    # what is written comes back as the same regions
+    for classes in (BRATS, CROSSED, CLASSES):
+        index = np.arange(len(classes.parts) + 1)
+        assert np.array_equal(classes.to_index(classes.to_labels(index)), index)
+
+
+def walk(classes, predicted):
+    node = 0
+    for table, side in zip(classes.decision(), predicted[::-1], strict=True):
+        node = table[node, int(side)]
+    return node
+
+
+def test_predicted_regions_become_the_value_that_stands_for_them():
+    for classes in (BRATS, CROSSED):
+        for index, of in enumerate(classes.members):
+            assert walk(classes, of) == index
+
+
+def test_where_no_value_stands_for_the_regions_later_classes_are_believed():
+    for classes in (BRATS, CROSSED):
+        for predicted in itertools.product((False, True), repeat=3):
+            agree = [tuple(of == predicted)[::-1] for of in classes.members]
+            assert walk(classes, predicted) == agree.index(max(agree))
+
+
+def test_nested_regions_are_written_as_by_nnunets_regions_class_order():
+    for predicted in itertools.product((False, True), repeat=3):
+        painted = 0
+        for label, side in zip((2, 1, 4), predicted, strict=True):  # regions_class_order
+            painted = label if side else painted
+        assert BRATS.to_labels(walk(BRATS, predicted)) == painted
+
+
+def test_mirroring_swaps_regions_of_two_sides():
+    sides = {"lungs": [1, 2, 3, 4], "left": [1, 3], "right": [2, 4], "nodule": [3, 4]}
+    classes = Classes.from_config(sides)
+    table = classes.mirror_table([["left", "right"]])
+    swapped = classes.to_labels(table[classes.to_index(np.int16([0, 1, 2, 3, 4]))])
+    assert swapped.tolist() == [0, 2, 1, 4, 3]
+    assert classes.channels([["left", "right"]]) == [[1, 2]]
+    assert CLASSES.channels([["liver", "spleen"]]) == [[1, 3]]
+
+
 def test_mirroring_swaps_pairs_and_nothing_else():
     table = CLASSES.mirror_table([["liver", "spleen"]])
     assert table[:4].tolist() == [0, 3, 2, 1] and table[IGNORE] == IGNORE
@@ -53,7 +120,9 @@ def test_mirroring_swaps_pairs_and_nothing_else():
     "classes, ignore, pairs, key, what",
     [
         ({}, [], [], "classes", "empty"),
-        ({"a": 1, "b": [2, 1]}, [], [], "classes.b", "1 is in classes.a too"),
+        ({"a": [1, 2], "b": [2, 1]}, [], [], "classes.b", "has the label values of classes.a"),
+        ({"a": 1, "b": [1, 2]}, [2], [], "ignore_labels", "2 is in classes.b too"),
+        ({"a": [1, 3], "l": [1, 4], "r": 5}, [], [["l", "r"]], "augment.mirror_pairs", "swapped"),
         ({"a": [1, 1]}, [], [], "classes.a", "1 is twice"),
         ({"a": 1}, [1], [], "ignore_labels", "1 is in classes.a too"),
         ({"a": 0}, [], [], "classes.a", "0 is always background"),

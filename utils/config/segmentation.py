@@ -2,14 +2,19 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from utils.classes import class_problems
 from utils.config import fields as f
 from utils.config import schema
 
-Labels = Annotated[
+Values = Annotated[
     list[int], BeforeValidator(f.one_or_more, json_schema_input_type=int | list[int])
+]
+Files = Annotated[str, AfterValidator(f.not_empty)]
+Labels = Annotated[
+    list[int | Files],
+    BeforeValidator(f.one_or_more, json_schema_input_type=int | str | list[int | str]),
 ]
 
 
@@ -56,7 +61,7 @@ OF_THE_TEST = (
 
 class SegmentationConfig(schema.FineTuned):
     classes: dict[f.Text, Labels]
-    ignore_labels: Labels
+    ignore_labels: Values
     optimizer: Literal["adamw", "sgd"]
     val_every: f.Positive
     patches: Patches
@@ -84,4 +89,4 @@ def impossible_segmentation(values: schema.Values, facts_of: schema.FactsOf) -> 
 
 def _are_labels(value: Any) -> bool:
     """Return whether the schema takes a value; if it does not, that is reported already."""
-    return all(type(x) is int for x in f.one_or_more(value)) if value is not None else False
+    return value is not None and all(type(x) in (int, str) for x in f.one_or_more(value))

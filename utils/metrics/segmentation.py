@@ -9,12 +9,12 @@ percentiles. Surface Dice (Nikolov et al., https://arxiv.org/abs/1809.04430) is 
 voxels of both surfaces that lie within the tolerance.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 from scipy.spatial import cKDTree
 
-from utils.classes import IGNORE
+from utils.classes import IGNORE, Classes
 from utils.metrics.bootstrap import percentiles, resamples
 
 ROUNDING = 1e-6  # mm, tolerated in distances
@@ -22,6 +22,36 @@ METRICS = ["dice", "surface_dice", "hd95_mm", "volume_error_ml", "abs_volume_err
 MISSED, FALSE = "nothing predicted, present in the truth", "predicted, absent in the truth"
 ABSENT = "absent in both: not counted"
 ONLY_PREDICTED = "no mask: predicted only"
+NOT_LABELLED = "not labelled here: predicted only"
+
+
+Measure = Callable[[np.ndarray, np.ndarray | None, Sequence[str]], list[dict]]
+
+
+def by_class(
+    measure: Measure,
+    prediction: np.ndarray,
+    truth: np.ndarray | None,
+    classes: Classes,
+    labelled: Collection[str] | None = None,
+) -> list[dict]:
+    """Return the rows of measure(prediction, truth, names); of regions that overlap one by one.
+
+    Args:
+        prediction, truth: (X, Y, Z) uint8 indices of the classes; truth may be None.
+        labelled: names of the classes that the truth shows, None: all. Of the others, rows keep the
+            predicted volume alone.
+    """
+    rows = [] if classes.overlap else measure(prediction, truth, classes.names)
+    for name in classes.names if classes.overlap else ():
+        inside = np.zeros(256, np.uint8)
+        inside[classes.indices_of(name)], inside[IGNORE] = 1, IGNORE
+        rows += measure(inside[prediction], None if truth is None else inside[truth], [name])
+    for row in rows:
+        if truth is not None and labelled is not None and row["class"] not in labelled:
+            row |= {key: None for key in row if key not in ("class", "volume_ml")}
+            row |= {"note": NOT_LABELLED}
+    return rows
 
 
 def case_metrics(

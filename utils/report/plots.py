@@ -23,10 +23,11 @@ from scipy.ndimage import zoom
 
 # Pictures have no background and their text is of a gray that can be read on white and on black, so
 # that they fit into a light page and a dark one.
-INK, GRID = "#7b8088", "#80808040"
+INK = "#7b8088"
 matplotlib.rcParams.update({"figure.facecolor": "#ffffff00", "axes.facecolor": "none"})
-matplotlib.rcParams.update(dict.fromkeys(["text.color", "axes.labelcolor", "axes.edgecolor"], INK))
-matplotlib.rcParams.update(dict.fromkeys(["xtick.color", "ytick.color"], INK))
+for name in "text.color axes.labelcolor axes.edgecolor xtick.color ytick.color grid.color".split():
+    matplotlib.rcParams[name] = INK
+matplotlib.rcParams["grid.alpha"] = 0.3
 
 # Okabe and Ito: distinguishable with any colour vision. INK is kept for reference lines.
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#777777"]
@@ -167,7 +168,7 @@ def plot_curves(path, metrics, out_dim: int | None = None, patch_out_dim: int | 
         ax.tick_params(labelsize=8)
         ax.ticklabel_format(axis="y", scilimits=(-3, 4), useOffset=False)
         ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        ax.grid(color=GRID, lw=0.6)
+        ax.grid(lw=0.6)
         ax.spines[["top", "right"]].set_visible(False)
         if len(names) > MAX_LEGEND:
             note = f"{len(names)} lines: see metrics.csv"

@@ -16,7 +16,7 @@ from sklearn import metrics as sk
 
 from utils.metrics.classification import NUM_BINS, bin_of, calibration
 from utils.report.page import number
-from utils.report.plots import COLORS, GRID, INK, draw_middles, figure, line_style, save
+from utils.report.plots import COLORS, INK, draw_middles, figure, line_style, save
 
 UNIT_SQUARE = {"xlim": (-0.02, 1.02), "ylim": (-0.02, 1.02), "aspect": "equal"}
 MAX_TEXT = 24  # characters of a name
@@ -115,7 +115,7 @@ def plot_calibration(ax, panel: Panel) -> str:
         ax.scatter(x, y, s=size, color=COLORS[0], alpha=0.75, zorder=3, clip_on=False)
         ax.annotate(str(n), (x, y), fontsize=7, ha="center", va="center", zorder=4)
     ax.set_xticks(np.linspace(0, 1, NUM_BINS + 1), minor=True)
-    ax.grid(axis="x", which="minor", color=GRID, lw=0.6)
+    ax.grid(axis="x", which="minor", lw=0.6)
     if len(panel.classes) == 2:
         name = drawable(panel.classes, "class")[-1]
         ax.set(xlabel=f"probability of {name}", ylabel=f"fraction of {name}", **UNIT_SQUARE)

@@ -14,7 +14,6 @@ from matplotlib.patheffects import withStroke
 from utils.classes import IGNORE
 from utils.report.plots import (
     COLORS,
-    GRID,
     PLANES,
     bare,
     color_of,
@@ -42,6 +41,7 @@ def plot_overlay(
     spacing_mm: Sequence[float],
     names: Sequence[str],
     title: str,
+    indices: Sequence[Sequence[int]] | None = None,
 ) -> np.ndarray:
     """Draw the outlines of truth and prediction on a slice of each plane.
 
@@ -50,10 +50,11 @@ def plot_overlay(
 
     Args:
         image: (X, Y, Z) in RAS+, any unit; black and white are chosen from the part that is shown.
-        prediction, truth: (X, Y, Z) class indices; names[k] belongs to index k + 1. If truth is
-            None, only the prediction is drawn.
+        prediction, truth: (X, Y, Z) indices. If truth is None, only the prediction is drawn.
         spacing_mm: (3,).
+        indices: of each class, those of its voxels; None: names[k] has the index k + 1.
     """
+    indices = indices or [[k] for k in range(1, len(names) + 1)]
     masks = {"truth": truth, "prediction": prediction}
     masks = {n: np.where(m == IGNORE, 0, m) for n, m in masks.items() if m is not None}
     anything = np.logical_or.reduce([m > 0 for m in masks.values()])
@@ -68,8 +69,8 @@ def plot_overlay(
         across, down = [a for a in range(3) if a != axis]
         rows, columns = shown[plane]["image"].shape
         size_mm[plane] = (columns * spacing_mm[across], rows * spacing_mm[down])
-    indices = {int(k) for cut in shown.values() for n in masks for k in np.unique(cut[n])}
-    present = sorted(indices - {0})
+    found = {int(k) for cut in shown.values() for n in masks for k in np.unique(cut[n])}
+    present = [k for k, own in enumerate(indices, 1) if found & set(own)]
     low, high = window_of(image, anything, box)
 
     wide, tall = sum(w for w, _ in size_mm.values()), max(h for _, h in size_mm.values())
@@ -91,9 +92,10 @@ def plot_overlay(
             picture = shown[plane]["image"]
             ax.imshow(picture, cmap="gray", vmin=low, vmax=high, aspect="auto")
             for k in present:
+                own = indices[k - 1]
                 if name == "prediction" and truth is not None:
-                    _outline(ax, shown[plane]["truth"] == k, "white", 0.8, ":")
-                _outline(ax, shown[plane][name] == k, color_of(k), 1.3, "-")
+                    _outline(ax, np.isin(shown[plane]["truth"], own), "white", 0.8, ":")
+                _outline(ax, np.isin(shown[plane][name], own), color_of(k), 1.3, "-")
             ax.set_xlim(-0.5, picture.shape[1] - 0.5)
             ax.set_ylim(picture.shape[0] - 0.5, -0.5)
             bare(ax)
@@ -131,7 +133,7 @@ def plot_scores(
         ax.set_xlim(-0.02, 1.02)
     ax.set_xlabel(f"{label}; bar: median over cases", fontsize=9)
     ax.tick_params(axis="x", labelsize=8)
-    ax.grid(axis="x", color=GRID, lw=0.6)
+    ax.grid(axis="x", lw=0.6)
     ax.spines[["top", "right"]].set_visible(False)
     return save(fig, path)
 

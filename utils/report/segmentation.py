@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from utils.classes import Classes
 from utils.files import replacing
 from utils.metrics.segmentation import ONLY_PREDICTED, summarize
 from utils.report.page import Section, Slices, number, write_report
@@ -28,8 +29,9 @@ LABELS = {
 }
 EXPLANATIONS = [
     "Scores are of the voxels and millimetres of the user's own files, to which predictions are "
-    "brought back. A class that is absent in both is not counted. One that is missed or falsely "
-    "found has Dice and surface Dice 0 and no HD95, whose mean is therefore of the other cases.",
+    "brought back. A class that is absent in both, or not labelled in a case, is not counted. One "
+    "that is missed or falsely found has Dice and surface Dice 0 and no HD95, whose mean is "
+    "therefore of the other cases.",
     "Means of a class are over the cases that count; overall, it is the mean over the classes of "
     "their means.",
     "Intervals: 95 %, percentiles of 1000 bootstrap resamples of the test patients, all rows of a "
@@ -56,6 +58,7 @@ def write_test_report(
     read: Callable[[int], dict],
     notes: Sequence[str] = (),
     settings: Mapping | None = None,
+    classes: Classes | None = None,
     num_pictures: int = 30,
     seed: int = 0,
     about: Mapping | None = None,
@@ -66,11 +69,12 @@ def write_test_report(
         folder: <experiment>/test; files of these names are replaced.
         rows: rows of `case_metrics` or `predicted_volumes`, to which PatientID, csv_line and
             prediction (the name of the predicted file) have been added.
-        names: names of the classes; names[k] belongs to index k + 1.
+        names: names of the classes.
         tolerance_mm: tolerance of surface Dice.
         read: function that returns {image, prediction, truth, spacing_mm}, the arguments of
             `plot_overlay`, for a csv_line, and perhaps the `channel` that the image is of.
         notes: warnings at the top of the page. settings: shown at its end.
+        classes: what the label values in the predictions mean is shown too.
         num_pictures: how many cases are drawn, the worst first.
         about: {name: value} of the network, for the box on top.
     Returns:
@@ -96,11 +100,8 @@ def write_test_report(
             path.unlink(missing_ok=True)
     overlays, packed = _draw_cases(folder, cases, read, names, num_pictures)
     left = len(cases) - len(overlays)
-    counts = {
-        "cases with a mask": summary["cases"],
-        "patients with a mask": summary["patients"],
-        "cases predicted only": summary["predicted_only"],
-    }
+    counts = {"cases with a mask": summary["cases"], "patients with a mask": summary["patients"]}
+    counts["cases predicted only"] = summary["predicted_only"]
     drawn = overlays + [f"{left} more cases are not drawn."] * (left > 0)
     meaning = [text.format(tolerance=tolerance_mm) for text in EXPLANATIONS]
     sections = [
@@ -111,6 +112,7 @@ def write_test_report(
         Section("Slices", [SLICES.format(n=len(packed), mb=MAX_MB), Slices(packed)]),
         Section("Pictures, worst first", drawn),
         Section("What the numbers mean", [meaning]),
+        Section("Label values in the predictions", [_label_table(classes)] if classes else []),
         Section("Settings", [dict(settings or {})]),
     ]
     write_report(folder / "report.html", title, sections, {**(about or {}), **_headline(summary)})
@@ -232,6 +234,11 @@ def _class_table(summary: Mapping) -> list[dict]:
         row |= {"missed": entries["missed"], "falsely found": entries["false"]}
         table.append(row | {"absent in both": entries["absent"]})
     return table
+
+
+def _label_table(classes: Classes) -> list[dict]:
+    found = classes.meanings().items()
+    return [{"label value": value, "classes": ", ".join(names)} for value, names in found]
 
 
 def _case_table(cases: Mapping[int, Sequence[Mapping]]) -> list[dict]:

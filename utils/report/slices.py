@@ -29,11 +29,12 @@ def pack(
     names: Sequence[str],
     title: str,
     dice: Mapping[str, float | None],
+    indices: Sequence[Sequence[int]] | None = None,
 ) -> dict:
     """Return a case as templates/slices.js reads it, JSON.
 
     Args:
-        image, prediction, truth, spacing_mm, names: see `plots_segmentation.plot_overlay`.
+        image, prediction, truth, spacing_mm, names, indices: see `plots_segmentation.plot_overlay`.
         title: the name of the case in the list of cases; no PatientID.
         dice: {class: Dice in this case or None}; the worst class is shown first.
     """
@@ -46,16 +47,24 @@ def pack(
     gray = (np.clip((gray - low) / (high - low), 0, 1) * (GRAYS - 1)).round() * 255 / (GRAYS - 1)
     masks = [_coarse(mask[box], steps) for mask in masks]
     voxels = b"".join(v.astype(np.uint8).tobytes() for v in (gray, *masks))
-    present = [k for k in range(1, len(names) + 1) if any((mask == k).any() for mask in masks)]
-    scores = {k: dice.get(names[k - 1]) for k in present}
-    present.sort(key=lambda k: (scores[k] is None, scores[k]))
+    indices = indices or [[k] for k in range(1, len(names) + 1)]
     classes = []
-    for k in present:
-        found, *true = [(mask == k).any() for mask in masks]
-        at = [fullest(masks[-1 if any(true) else 0] == k, axis) for axis in range(3)]
-        text = names[k - 1] if scores[k] is None else f"{names[k - 1]} {number(scores[k])}"
-        text += " missed" * (not found) + " falsely found" * (true == [False])
-        classes.append({"index": k, "text": text, "at": at})
+    for k, (name, own) in enumerate(zip(names, indices, strict=True), 1):
+        found, *true = [np.isin(mask, own) for mask in masks]
+        if not any(voxels.any() for voxels in (found, *true)):
+            continue
+        wanted = next(voxels for voxels in (*true, found) if voxels.any())
+        score, text = dice.get(name), name
+        if score is not None:
+            text += f" {number(score)}" + " missed" * (not found.any())
+            text += " falsely found" * (not any(t.any() for t in true))
+        at = [fullest(wanted, axis) for axis in range(3)]
+        classes.append({"name": name, "text": text, "color": _rgb(k), "indices": own, "at": at})
+    classes.sort(key=lambda one: (dice.get(one["name"]) is None, dice.get(one["name"])))
+    # the color of a voxel that is in several classes is that of the smallest
+    colors = [[0, 0, 0]] * (1 + max(max(own) for own in indices))
+    for k in sorted(range(len(names)), key=lambda k: -len(indices[k])):
+        colors = [_rgb(k + 1) if i in indices[k] else color for i, color in enumerate(colors)]
     coarse = "" if max(steps) == 1 else f", of {'×'.join(map(str, steps))} voxels each"
     mm = [float(one) * step for one, step in zip(spacing_mm, steps, strict=True)]
     return {
@@ -64,7 +73,7 @@ def pack(
         "size": list(gray.shape),
         "mm": mm,
         "has_truth": truth is not None,
-        "colors": [[round(255 * x) for x in to_rgb(color_of(k))] for k in range(len(names) + 1)],
+        "colors": colors,
         "classes": classes,
         "voxels": base64.b64encode(gzip.compress(voxels, 6, mtime=0)).decode(),
     }
@@ -73,6 +82,10 @@ def pack(
 def fits(packed: Sequence[dict]) -> bool:
     """Return whether a page may hold these cases; one fits always."""
     return len(packed) < 2 or sum(len(case["voxels"]) for case in packed) <= MAX_MB * 1e6
+
+
+def _rgb(k: int) -> list[int]:
+    return [round(255 * x) for x in to_rgb(color_of(k))]
 
 
 def _steps(shape: Sequence[int], spacing_mm: Sequence[float]) -> list[int]:

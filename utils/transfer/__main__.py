@@ -17,13 +17,15 @@ from pathlib import Path
 
 from data.cache import VolumeCache
 from data.cases import Case, column_of, format_problems
+from data.parts import split_part
 from data.prepare.check import mask_labels
 from data.prepare.load import PATH_COLUMNS, load_cases, seen_problems
+from data.prepare.masks import refuse_partly_labelled
 from data.prepare.targets import Targets
 from data.standard import StandardForm
 from data.views.images import standard_form
 from models.backbones import facts_of, from_config
-from utils.classes import Classes
+from utils.classes import Classes, refuse_overlap
 from utils.config.classification import ClassificationConfig, impossible_classification
 from utils.config.command_line import parse_command_line, read_yaml, save_resolved
 from utils.config.segmentation import SegmentationConfig, impossible_segmentation
@@ -60,6 +62,8 @@ def stage_config(cfg: TransferConfig):
         found, _ = parse_command_line(argv, cfg.config, schema, rules)
     if cfg.stage == "classification" and not found.cls_targets:
         raise InputError(f"{cfg.config}: cls_targets is empty; the study compares AUC")
+    if cfg.stage == "segmentation" and "probe" in cfg.methods:
+        refuse_overlap(Classes.from_config(found.classes))
     if not found.test_folds:
         raise InputError(f"{cfg.config}: test_folds is empty; the study needs patients to test on")
     return found
@@ -76,9 +80,9 @@ def load(stage, name: str) -> tuple[dict[str, list[Case]], dict[str, set[str]]]:
         cache = VolumeCache(stage.cache_dir, StandardForm.from_config(stage.data))
         classes = Classes.from_config(stage.classes, stage.ignore_labels)
         cases, skipped = load_cases(whole, cache, [], PATH_COLUMNS[::-1], False, classes)
-        index = {i: label for i, label in enumerate(classes.names, 1)}
+        pairs = list(zip(classes.names, map(set, classes.values), strict=True))
         labels = mask_labels(cases["train"], cache)
-        has = {row: {index.get(classes.index_of(v)) for v in vs} for row, vs in labels.items()}
+        has = {row: {name for name, own in pairs if own & {*vs}} for row, vs in labels.items()}
     else:
         cache = VolumeCache(stage.cache_dir, standard_form(stage))
         columns = [*stage.cls_targets, *stage.reg_targets]
@@ -94,7 +98,7 @@ def load(stage, name: str) -> tuple[dict[str, list[Case]], dict[str, set[str]]]:
     pool: dict[str, set[str]] = {}
     for case in cases["train"]:
         if case.row in has:
-            pool.setdefault(case.patient, set()).update(has[case.row] - {None})
+            pool.setdefault(case.patient, set()).update(has[case.row])
     return cases, pool
 
 
@@ -154,6 +158,8 @@ def prepare(cfg: TransferConfig, stage, stop: StopSignal) -> tuple[Study, list[s
     """Check scans and weights, draw the patients; return the study and warnings."""
     started = has_started(cfg, stage)
     cases, pool = load(stage, cfg.stage)
+    if "probe" in cfg.methods:
+        refuse_partly_labelled(cases["train"])
     files, notes = open_arms(cfg, stage, cases["test"], started)
     if cases["val"]:
         tuned_on = list(dict.fromkeys(case.patient for case in cases["val"]))
@@ -164,7 +170,9 @@ def prepare(cfg: TransferConfig, stage, stop: StopSignal) -> tuple[Study, list[s
     for case in [*cases["train"], *cases["val"], *cases["test"]]:
         row = {"PatientID": case.patient, "path": case.path, "series_uid": case.series_uid}
         row |= {"modality": case.modality, "seg_path": case.seg_path, **case.labels}
-        row |= {column_of(name)[0]: path for name, path in case.channels.items()}
+        for name, path in case.channels.items():
+            column, part = column_of(name)
+            row[column] = path if part is None else split_part(path or "")[0]
         rows.setdefault(case.patient, []).append(row)
     with replacing(Path(cfg.out) / "draws.csv", newline="") as file:
         writer = csv.writer(file)

@@ -9,7 +9,7 @@ import numpy as np
 from utils.config.transfer import TransferConfig
 from utils.files import replacing
 from utils.report.page import Section, write_report
-from utils.report.plots import GRID, INK, figure, line_style, save
+from utils.report.plots import INK, figure, line_style, save
 from utils.transfer import plan, tables
 
 METHODS = {"fine_tune": "Fine-tuned", "probe": "Frozen encoder, ridge regression"}
@@ -177,5 +177,5 @@ def draw_arms(ax, rows: Sequence[dict], x: str, arms: Sequence[str]) -> None:
     ax.set_xscale("log")
     ax.set_xticks(values, [str(v) for v in values], minor=False)
     ax.set_xticks([], minor=True)
-    ax.grid(color=GRID, lw=0.6)
+    ax.grid(lw=0.6)
     ax.spines[["top", "right"]].set_visible(False)

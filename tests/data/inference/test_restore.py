@@ -14,6 +14,7 @@ from data.cache import VolumeCache
 from data.cases import Case
 from data.inference import restore
 from data.inference.restore import (
+    decision_of,
     predict_case,
     read_picture,
     read_truth,
@@ -155,6 +156,22 @@ def test_interpolation_between_all_classes():
         slabs = slabs_of(torch.from_numpy(scores).float(), 1, cuts)
         found = to_file_grid(slabs, 1, np.eye(4), scores.shape[1:], affine, wanted)
         assert np.array_equal(found[sure], np.argmax(expected, axis=0)[sure])
+
+
+def test_interpolation_of_regions_that_overlap():
+    """Each region's probability by scipy, those above 0.5, and the index that stands for them."""
+    rng, classes = np.random.default_rng(0), Classes.from_config({"a": [1, 2], "b": [2, 3]})
+    scores = rng.random((2, 9, 40, 7))
+    affine, wanted = TURN @ np.diag([0.4, 0.5, 0.3, 1]), (25, 60, 20)
+    affine[:3, 3] = (6, 1, -6)
+    p = np.stack([affine_transform(s, affine, output_shape=wanted, order=1) for s in scores])
+    reach = affine_transform(np.ones(scores.shape[1:]), affine, output_shape=wanted, order=1)
+    sure = (reach > 1 - 1e-9) & (np.abs(p - 0.5) > 1e-4).all(0)
+    values = np.select([(p > 0.5).all(0), p[0] > 0.5, p[1] > 0.5], [2, 1, 3], 0)
+    slabs = slabs_of(torch.from_numpy(scores).float(), 1, [3, 4, 20])
+    grids = (np.eye(4), scores.shape[1:], affine, wanted)
+    found = classes.to_labels(to_file_grid(slabs, 1, *grids, decision_of(classes)))
+    assert sure.sum() > 3000 and np.array_equal(found[sure], values[sure])
 
 
 @pytest.mark.parametrize("name", AFFINES)

@@ -28,7 +28,7 @@ def load(scans, tmp_path):
             row["path"] = "absent.nii" if i in damaged else row["path"]
         write_cases(tmp_path / "cases.csv", rows)
         one = {"modality": "auto", "channels": None, "missing_channels": "refuse"}
-        data = SimpleNamespace(max_bad_cases=max_bad, **one)
+        data = SimpleNamespace(max_bad_cases=max_bad, hu_window=(-1000, 1000), **one)
         folds = {"train_folds": list(train), "val_folds": list(val), "test_folds": list(test)}
         cfg = SimpleNamespace(
             csv_path=str(tmp_path / "cases.csv"), test_ckpt=ckpt, n_workers=0, data=data, **folds

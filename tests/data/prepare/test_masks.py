@@ -237,7 +237,8 @@ def test_a_csv_without_masks_is_one_problem():
 def test_notices_name_each_case():
     cases = {"train": [row(2), row(3), row(4)], "val": [row(5)], "test": [row(6, None)]}
     labels = {2: [2, 5, 9], 3: [], 4: [7, 8], 5: [2, 11]}
-    found = mask_notices(cases, labels, CLASSES)
+    first, *found = mask_notices(cases, labels, CLASSES)
+    assert "Label values in predictions" in first.what
     text = format_problems(found, None)
     assert [(p.row, p.patient) for p in found] == [
         (0, ""),
@@ -269,6 +270,7 @@ def test_all_is_said_at_once_before_training(tmp_path, check):
         csv_path=str(csv), train_folds=["0"], val_folds=[], test_folds=[], test_ckpt=None
     )
     cfg.n_workers, cfg.data = 0, SimpleNamespace(modality="CT", max_bad_cases=2)
+    cfg.data.hu_window = (-1000, 1000)
     cfg.data.channels, cfg.data.missing_channels = None, "refuse"
     cache = VolumeCache(tmp_path / "cache", StandardForm(None, "CT"))
     wanted = (cfg, cache, (), ("img_path",), check)
@@ -279,8 +281,9 @@ def test_all_is_said_at_once_before_training(tmp_path, check):
         assert part in text
     classes = Classes.from_config({"a": 3, "b": [6, 4]})
     cases, skipped = load_cases(*wanted, classes)
-    assert [c.patient for c in cases["train"]] == ["p0", "p1"] and len(skipped) == 2
-    notices = mask_notices(cases, mask_labels(cases["train"], cache), classes)
+    assert [c.patient for c in cases["train"]] == ["p0", "p1"]
+    assert sum(not problem.is_notice for problem in skipped) == 2
+    _, *notices = mask_notices(cases, mask_labels(cases["train"], cache), classes)
     assert [(n.patient, n.what) for n in notices] == [
         ("p0", "background: 9"),
         ("p1", "the mask is empty"),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from data.cases import Case
-from data.prepare.targets import Targets, is_missing, is_missing_number, number
+from data.prepare.targets import Targets, is_missing, is_missing_number, minus_one, number
 
 
 def cases_of(*texts, name="y", patients=None):
@@ -177,3 +177,10 @@ def test_json_round_trip():
     again = Targets.from_dict(json.loads(json.dumps(targets.to_dict())))
     assert again == targets
     assert [again.encode(c) for c in cases] == [targets.encode(c) for c in cases]
+
+
+def test_minus_one_among_other_numbers_is_noticed():
+    (notice,) = minus_one("y", cases_of("0", "-1", "1", "-1", ""))
+    assert notice.is_notice and "-1 in 2 train rows" in notice.what and notice.row == 3
+    for texts in (["-1", "-2", "1"], ["-1", ""], ["0", "1"], ["low", "-1"]):
+        assert not minus_one("y", cases_of(*texts))

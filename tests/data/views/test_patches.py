@@ -42,7 +42,9 @@ FULL = replace(SPATIAL, low_res=3.0, intensity=CHANGES)
 
 
 class Labelled(FakeEntry):
-    """A volume in memory with its mask."""
+    """A volume in memory with its mask, and the case of it."""
+
+    labelled = None
 
     def __init__(self, voxels, labels, **options):
         super().__init__(voxels, **options)
@@ -521,3 +523,33 @@ def test_each_patch_counts_alike_in_the_shares_and_ignored_voxels_do_not():
     expected = np.array([0, 50, 50, 0, 0]) + 1 / 5
     np.testing.assert_allclose(shares, expected / 101)
     np.testing.assert_allclose(dataset([unknown]).class_shares(), np.full(5, 1 / 5))
+
+
+def test_shares_and_centres_of_regions_that_overlap():
+    entry = noise_entry(labels=(0, 3, 3, 7))
+    classes = Classes.from_config({"both": [3, 7], "one": 7})
+    data = PatchDataset([entry], Cache(), classes, PLAIN, 1.0, (), 5)
+    # one patch in which each is a half, beside 100
+    np.testing.assert_allclose(data.class_shares(), [0.75, 0.25], atol=0.02)
+    seen = [data[(0, 0, i)]["foreground"] for i in range(40)]
+    assert 10 < seen.count(1) < 30 and seen.count(1) + seen.count(2) == 40
+    rng = np.random.default_rng(0)
+    points = [sample_foreground(rng, entry.class_coords, classes) for _ in range(40)]
+    assert {entry.seg[tuple(at)] for k, at in points if k == 1} == {3, 7}
+    assert {entry.seg[tuple(at)] for k, at in points if k == 2} == {7}
+
+
+def test_classes_that_are_not_labelled_are_neither_target_nor_centre():
+    entry = noise_entry(labels=(0, 3, 20, 21, 9))
+    entry.labelled = ("left",)
+    flips = replace(PLAIN, flip=(True, False, False))
+    data = dataset([entry], flips, foreground=1.0, pairs=[["left", "right"]])
+    for i in range(8):  # seen in the mirror, what is known of the left is of the right
+        item = data[(0, 0, i)]
+        left, right = (4, 3) if item["flip"][0] else (3, 4)
+        known = [True, False, False, left == 3, left == 4]
+        assert item["known"].tolist() == known and item["foreground"] == 3
+        assert set(item["mask"].unique().tolist()) == {0, left, IGNORE}
+    shares = dataset([entry]).class_shares()
+    assert shares.sum() == pytest.approx(1) and 0.2 < shares[3] < 0.3
+    assert shares[0] > 0.1 and shares[[1, 2, 4]].min() > 0

@@ -100,6 +100,13 @@ WORDS = [
 ]
 OTHERS = ["2020-01-01", "01/02/2020", "1:30", "12345678901234567890123", "=1+1", "@x", "'7", "#5"]
 
+
+def _graded(texts: tuple[str, ...]) -> str:
+    lines = [f"p{i + 1},{'abc'[i]}.nii,{i % 2},{text}" for i, text in enumerate(texts)]
+    return "\n".join([HEADER, *lines])
+
+
+QUOTED = "\n".join(";".join(f'"{c}"' for c in line.split(",")) for line in GOOD.splitlines())
 AS_WRITTEN = [
     *map(patient, NUMBERS + WORDS + OTHERS),
     patient("a,b", '"a,b"'),
@@ -110,10 +117,26 @@ AS_WRITTEN = [
     patient("../../x"),
     patient("x" * 300),
     grades("1", "", "3"),
-    grades("", "2.0", ""),
+    grades("", "2.5", ""),
+    grades("1.5", "1", "x1.0"),
+    *(
+        right(f"numbers as {', '.join(texts)}", _graded(texts), [(*r[:3], "1") for r in ROWS])
+        for texts in (("1.0", "1", "1.00"), ("1", "1.", "1"), ("1.0", "1.0", "1.0"))
+    ),
+    right(
+        "truth values in two spellings",
+        _graded(("TRUE", "false", "True")),
+        [(*r[:3], text) for r, text in zip(ROWS, ("True", "False", "True"), strict=True)],
+    ),
+    right("a fold as 0.0", GOOD.replace(",0,", ",0.0,")),
+    right("semicolons", GOOD.replace(",", ";")),
+    right("semicolons, named", "sep=;\n" + GOOD.replace(",", ";")),
+    right("semicolons and quotes", QUOTED.encode("utf-8-sig")),
+    right("tabs", GOOD.replace(",", "\t")),
+    right("a line that names the separator", "sep=,\n" + GOOD),
     grades("1", "NA", "2"),
     grades("True", "False", "yes"),
-    grades("01", "1", "1.0"),
+    grades("01", "1", "x"),
     grades("1.5", "2", "3"),
     right("line ends of Windows", GOOD.replace("\n", "\r\n")),
     right("line ends of old Macs", GOOD.replace("\n", "\r")),
@@ -141,7 +164,6 @@ AS_WRITTEN = [
         [ROWS[0], (*ROWS[1][:3], "1,5"), ROWS[2]],
     ),
 ]
-QUOTED = "\n".join(";".join(f'"{c}"' for c in line.split(",")) for line in GOOD.splitlines())
 NFC, NFD = (unicodedata.normalize(form, "Müller") for form in ("NFC", "NFD"))
 REFUSED = [
     refused("a field too many in each row", GOOD.replace("low", "low,").replace("high", "high,")),
@@ -160,11 +182,9 @@ REFUSED = [
     no_csv("header only", HEADER + "\n", "no rows"),
     no_csv("empty", "", "is empty"),
     no_csv("empty lines only", "\n\n", "is empty"),
-    no_csv("semicolons", GOOD.replace(",", ";"), "separated by semicolons"),
-    no_csv("semicolons, named", "sep=;\n" + GOOD.replace(",", ";"), "separated by semicolons"),
-    no_csv("semicolons and quotes", QUOTED.encode("utf-8-sig"), "separated by semicolons"),
-    no_csv("tabs", GOOD.replace(",", "\t"), "separated by tabs"),
-    refused("a line that names the separator", "sep=,\n" + GOOD),
+    refused("a semicolon without quotes", GOOD.replace(",", ";").replace("p2", "a;b"), "semicolon"),
+    refused("backslashes", GOOD.replace("b.nii", ".\\b.nii"), "backslashes"),
+    refused("a fold as 0.5", GOOD.replace(",0,", ",0.5,")),
     no_csv("UTF-16", GOOD.encode("utf-16"), "UTF-16"),
     no_csv("UTF-16 without a mark", GOOD.encode("utf-16-le"), "UTF-16"),
     refused("UTF-32", GOOD.encode("utf-32")),
@@ -179,7 +199,6 @@ REFUSED = [
     refused("a line break in a patient", GOOD.replace("p2", '"p\n2"')),
     refused("a NUL in a patient", GOOD.replace("p2", "p\0002")),
     refused("a field of 200 kB", GOOD.replace("high", "x" * 200_000)),
-    refused("a fold as 0.0", GOOD.replace(",0,", ",0.0,")),
     refused("a fold as 00", GOOD.replace(",1,", ",01,")),
     refused("an empty fold", GOOD.replace(",1,", ",,")),
     refused("an empty patient", GOOD.replace("p2", "")),

@@ -43,7 +43,7 @@ def test_the_shipped_config_is_valid_and_holds_exactly_the_schemas_keys():
         (["data.modality=[MR]"], "data.modality", "data.channels is null"),
         (["data.channels=[a, b]", "data.modality=[MR, PET]"], "data.modality", "nearest"),
         (["classes={}"], "classes", "empty"),
-        (["classes={a: 1, b: [1, 2]}"], "classes.b", "1 is in classes.a too"),
+        (["classes={a: [1, 2], b: [2, 1]}"], "classes.b", "has the label values of classes.a"),
         (["classes={a: one}"], "classes.a[0]", "integer"),
         (["classes={a: true}"], "classes.a[0]", "integer"),
         (["ignore_labels=[300]"], "ignore_labels", "300 is in classes.ball too"),

@@ -6,12 +6,14 @@ import torch
 from monai.metrics import compute_hausdorff_distance, compute_surface_dice
 from scipy import ndimage
 
-from utils.classes import IGNORE
+from utils.classes import IGNORE, Classes
 from utils.metrics.segmentation import (
     ABSENT,
     FALSE,
     MISSED,
+    NOT_LABELLED,
     ONLY_PREDICTED,
+    by_class,
     case_dice,
     case_metrics,
     mean_dice,
@@ -222,3 +224,24 @@ def test_one_patient_and_none():
     none = summarize([row(2, "a", None, note=ONLY_PREDICTED)])
     assert none["cases"] == 0 and none["predicted_only"] == 1 and none["classes"] == {}
     assert none["overall"]["dice"] == {"mean": None, "interval": None, "counted": 0}
+
+
+def test_classes_that_are_not_labelled_keep_their_predicted_volume_alone():
+    classes = Classes.from_config({"a": 1, "b": 2})
+    prediction, truth = np.zeros((2, 4, 4, 4), np.uint8)
+    prediction[:2], prediction[3], truth[:1] = 1, 2, 1
+
+    def measure(found, true, names):
+        return case_metrics(found, true, (10, 10, 10), names, 1.0)
+
+    a, b = by_class(measure, prediction, truth, classes, ("a",))
+    assert a == by_class(measure, prediction, truth, classes)[0] and a["dice"] == 2 / 3
+    assert (b["dice"], b["volume_ml"], b["note"]) == (None, 16, NOT_LABELLED)
+    assert mean_dice(by_class(case_dice, prediction, truth, classes, ("a",))) == 2 / 3
+
+
+def test_regions_are_measured_one_by_one():
+    classes = Classes.from_config({"whole": [1, 2], "core": 2})
+    prediction, truth = np.zeros((2, 4, 4, 4), np.uint8)
+    prediction[:2], truth[:2], truth[0] = 1, 1, 2  # in a row: rest, core
+    assert [row["dice"] for row in by_class(case_dice, prediction, truth, classes)] == [1, 0]

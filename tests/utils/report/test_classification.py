@@ -86,7 +86,7 @@ def test_all_of_it(tmp_path):
     assert len(lines) == 81 and str(float(control["y"][0, 1])) in lines[1]
     for value in (metrics["y"]["auc"], metrics["y"]["control"]["auc"], metrics["n"]["mae"]):
         assert number(value) in page
-    assert "mind &lt;this&gt;" in page and "The positive class is &#x27;b&#x27;" in page
+    assert "mind &lt;this&gt;" in page and "The positive class is &#39;b&#39;" in page
     assert metrics["y"]["by"]["sex"].keys() == {"F", "M"} and "By sex" in page
     assert number(metrics["y"]["over_folds"]["auc"]["sd"]) in page
 
@@ -154,7 +154,10 @@ def test_cases_are_named_by_their_line(tmp_path, monkeypatch):
     targets, cases, outputs, _ = make(rows=2)
     outputs = {"y": np.array([[0.25, 0.75], [0.125, 0.875]]), "n": np.array([0.0, 3.5])}
     write(tmp_path, targets, cases, outputs, images=image_of)
-    assert shown == ["line 2\ntruth a (0.25)\npredicted b (0.75)", "line 3\ntruth 1\npredicted 3.5"]
+    assert shown == [
+        "line 2\ntruth a (0.250)\npredicted b (0.750)",
+        "line 3\ntruth 1.000\npredicted 3.500",
+    ]
 
 
 def test_the_same_twice_is_the_same(tmp_path):

@@ -82,7 +82,7 @@ def test_tables_and_empty_sections(page):
 
 def test_digits():
     values = [0.0, 0.86812, -0.0312, 9.9999, 12.345, 1234.5, 0.00123, 3.14e-5, float("inf")]
-    texts = "0.000 0.868 -0.031 10.000 12.3 1234 0.0012 3.1e-05 inf".split()
+    texts = "0.000 0.868 -0.031 10.0 12.3 1234 0.0012 3.1e-05 inf".split()
     assert [number(x) for x in values] == texts
     assert text_of(np.float32(0.5)) == "0.500" and text_of(3) == "3" and text_of(NAN) == "–"
 

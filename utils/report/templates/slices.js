@@ -25,9 +25,9 @@ function showSlices(root) {
   };
   const offset = ([x, y, z]) => (x * now.size[1] + y) * now.size[2] + z;
 
-  function outline(labels, width, height, k) { // edges between pixels of class k and others
+  function outline(labels, width, height, own) { // edges between pixels of a class and others
     const path = new Path2D(), is = (i, j) =>
-      i >= 0 && j >= 0 && i < width && j < height && labels[j * width + i] === k;
+      i >= 0 && j >= 0 && i < width && j < height && own.includes(labels[j * width + i]);
     for (let j = 0; j <= height; j++) {
       for (let i = 0; i <= width; i++) {
         if (is(i, j) !== is(i - 1, j)) { path.moveTo(i, j); path.lineTo(i, j + 1); }
@@ -65,13 +65,12 @@ function showSlices(root) {
     canvas.width = canvas.height = side;
     const g = canvas.getContext("2d");
     g.drawImage(slice, left, top, w, h);
-    for (const k of new Set(found)) {
-      if (k === 0) continue;
+    for (const { color, indices } of now.classes) {
       const path = new Path2D();
-      path.addPath(outline(found, width, height, k),
+      path.addPath(outline(found, width, height, indices),
         new DOMMatrix([w / width, 0, 0, h / height, left, top]));
       g.lineWidth = 1.6 * devicePixelRatio;
-      g.strokeStyle = `rgb(${now.colors[k]})`;
+      g.strokeStyle = `rgb(${color})`;
       g.stroke(path);
     }
     g.strokeStyle = "rgba(255, 255, 255, .25)"; // where the other two planes are
@@ -120,7 +119,7 @@ function showSlices(root) {
     find(".note").textContent = now.note;
     find(".classes").replaceChildren(...now.classes.map((entry) => {
       const button = document.createElement("button"), mark = document.createElement("i");
-      mark.style.background = `rgb(${now.colors[entry.index]})`;
+      mark.style.background = `rgb(${entry.color})`;
       button.append(mark, entry.text);
       button.onclick = () => choose(entry);
       return button;
