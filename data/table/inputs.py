@@ -95,12 +95,15 @@ def load_inputs(
     cases = good
     notices += [p._replace(what=f"left out: {p.what}", kind=NOTICE) for p in problems]
     notices += [p._replace(row=0) for p in volume_notices(cases, tested[0].cache)]
-    unlike = {}
+    unlike, trained = {}, sorted({name for of_channel in modalities or () for name in of_channel})
     for case in cases if known and not check else ():
         seen = look(tested[0].cache.get(case))
         found = [unlike_training(seen, fingerprint) for fingerprint in known]
-        if all(found):  # by an ensemble: unlike those of all its members
-            unlike[case.row] = found[0]
+        texts = found[0] if all(found) else []  # by an ensemble: unlike those of all its members
+        if case.modality not in (None, *trained, *seen["modality"]):  # data.modality is another
+            texts = [f"modality {case.modality}, in training {' and '.join(trained)}", *texts]
+        if texts:
+            unlike[case.row] = texts
     what = "WARNING: unlike the scans it was trained on"
     warnings = [Problem(0, c.patient, t, what) for c in cases for t in unlike.get(c.row, ())]
     count = f"{path}: {len(cases)} scan" + "s" * (len(cases) != 1)
@@ -168,10 +171,9 @@ def _case(scan: Scan, channels: Sequence[str] | None) -> Case:
     paths = {}
     for name, path in zip(channels or (), scan.channels.values(), strict=True):
         paths[name] = f"{path}:{column_of(name)[1]}" if four_dimensional(channels) else str(path)
-    modality = (scan.modality or None) if scan.name else None  # a DICOM header says it when read
     uid = None if channels else scan.series_uid or None
     first = next(iter(paths.values()), str(scan.path))
-    return Case("", first, "", 0, uid, modality, channels=paths)
+    return Case("", first, "", 0, uid, scan.modality or None, channels=paths)
 
 
 def _named(cases: Sequence[Case], root: Path) -> list[Case]:

@@ -27,7 +27,7 @@ def test_one_file_and_one_series(tmp_path):
     folder = series(tmp_path / "series", SeriesInstanceUID="1.2", Modality="MR")
     cases, said = found(folder)
     assert cases["series"].path == str(folder) and cases["series"].series_uid == "1.2"
-    assert cases["series"].modality is None and said == ""  # its header says it
+    assert cases["series"].modality == "MR" and said == ""  # its header says it
 
 
 def test_a_mask_by_its_name_is_a_scan_if_it_is_given_itself(tmp_path):
