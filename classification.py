@@ -1,4 +1,4 @@
-"""Fine-tuning of a 3D backbone to classify CT or MR, testing, cross-validation.
+"""Fine-tuning of a 3D backbone to classify CT or MR, testing, cross-validation, predicting.
 
 Edit classification_config.yaml, then `python classification.py`. Results go to
 <results_dir>/<experiment>/. With test_ckpt=<that folder>/checkpoints/best.pt the test folds are
@@ -21,23 +21,34 @@ from torch.nn.parallel import DistributedDataParallel
 from data.cache import VolumeCache
 from data.cases import CasesError, format_problems, print_check
 from data.inference.control import Control, control_features_of
-from data.inference.predicting import Tested, average, load_to_test, open_tested, predict
+from data.inference.fingerprint import fingerprint_of
+from data.inference.predicting import (
+    Tested,
+    average,
+    draw_inputs,
+    load_to_test,
+    open_tested,
+    pooled,
+    predict,
+    report_inputs,
+    report_test,
+)
 from data.loading import EpochSampler, make_loader
-from data.prepare.load import load_to_train, refuse_seen, rotations, split
+from data.prepare.load import fair_test, load_to_train, rotations, split
 from data.prepare.targets import Targets, balance_weights, label_tensors
+from data.table.inputs import load_inputs, results_of
 from data.views.images import PLAIN, ImageDataset, ImageSettings, collate, cut_images, standard_form
 from models.backbones import facts_of, from_config
 from models.classifier import Classifier, label_losses, label_weights, optimizer_groups
 from utils import checkpoint, distributed
 from utils.classes import unpaired_sides
 from utils.config.classification import ClassificationConfig, impossible_classification
-from utils.config.command_line import parse_command_line, save_resolved
+from utils.config.command_line import parse_command_line, value_of
+from utils.config.schema import OPTIONS
 from utils.errors import NotFinite
 from utils.memory import explained
 from utils.metrics.evaluation import evaluate
-from utils.metrics.predictions import pool
-from utils.report.classification import in_words, write_test_report
-from utils.report.plots import plot_crops, plot_curves, views_of
+from utils.report.plots import plot_curves
 from utils.signals import StopSignal
 from utils.training import advice, schedules, step, summary
 from utils.training.loop import Epoch
@@ -47,11 +58,6 @@ from utils.training.tested import about_tested
 from utils.weights import load_backbone
 
 CONFIG = Path(__file__).with_name("classification_config.yaml")
-OPTIONS = {
-    "--cv": "cross-validate over all folds in train_folds, val_folds and test_folds: each is "
-    "tested once, by a run with the next one in the list as val (after the last: the first) "
-    "and all others as train; results of all folds in <experiment>/test"
-}
 PICTURES = {
     "curves.png": "Each epoch; epoch 0 is before training.",
     "inputs.png": "Images of the first batch, as augmented and as they are seen in validation.",
@@ -190,15 +196,6 @@ def stopped_early(state: State, cfg: ClassificationConfig) -> bool:
     return patience > 0 and state.epoch - state.best_epoch >= patience
 
 
-def draw_inputs(run: Run[ClassificationConfig], loaders: dict) -> None:
-    """Draw plots/inputs.png: what the network sees of some train cases and some val cases."""
-    views, size = {}, run.cfg.image.size
-    for name, loader in loaders.items():
-        items = [loader.dataset[key] for key in loader.sampler.global_keys()[:3]]
-        views |= views_of(cut_images(collate(items), size, run.device), name, run.cfg.data.channels)
-    run.log.image("inputs", plot_crops(run.folder / "plots" / "inputs.png", views), 0)
-
-
 def draw_progress(run: Run, state: State) -> None:
     """Renew plots/curves.png and report.html from what has been logged so far."""
     plot_curves(run.folder / "plots" / "curves.png", run.log.rows)
@@ -260,7 +257,8 @@ def train(run: Run[ClassificationConfig], cache, cases: dict, skipped) -> int:
     drawn = torch.ones(1) if drawn is None else torch.from_numpy(drawn)
     classifier.start_from(truth["train"], {name: drawn * w for name, w in known.items()})
     learned = {"classes": targets.to_dict(), "control": control.to_dict()}
-    about = checkpoint.describe(cfg, settings, cases["train"], **learned)
+    learned["fingerprint"] = fingerprint_of(cases["train"], cache)
+    about = checkpoint.describe(cfg, settings, cases, **learned)
     state = build_state(run, classifier, loaders["train"], about)
     rates = (cfg.learning_rate, min(cfg.min_learning_rate, cfg.learning_rate))
     frozen = cfg.n_epochs if f.freeze_epochs == "all" else f.freeze_epochs
@@ -311,30 +309,30 @@ def train(run: Run[ClassificationConfig], cache, cases: dict, skipped) -> int:
     return run.exit_code
 
 
-def test(run: Run[ClassificationConfig], tested: list[Tested], cases: list, skipped) -> dict:
-    """Predict and score the cases, to test/; return what `write_test_report` was given."""
-    cfg, folder, targets = run.cfg, run.folder / "test", tested[0].targets
-    seen = set().union(*(one.seen_patients for one in tested))
-    notes = refuse_seen(cases, seen, "test_ckpt", cfg.allow_seen_patients)
-    notes += [problem.noted for problem in skipped]
-    folder.mkdir(parents=True, exist_ok=True)  # what cannot be written to shows now
-    absent = [name for name in targets.names if name not in cases[0].labels]
-    notes += [f"The CSV has no column {name!r}: it is predicted, not scored" for name in absent]
+def predict_all(run: Run[ClassificationConfig], tested: list[Tested], cases: list) -> dict:
+    """Return the mean of what the checkpoints say of the cases."""
     found, pin = [], run.device.type == "cuda"
-    for path, one in zip(cfg.test_ckpt, tested, strict=True):
+    for one in tested:
         classifier = build(one.cfg, one.targets).to(run.device)
-        checkpoint.put_into(classifier, one.weights, path)
+        checkpoint.put_into(classifier, one.weights, one.path)
         loader = make_loader(*one.views(cases), one.cfg.n_workers, pin, collate)
         with explained("the test", one.cfg):
             found.append(predict(replace(run, cfg=one.cfg), classifier, loader, one.targets))
-    content = {"targets": targets, "cases": cases, "predictions": average(found)}
-    content |= {"report_by": cfg.report_by, "notes": notes, "seed": cfg.seed}
-    content |= {"images": tested[0].image, "control": average([t.control(cases) for t in tested])}
-    content["about"] = about_tested(cfg.test_ckpt, [one.saved for one in tested])
-    if distributed.is_main():
-        print(in_words(write_test_report(folder, f"Test of {cfg.experiment}", **content)))
-        save_resolved(tested[0].cfg, folder / "config.yaml")
-        print(f"{folder / 'report.html'}, {folder / 'metrics.json'}, {folder / 'predictions.csv'}")
+    return average(found)
+
+
+def test(run: Run[ClassificationConfig], tested: list[Tested], cases: list, skipped) -> dict:
+    """Predict and score the cases, to test/; return what `write_test_report` was given."""
+    cfg, targets = run.cfg, tested[0].targets
+    notes = fair_test(cases, tested, cfg.allow_seen_patients) + [p.noted for p in skipped]
+    absent = [name for name in targets.names if name not in cases[0].labels]
+    notes += [f"The CSV has no column {name!r}: it is predicted, not scored" for name in absent]
+    content = {"targets": targets, "cases": cases, "about": about_tested(tested), "seed": cfg.seed}
+    content |= {"report_by": cfg.report_by, "notes": notes, "images": tested[0].image}
+    with run.new_results() as folder:
+        content["predictions"] = predict_all(run, tested, cases)
+        content["control"] = average([one.control(cases) for one in tested])
+        report_test(tested[0].cfg, folder, content)
     return content
 
 
@@ -342,38 +340,40 @@ def cross_validate(run: Run, folds: list[Run], cache, cases: list, skipped) -> i
     """Train and test each fold, then report all tests as one; return the exit code."""
     tests = []
     for number, fold in enumerate(folds, 1):
-        if distributed.is_main():
-            print(f"fold {number} of {len(folds)}: {fold.folder}")
+        run.tell(f"fold {number} of {len(folds)}: {fold.folder}")
         parts = split(cases, fold.cfg)
         if code := train(fold, cache, parts, skipped):
             return code
-        cfg = fold.cfg.model_copy(update={"test_ckpt": [str(fold.checkpoints / "best.pt")]})
-        tests.append(
-            test(replace(fold, cfg=cfg, log=None), open_tested(cfg), parts["test"], skipped)
-        )
-    if distributed.is_main():
-        content, folder = dict(tests[0]), run.folder / "test"
-        for name in ("predictions", "control"):
-            content["cases"], content[name] = pool([(t["cases"], t[name]) for t in tests])
-        content["notes"] = list(dict.fromkeys(note for t in tests for note in t["notes"]))
-        content["about"] |= {"checkpoint": f"best.pt of each of {len(folds)} folds"}
-        title = f"Cross-validation of {run.cfg.experiment}"
-        print(in_words(write_test_report(folder, title, **content, by_fold=True)))
-        print(f"all folds: {folder / 'report.html'}, {folder / 'metrics.json'}")
+        fold = fold.to_test()
+        tests.append(test(fold, open_tested(fold.cfg), parts["test"], skipped))
+    with run.new_results() as folder:
+        report_test(run.cfg, folder, pooled(tests), by_fold=True)
+    return 0
+
+
+def predict_path(run: Run[ClassificationConfig], tested, path: str, check: bool) -> int:
+    """Predict the scans in a file or below a folder, which need no CSV; return the exit code."""
+    cases, _, unlike = load_inputs(run, path, tested, check)
+    if check:
+        return 0
+    with run.new_results(results_of(path)) as folder:
+        found = predict_all(run, tested, cases)
+        report_inputs(tested[0], folder, cases, found, unlike)
     return 0
 
 
 def main(argv: list[str]) -> int:
     # ---- setup
-    cv = "--cv" in argv
-    impossible = partial(impossible_classification, facts_of=facts_of, cv=cv)
+    cv, predicted = "--cv" in argv, value_of("--predict", argv)
+    impossible = partial(impossible_classification, facts_of=facts_of, cv=cv, predicted=predicted)
     cfg, check_only = parse_command_line(argv, CONFIG, ClassificationConfig, impossible, OPTIONS)
     run = Run.begin(cfg, distributed.setup(), StopSignal())
     folds = [Run.begin(fold, run.device, run.stop) for fold in rotations(cfg)] if cv else [run]
     tested = open_tested(cfg) if cfg.test_ckpt else []
+    if predicted:
+        return predict_path(run, tested, predicted, check_only)
     for fold in [] if check_only or tested else folds:
-        if not fold.started_from:
-            checkpoint.refuse_existing(fold.folder)
+        fold.refuse_others()
     weights, seen = cfg.suprem_weights or cfg.dino_weights, []
     if weights and not all(fold.started_from for fold in folds):  # fails before scans are read
         seen = load_backbone(from_config(cfg, decoder=False), weights).seen_patients

@@ -318,7 +318,7 @@ def train(run: Run[DinoConfig], cache: VolumeCache, cases: dict, skipped) -> int
     optimizer = torch.optim.AdamW(parameter_groups(student), lr=0.0, fused=device.type == "cuda")
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.precision == "fp16")
     schedule = build_schedule(cfg, steps_per_epoch)
-    about = checkpoint.describe(cfg, settings_to_match(cfg), cases["train"])
+    about = checkpoint.describe(cfg, settings_to_match(cfg), cases)
     if cfg.probe.choose:
         dense = cfg.probe.dense_cases > 0 and any(case.seg_path for case in cases["train"])
         about["chosen_by"] = [*cfg.probe_targets, *["seg_path"] * dense]
@@ -369,8 +369,8 @@ def test(run: Run[DinoConfig], cache: VolumeCache, cases: dict) -> None:
     checkpoint.check_settings(cfg.test_ckpt, saved, settings_to_match(cfg))
     teacher = build_network(cfg).to(run.device).eval()
     checkpoint.put_into(teacher, saved["modules"]["teacher"], cfg.test_ckpt)
-    with explained("the test", cfg):
-        write_embeddings(run, teacher, cache, cases, run.folder / "test")
+    with explained("the test", cfg), run.new_results() as folder:
+        write_embeddings(run, teacher, cache, cases, folder)
 
 
 def main(argv: list[str]) -> int:
@@ -378,8 +378,8 @@ def main(argv: list[str]) -> int:
     impossible = partial(impossible_dino, facts_of=facts_of)
     cfg, check_only = parse_command_line(argv, CONFIG, DinoConfig, impossible)
     run = Run.begin(cfg, distributed.setup(), StopSignal())
-    if not (run.started_from or check_only or cfg.test_ckpt):
-        checkpoint.refuse_existing(run.folder)
+    if not (check_only or cfg.test_ckpt):
+        run.refuse_others()
     if cfg.suprem_weights and not run.started_from:  # a wrong file fails before scans are read
         load_backbone(build_network(cfg).backbone, cfg.suprem_weights)
     step.seed_everything(cfg.seed)

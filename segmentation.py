@@ -1,14 +1,13 @@
-"""Fine-tuning of a 3D backbone to segment CT or MR, and testing.
+"""Fine-tuning of a 3D backbone to segment CT or MR, testing, cross-validation, predicting.
 
 Edit segmentation_config.yaml, then `python segmentation.py`. Results go to
 <results_dir>/<experiment>/. With test_ckpt=<that folder>/checkpoints/best.pt the test folds are
 predicted and scored, to test/ there. docs/segmentation.md says the rest.
 
-Volumes are (B, C, X, Y, Z) in RAS+ throughout. Classes are indices: 0 background, 1..K as in the
-config, IGNORE.
+Volumes are (B, C, X, Y, Z) in RAS+ throughout. Masks hold indices: 0 background, 1..K the classes
+as in the config (of regions that overlap: their parts, see utils/classes.py), IGNORE.
 """
 
-import itertools
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -20,43 +19,44 @@ import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from data.cache import VolumeCache
 from data.cases import Case, format_problems, print_check
-from data.inference.restore import read_picture, read_truth
+from data.inference.fingerprint import fingerprint_of
+from data.inference.restore import read_truth
 from data.inference.segmenting import (
+    Tested,
     draw_case,
+    ensemble,
+    open_tested,
     own_share,
-    predict_and_score,
     probabilities,
     rows_of_all,
     segment,
 )
+from data.inference.testing import pooled, predict_inputs, report_test, test_cases
 from data.loading import EpochSampler, make_loader
-from data.prepare.check import mask_labels
-from data.prepare.load import load_cases, refuse_seen
-from data.prepare.masks import mask_notices
+from data.prepare.load import fair_test, load_masks, rotations, split
 from data.standard import StandardForm
+from data.table.inputs import load_inputs, results_of
 from data.views.patches import PatchDataset, PatchSettings, apply_patches, collate_patches
 from models.backbones import facts_of, from_config
 from models.segmenter import Segmenter, loss_of, optimizer_groups, supervised
 from utils import checkpoint, distributed
 from utils.classes import IGNORE, Classes, unpaired_sides
-from utils.config.command_line import parse_command_line, save_resolved
-from utils.config.segmentation import OF_THE_TEST, SegmentationConfig, impossible_segmentation
+from utils.config.command_line import parse_command_line, value_of
+from utils.config.schema import OPTIONS
+from utils.config.segmentation import SegmentationConfig, impossible_segmentation
 from utils.errors import NotFinite
 from utils.memory import explained
 from utils.metrics.segmentation import by_class, case_dice, mean_dice
 from utils.report.plots import plot_crops, plot_curves, views_of
-from utils.report.segmentation import in_words, write_test_report
 from utils.signals import Stopped, StopSignal
-from utils.sliding_window import mirrored
 from utils.training import advice, schedules, step, summary
 from utils.training.loop import Epoch
 from utils.training.run import Run, exit_code, load_weights, open_log, until_stopped
 from utils.training.state import State, note_best, resume, save
-from utils.training.tested import about_tested, open_tested, refuse_unlike
+from utils.training.tested import about_tested
 from utils.weights import load_backbone
 
 CONFIG = Path(__file__).with_name("segmentation_config.yaml")
@@ -257,7 +257,8 @@ def train(run: Run[SegmentationConfig], cache, cases: dict, skipped, notices) ->
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.precision == "fp16")
     schedule = build_schedule(cfg, steps_per_epoch)
     settings = settings_to_match(cfg, classes)
-    about = checkpoint.describe(cfg, settings, cases["train"], classes=classes.to_dict())
+    learned = {"classes": classes.to_dict(), "fingerprint": fingerprint_of(cases["train"], cache)}
+    about = checkpoint.describe(cfg, settings, cases, **learned)
     modules = {"segmenter": segmenter}
     state = State(modules, optimizer, scaler, steps_per_epoch, about, weights=weights)
     state.select_by = "val_dice" if cases["val"] else "loss"
@@ -302,96 +303,92 @@ def train(run: Run[SegmentationConfig], cache, cases: dict, skipped, notices) ->
     return run.exit_code
 
 
-def open_all(cfg) -> list[tuple[dict, SegmentationConfig]]:
-    """Open the checkpoints of test_ckpt, each with its own config except for keys of the test."""
-    opened = [open_tested(path, "segmentation", cfg, OF_THE_TEST) for path in cfg.test_ckpt]
-    alike = [
-        {"classes": saved["classes"], "data": own.data, "patches.size": own.patches.size}
-        for saved, own in opened
-    ]
-    refuse_unlike(cfg.test_ckpt, alike)
-    return opened
+def build_tested(run: Run, tested: Sequence[Tested]) -> tuple[Callable, list[str]]:
+    """Return what predicts probabilities, the mean over the checkpoints; and warnings."""
+    networks = [build(one.cfg, one.classes).to(run.device) for one in tested]
+    for network, one in zip(networks, tested, strict=True):
+        checkpoint.put_into(network, one.weights, one.path)
+    return ensemble(run, tested, networks)
 
 
-def build_tested(run: Run, opened, classes: Classes, notes: list[str]) -> Callable:
-    """Return what predicts probabilities: the mean over networks and mirror images.
-
-    notes: warnings for the report are added to it.
-    """
-    cfg, networks = run.cfg, [build(own, classes).to(run.device) for _, own in opened]
-    for path, network, (saved, _) in zip(cfg.test_ckpt, networks, opened, strict=True):
-        checkpoint.put_into(network, saved["modules"]["segmenter"], path)
-    axes = [axis for axis, mirror in enumerate(cfg.inference.mirror) if mirror]
-    unlike = [a for a in axes if not all(own.augment.flip[a] for _, own in opened)]
-    if unlike:
-        where = ", ".join("xyz"[axis] for axis in unlike)
-        notes.append(f"inference.mirror along {where}, but trained without augment.flip there")
-    return mirrored(probabilities(run, networks), axes, classes.channels(cfg.augment.mirror_pairs))
+def test(run: Run[SegmentationConfig], tested, cases: list[Case], notes: list[str]) -> dict:
+    """Predict and score the cases, to test/; return what `report_test` was given."""
+    first, title = tested[0], f"Test of {run.cfg.experiment}"
+    notes = fair_test(cases, tested, run.cfg.allow_seen_patients) + notes
+    run = replace(run, cfg=first.cfg)
+    predict, more = build_tested(run, tested)
+    content = {"cases": cases, "cache": first.cache, "classes": first.classes}
+    with run.new_results() as folder:
+        rows = test_cases(run, predict, folder=folder, **content)
+        content |= {"rows": rows, "notes": [*notes, *more], "about": about_tested(tested)}
+        report_test(run, folder, title, **content)
+    return content
 
 
-def test(run: Run[SegmentationConfig], opened, cases: list[Case], cache, notes: list[str]) -> None:
-    """Predict and score the cases, to test/. notes: warnings for the report."""
-    seen = {patient for saved, _ in opened for patient in saved["seen_patients"]}
-    notes += refuse_seen(cases, seen, "test_ckpt", run.cfg.allow_seen_patients)
-    run, folder = replace(run, cfg=opened[0][1]), run.folder / "test"
-    cfg, classes = run.cfg, Classes.from_dict(opened[0][0]["classes"])
-    predict = build_tested(run, opened, classes, notes)
-    rows, bad, files = [], [], folder / "predictions"
-    files.mkdir(parents=True, exist_ok=True)
-    total = -(-len(cases) // distributed.world_size())
-    for case in tqdm(own_share(run, cases), "test", total, disable=distributed.no_bar()):
-        try:
-            rows += predict_and_score(run, predict, case, cache.get(case), classes, files)
-        except NotFinite:
-            bad.append(case.patient)
-    rows = rows_of_all(run, rows, bad)
-    if not distributed.is_main():
-        return
-    for old in set(files.glob("*_line*.nii.gz")) - {files / row["prediction"] for row in rows}:
-        old.unlink()  # of an earlier test, perhaps of another network; no file of someone else
-    case_of, file_of = {c.row: c for c in cases}, {r["csv_line"]: r["prediction"] for r in rows}
+def cross_validate(run: Run, folds: list[Run], cache, cases: list, skipped, notices) -> int:
+    """Train and test each fold, then report all tests as one; return the exit code."""
+    tests = []
+    for number, fold in enumerate(folds, 1):
+        run.tell(f"fold {number} of {len(folds)}: {fold.folder}")
+        parts = split(cases, fold.cfg)
+        if code := train(fold, cache, parts, skipped, notices):
+            return code
+        fold = fold.to_test()
+        tests.append(test(fold, open_tested(fold.cfg), parts["test"], []))
+    with run.new_results() as folder:
+        content = pooled(tests, folder, [fold.folder / "test" for fold in folds])
+        title = f"Cross-validation of {run.cfg.experiment}"
+        report_test(run, folder, title, **content, by_fold=True)
+    return 0
 
-    def read(line: int) -> dict:
-        case = case_of[line]
-        return read_picture(case, cache.get(case), classes, files / file_of[line])
 
-    options = {"notes": notes, "settings": cfg.model_dump(mode="json"), "classes": classes}
-    options["about"] = about_tested(cfg.test_ckpt, [saved for saved, _ in opened])
-    parts = folder, f"Test of {cfg.experiment}", rows, classes.names, cfg.inference.tolerance, read
-    print(in_words(write_test_report(*parts, **options)))
-    save_resolved(cfg, folder / "config.yaml")
-    print(f"{folder / 'report.html'}, {folder / 'cases.csv'}, {files}")
+def predict_path(run: Run[SegmentationConfig], tested, path: str, check: bool) -> int:
+    """Predict the scans in a file or below a folder, which need no CSV; return the exit code."""
+    cases, notices, unlike = load_inputs(run, path, tested, check)
+    if check:
+        return 0
+    first = tested[0]
+    run = replace(run, cfg=first.cfg)
+    predict, _ = build_tested(run, tested)
+    with run.new_results(results_of(path)) as folder:
+        content = (predict, cases, first.cache, first.classes, folder, notices, unlike)
+        predict_inputs(run, *content)
+    return 0
 
 
 def main(argv: list[str]) -> int:
     # ---- setup
-    impossible = partial(impossible_segmentation, facts_of=facts_of)
-    cfg, check_only = parse_command_line(argv, CONFIG, SegmentationConfig, impossible)
+    cv, predicted = "--cv" in argv, value_of("--predict", argv)
+    impossible = partial(impossible_segmentation, facts_of=facts_of, cv=cv, predicted=predicted)
+    cfg, check_only = parse_command_line(argv, CONFIG, SegmentationConfig, impossible, OPTIONS)
     run = Run.begin(cfg, distributed.setup(), StopSignal())
-    opened = open_all(cfg) if cfg.test_ckpt else []
-    if not (run.started_from or check_only or opened):
-        checkpoint.refuse_existing(run.folder)
-    weights = cfg.suprem_weights or cfg.dino_weights
-    if weights and not run.started_from:  # a wrong file fails before hours of reading scans
-        load_backbone(from_config(cfg, decoder=True), weights)
+    folds = [Run.begin(fold, run.device, run.stop) for fold in rotations(cfg)] if cv else [run]
+    tested = open_tested(cfg) if cfg.test_ckpt else []
+    if predicted:
+        return predict_path(run, tested, predicted, check_only)
+    weights, seen = cfg.suprem_weights or cfg.dino_weights, []
+    if not (check_only or tested):
+        for fold in folds:
+            fold.refuse_others()
+    if weights and not all(fold.started_from for fold in folds):  # fails before scans are read
+        seen = load_backbone(from_config(cfg, decoder=True), weights).seen_patients
     step.seed_everything(cfg.seed)
 
     # ---- data
-    own, needed = (opened[0][1], ["test"]) if opened else (cfg, ["train"])
+    own = tested[0].cfg if tested else cfg
     cache = VolumeCache(own.cache_dir, StandardForm.from_config(own.data))
     classes = Classes.from_config(own.classes, own.ignore_labels)
-    columns = ("img_path", "path")  # a classification CSV will do
-    cases, skipped = load_cases(own, cache, [], columns, check_only, classes, needed=needed)
-    labels = mask_labels(list(itertools.chain(*cases.values())), cache)
-    notices = mask_notices(cases, labels, classes)
+    runs = [fold.cfg for fold in folds]
+    cases, skipped, notices = load_masks(own, runs, cache, classes, check_only, seen)
     if check_only:
         print_check(cfg.csv_path, cases, skipped, notices)
         return 0
-    if opened:
+    if tested:
         print(format_problems([*skipped, *notices]))
-        notes = [problem.noted for problem in skipped]
-        test(run, opened, cases["test"], cache, notes)
+        test(run, tested, cases["test"], [problem.noted for problem in skipped])
         return 0
+    if cv:
+        return cross_validate(run, folds, cache, cases["train"], skipped, notices)
     return train(run, cache, cases, skipped, notices)
 
 

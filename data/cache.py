@@ -29,6 +29,7 @@ from data.sources import Contents, fingerprint, portable, stamp_of
 from data.standard import StandardForm, standard_transform
 from data.volume import spacing_of
 from utils.errors import InputError
+from utils.files import make_folder
 from utils.parallel import in_processes
 
 BYTES_PER_VOXEL = 1.2  # in the cache; CT 0.95 to 1.1, MR 1.2 to 1.7
@@ -103,11 +104,10 @@ class VolumeCache:
         Args:
             on_error: called for each unreadable case; without it the first error is raised.
         Raises:
-            InputError: the entries will not fit on the disk (raised before anything is built).
+            InputError: the cache cannot be written to, or the entries will not fit on the disk
+                (raised before anything is built).
             RuntimeError: a process was killed.
         """
-        self.cache_dir.mkdir(parents=True, exist_ok=True)
-        _remove_stale_files(self.cache_dir)
         missing: dict[Path, list[Case]] = {}  # several rows may share a volume
         with ThreadPoolExecutor(16) as threads:  # network disks answer many at a time
             paths = threads.map(partial(_try, self.path), cases)
@@ -116,13 +116,15 @@ class VolumeCache:
                     _report(case, path, on_error)
                 elif not path.is_file():
                     missing.setdefault(path, []).append(case)
-        if not missing:
+        if not missing:  # a complete cache may be read-only
             return
         firsts = [(path, shared[0]) for path, shared in missing.items()]
         items = [(path, case, *self._source(case)[1:]) for path, case in firsts]
-        if not os.access(self.cache_dir, os.W_OK):
+        if self.cache_dir.is_dir() and not os.access(self.cache_dir, os.W_OK):
             what = f"may not be written, and lacks {len(items)} of the volumes"
             raise InputError(f"cache_dir {self.cache_dir}: {what}")
+        make_folder(self.cache_dir, "cache_dir")
+        _remove_stale_files(self.cache_dir)
         self._check_space([item[1] for item in items])
         build = partial(_try, partial(_build_missing, self.form))
         jobs = in_processes(build, items, n_workers)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import NamedTuple
 
 import nibabel as nib
@@ -40,6 +41,7 @@ def read_channels(
     of_row: str | None,
     series_uid: str | None = None,
     uneven_slices: str = "refuse",
+    nan_voxels: str = "refuse",
 ) -> tuple[Volume, list[Scan], list[str]]:
     """Read the channels of a case and bring them to the grid of the first by their affines.
 
@@ -50,6 +52,7 @@ def read_channels(
             For "auto" that of a DICOM header comes first if there are several channels, else that
             of the row.
         series_uid: of the only channel.
+        uneven_slices, nan_voxels: see `data.standard.StandardForm`.
     Returns:
         the first volume that is there; all channels, in their order; notices.
     Raises:
@@ -61,10 +64,13 @@ def read_channels(
         if path is None:
             continue
         with _named(name):
-            volume = read_volume(path, series_uid, uneven_slices)
+            volume = read_volume(path, series_uid, uneven_slices, nan_voxels == "background")
             own = modality if isinstance(modality, str) else modality[i]
             own = _modality_of(volume, path, of_row, len(paths) > 1) if own == "auto" else own
-            kind, voxels, said = "CT" if own.upper() == "CT" else "other", volume.voxels, []
+            kind = "CT" if own.upper() == "CT" else "other"
+            if nan_voxels == "background":
+                volume = _without_nan(volume, kind, path)
+            voxels, said = volume.voxels, []
             if kind == volume.modality == "CT" and not volume.rescaled:
                 raise VolumeError(f"{path}: {NOT_HU}")
             if first is None:
@@ -109,6 +115,19 @@ def _of_one_space(volume: Volume, first: Volume, path: str, name: str) -> list[s
         return []
     what = "nothing says that both lie alike; look at them, or register them first"
     return [f"{path}: in another DICOM frame of reference than {name}: {what}"]
+
+
+def _without_nan(volume: Volume, kind: str, path: str) -> Volume:
+    """Return a volume whose NaN are air: of CT in HU, else the least of its values."""
+    bad = np.isnan(volume.voxels)
+    if not bad.any():
+        return volume
+    if bad.all():
+        raise VolumeError(f"{path}: every voxel is NaN")
+    air = CT_AIR if kind == "CT" else np.nanmin(volume.voxels)
+    what = f"{path}: {bad.sum()} voxels ({bad.mean():.1%}) are NaN, and were taken for background"
+    voxels = np.where(bad, np.float32(air), volume.voxels)
+    return replace(volume, voxels=voxels, notices=(*volume.notices, what))
 
 
 def air_of(voxels: np.ndarray, kind: str) -> float:

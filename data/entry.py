@@ -23,7 +23,7 @@ import numpy as np
 
 from data.volume import spacing_of
 
-FORMAT = 6  # part of every key: raise it when the meaning of a file's content changes
+FORMAT = 7  # part of every key: raise it when the meaning of a file's content changes
 CHUNK, BLOCK = 64, 16  # voxels per axis: unit of checksums, unit of decompression
 # LZ4HC: half of zstd's reading time for 2 % more bytes on noisy CT. Never add Filter.DELTA: blosc2
 # 4.3.3 then returns wrong values for slices.
@@ -43,7 +43,8 @@ SPAN = np.dtype([("start", "<u8"), ("size", "<u4"), ("crc", "<u4")])
 FOOTER = struct.Struct("<8sQQQI")
 MAGIC = b"dino3d-1"
 OF_CHANNELS = ("scale", "offset", "background", "kind", "modality")  # lists, but of a case of one
-COPIED = ("notices", "uneven_slices", "mask_grid", "sources", "values")  # facts as they are
+# facts as they are
+COPIED = ("notices", "uneven_slices", "mask_grid", "nan_voxels", "sources", "values")
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +87,8 @@ class CacheEntry:
         labels: its label values except 0, ascending; read at each access.
         class_coords: label -> int32 (n <= 10000, 3), voxels with this label; read at each access.
         series_hash: of the SeriesInstanceUID, or None.
-        uneven_slices, mask_grid: how scan and mask were read, see `data.standard.StandardForm`.
+        uneven_slices, mask_grid, nan_voxels: how the files were read, see
+            `data.standard.StandardForm`.
         notices: what the user should know of how the files were read, see `data.sources.portable`.
         values: facts of `data.values.values_of` of each channel that is there.
         sources: digests of the content of the files that were read.

@@ -78,7 +78,7 @@ def read_grid(path: Path) -> tuple[tuple[int, int, int], np.ndarray]:
     return _read_header(path)[:3:2]
 
 
-def read(path: Path, part: int | None = None) -> Volume:
+def read(path: Path, part: int | None = None, keep_nan: bool = False) -> Volume:
     """Read a file of one volume of real numbers.
 
     Raises VolumeError for damaged files, other dimensions, and if orientation, voxel size or byte
@@ -90,7 +90,7 @@ def read(path: Path, part: int | None = None) -> Volume:
     stored = _read_voxels(header, path)
     tilt = shear_of(header.affine)[1]
     notices = (f"{path}: {TILTED.format(tilt)}",) * (tilt > MAX_SHEAR)
-    return Volume(real_values(stored, 1.0, 0.0, path), header.affine, notices=notices)
+    return Volume(real_values(stored, 1.0, 0.0, path, keep_nan), header.affine, notices=notices)
 
 
 def _read_header(path: Path) -> Header:

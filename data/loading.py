@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 from monai.data import Dataset
 from torch.utils.data import DataLoader, Sampler
 
+from utils.errors import InputError
 from utils.signals import ignore_signals
 
 WORKER_TIMEOUT_S = 600  # per batch: a worker may have to rebuild an entry of the cache
+PREFETCH = 2  # batches that each worker holds ready
+SHARED_MEMORY = Path("/dev/shm")  # through which workers hand over batches; Linux
 Key = tuple[int, int, int]  # epoch, index of the case, draw
 
 
@@ -130,7 +136,11 @@ def make_loader(
     The loader has its own generator, so that starting a pass draws nothing from torch's global
     random state and a resumed run finds that state unchanged. A worker that is killed, or that
     delivers no batch for WORKER_TIMEOUT_S, is an error.
+
+    Raises InputError if the batches that workers hold ready do not fit into shared memory.
     """
+    if n_workers > 0 and SHARED_MEMORY.is_dir():
+        _refuse_small_memory(dataset, sampler, n_workers)
     return DataLoader(
         dataset,
         batch_size=sampler.batch_size,
@@ -142,4 +152,28 @@ def make_loader(
         generator=torch.Generator().manual_seed(sampler.seed),
         worker_init_fn=ignore_signals,
         timeout=WORKER_TIMEOUT_S if n_workers > 0 else 0,
+        prefetch_factor=PREFETCH if n_workers > 0 else None,
     )
+
+
+def _refuse_small_memory(dataset: Dataset, sampler: EpochSampler, n_workers: int) -> None:
+    """Raise InputError if SHARED_MEMORY is too small: a worker that fills it is killed."""
+    of_item = _bytes(dataset[sampler.global_keys()[0]])
+    processes = n_workers * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    need = of_item * sampler.batch_size * PREFETCH * processes
+    free = shutil.disk_usage(SHARED_MEMORY).free
+    if need > free:
+        raise InputError(
+            f"{SHARED_MEMORY}: {free / 1e6:.3g} MB are free, and the batches that {processes} "
+            f"processes (n_workers) hold ready take {need / 1e6:.3g} MB. In Docker, start the "
+            f"container with --ipc=host or --shm-size={max(1, round(2 * need / 1e9))}g; elsewhere "
+            "set n_workers lower, or n_workers=0"
+        )
+
+
+def _bytes(item) -> int:
+    """Return the bytes of the arrays and tensors in nested dicts and lists."""
+    if isinstance(item, np.ndarray | torch.Tensor):
+        return item.nbytes
+    parts = item.values() if isinstance(item, dict) else item
+    return sum(map(_bytes, parts)) if isinstance(item, dict | list | tuple) else 0

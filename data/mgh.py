@@ -26,7 +26,7 @@ def read_grid(path: Path) -> tuple[tuple[int, int, int], np.ndarray]:
     return _shape(header, path, None), header.get_affine()
 
 
-def read(path: Path, part: int | None = None) -> Volume:
+def read(path: Path, part: int | None = None, keep_nan: bool = False) -> Volume:
     """Read a file of one volume, or one of its frames. part: which, from 0.
 
     Raises VolumeError for damaged files, and if the header does not say how the volume lies.
@@ -40,7 +40,7 @@ def read(path: Path, part: int | None = None) -> Volume:
     affine = header.get_affine()
     tilt = shear_of(affine)[1]
     notices = (f"{path}: {TILTED.format(tilt)}",) * (tilt > MAX_SHEAR)
-    return Volume(real_values(stored, 1.0, 0.0, path), affine, notices=notices)
+    return Volume(real_values(stored, 1.0, 0.0, path, keep_nan), affine, notices=notices)
 
 
 def _read_header(file, path: Path) -> MGHHeader:

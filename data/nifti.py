@@ -54,12 +54,12 @@ def nifti_files(path: str | Path) -> list[Path]:
     return [path]
 
 
-def read_nifti(path: Path, part: int | None = None) -> Volume:
+def read_nifti(path: Path, part: int | None = None, keep_nan: bool = False) -> Volume:
     """Read a NIfTI-1 or NIfTI-2 file of one volume, or one of a 4D file, with its scaling applied.
 
     A compressed file is read to its end, where its length and checksum are compared.
 
-    part: of a file (X, Y, Z, N), which of its volumes, 0 to N - 1.
+    part: of a file (X, Y, Z, N), which of its volumes, 0 to N - 1. keep_nan: see `real_values`.
 
     Raises VolumeError for damaged files, for other dimensions, for voxels that are not finite real
     numbers, and if orientation or voxel size is missing or ambiguous.
@@ -75,7 +75,8 @@ def read_nifti(path: Path, part: int | None = None) -> Volume:
         slope, intercept = 1.0, 0.0
     if not math.isfinite(intercept):
         raise VolumeError(f"{path}: scl_inter is {intercept}")
-    return Volume(real_values(stored, slope, intercept, path), affine, notices=notices)
+    voxels = real_values(stored, slope, intercept, path, keep_nan)
+    return Volume(voxels, affine, notices=notices)
 
 
 def read_nifti_grid(path: Path) -> tuple[tuple[int, int, int], np.ndarray]:
@@ -180,7 +181,8 @@ def _shape(header: nib.Nifti1Header, path: Path, part: int | None) -> tuple[int,
     elif len(shape) != 3:
         hint = ""
         if len(shape) == 4:
-            hint = "; its volumes can be channels: data.channels=[COLUMN:0, COLUMN:1, ...]"
+            hint = f"; name one in the CSV, {path.name}:0 to {path.name}:{shape[3] - 1}"
+            hint += ", or take all as channels: data.channels=[COLUMN:0, COLUMN:1, ...]"
         raise VolumeError(f"{path}: shape {shape}; expected one volume (X, Y, Z){hint}")
     return tuple(shape)
 
@@ -306,11 +308,18 @@ def read_voxels(
     return flat.reshape(shape, order="F")
 
 
-def real_values(stored: np.ndarray, slope: float, intercept: float, path: Path) -> np.ndarray:
+def real_values(
+    stored: np.ndarray, slope: float, intercept: float, path: Path, keep_nan: bool = False
+) -> np.ndarray:
     """Return scaled values, int16 or float32, computed slice by slice to save memory.
 
-    Raises VolumeError if some are not finite.
+    keep_nan: NaN stays NaN. Raises VolumeError if others are not finite.
     """
+    bad = np.isnan(stored) if keep_nan and stored.dtype.kind == "f" else np.zeros((), bool)
+    if bad.any():
+        rest = real_values(np.where(bad, 0, stored), slope, intercept, path).astype(np.float32)
+        rest[bad] = np.nan
+        return rest
     if stored.dtype.kind == "f":
         num_bad = stored.size - np.count_nonzero(np.isfinite(stored))
         if num_bad:

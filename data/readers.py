@@ -21,7 +21,7 @@ __all__ = ["Volume", "VolumeError", "format_of", "read_mask", "read_volume", "so
 class Format(NamedTuple):
     """A format whose files say how a volume lies, but not its modality."""
 
-    read: Callable[[Path, int | None], Volume]
+    read: Callable[[Path, int | None, bool], Volume]  # path, part, whether NaN may be among voxels
     read_grid: Callable[[Path], tuple]  # shape (X, Y, Z) and affine, from the header alone
     files: Callable[[Path], list[Path]]  # those that make up a volume, that of the voxels last
 
@@ -49,7 +49,10 @@ def source_files(path: str | os.PathLike) -> list[Path]:
 
 
 def read_volume(
-    path: str | os.PathLike, series_uid: str | None = None, uneven_slices: str = "refuse"
+    path: str | os.PathLike,
+    series_uid: str | None = None,
+    uneven_slices: str = "refuse",
+    keep_nan: bool = False,
 ) -> Volume:
     """Read one volume.
 
@@ -57,6 +60,7 @@ def read_volume(
         behind a colon may follow which part of it (see `data.parts`).
     series_uid: DICOM SeriesInstanceUID, if a folder holds several series.
     uneven_slices: of DICOM: "refuse", or "resample" to the narrowest distance.
+    keep_nan: of other formats: return voxels that are NaN as they are, instead of refusing them.
 
     Returns voxels (X, Y, Z) as stored, with their affine to RAS+ mm. Of the header's text only
     modality and SeriesInstanceUID are kept, and hashes of PatientID and FrameOfReferenceUID.
@@ -74,7 +78,7 @@ def read_volume(
         if found and path.is_file():
             if isinstance(part, dict):
                 raise VolumeError(f"{path}: {', '.join(part)}: no DICOM file, which has such parts")
-            return found.read(path, part)
+            return found.read(path, part, keep_nan)
         if isinstance(part, int):
             raise VolumeError(f"{path}: DICOM, whose parts are named, not numbered")
         return read_dicom(path, series_uid, uneven_slices, part or {})

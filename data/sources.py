@@ -68,14 +68,15 @@ class Contents:
         if at not in self._known:
             digests = [_digest(file) for file, _, _ in files]
             # of a folder in no order: its files may be renamed
-            self._known[at] = _hash(sorted(digests) if os.path.isdir(path) else digests)
+            is_folder = os.path.isdir(split_part(path)[0])
+            self._known[at] = _hash(sorted(digests) if is_folder else digests)
             with self._lock:
                 append_line(self.file, [at, self._known[at]])
         return self._known[at]
 
     def facts(self, case: Case) -> list:
-        """Return what tells the files of a case from those of others: of each its content, and which
-        part of it or, of the mask of a structure, which label."""
+        """Return what tells the files of a case from those of others: contents and parts, and of
+        the mask of a structure its label."""
         return [
             [self.of(path), case.masks.get(path, split_part(path or "")[1])]
             for path in paths_of(case)

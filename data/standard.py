@@ -43,6 +43,7 @@ class StandardForm:
     uneven_slices: "resample" interpolates DICOM slices at uneven distances; "refuse".
     mask_grid: "voxels" takes a mask of the scan's shape voxel by voxel where its header says
         otherwise; "header" refuses it.
+    nan_voxels: "background" takes voxels that are NaN for air; "refuse".
     """
 
     spacing: tuple[float, float, float] | None
@@ -52,13 +53,15 @@ class StandardForm:
     size: tuple[int, int, int] | None = None
     uneven_slices: str = "refuse"
     mask_grid: str = "header"
+    nan_voxels: str = "refuse"
 
     @classmethod
     def from_config(cls, data) -> "StandardForm":
         """Build the form from a config's section `data`."""
         spacing = None if data.spacing == "native" else data.spacing
         fixed = (spacing, data.modality, data.percentiles, data.crop_background)
-        return cls(*fixed, uneven_slices=data.uneven_slices, mask_grid=data.mask_grid)
+        reading = ("uneven_slices", "mask_grid", "nan_voxels")
+        return cls(*fixed, **{name: getattr(data, name) for name in reading})
 
     def to_dict(self) -> dict:
         fields = asdict(self)
@@ -79,7 +82,7 @@ def standard_transform(form: StandardForm) -> Compose:
     """
     keys = ("image", "seg")
     steps = [
-        ReadVolumed(form.modality, form.uneven_slices, form.mask_grid),
+        ReadVolumed(form),
         # labels=None: the affine alone defines the axes
         Orientationd(keys, axcodes="RAS", labels=None, allow_missing_keys=True),
         CheckMaskd(),
@@ -97,13 +100,14 @@ def standard_transform(form: StandardForm) -> Compose:
 class ReadVolumed(Transform):
     """Read `path` or the `channels`, and `seg_path` or `masks`; determine the modalities."""
 
-    def __init__(self, modality="auto", uneven_slices="refuse", mask_grid="header"):
-        self.modality, self.uneven_slices, self.mask_grid = modality, uneven_slices, mask_grid
+    def __init__(self, form: StandardForm):
+        self.form = form
 
     def __call__(self, data: dict) -> dict:
         paths = data.get("channels") or {"": data["path"]}
-        how = (self.modality, data.get("modality"), data.get("series_uid"), self.uneven_slices)
-        volume, channels, notices = read_channels(paths, *how)
+        form = self.form
+        how = (form.modality, data.get("modality"), data.get("series_uid"), form.uneven_slices)
+        volume, channels, notices = read_channels(paths, *how, form.nan_voxels)
         voxels, out = [channel.voxels for channel in channels], dict(data)
         out["image"] = _meta_tensor(voxels, volume.affine)
         out["kinds"] = [channel.kind for channel in channels]
@@ -115,10 +119,10 @@ class ReadVolumed(Transform):
         out["notices"] = notices
         there = [channel for channel in channels if channel.source]
         out["values"] = [values_of(channel.voxels, channel.kind) for channel in there]
-        out["uneven_slices"], out["mask_grid"] = self.uneven_slices, self.mask_grid
+        out |= {name: getattr(form, name) for name in ("uneven_slices", "mask_grid", "nan_voxels")}
         if data.get("seg_path"):
             mask = read_mask(data["seg_path"], data.get("masks"))
-            if self.mask_grid == "voxels":
+            if form.mask_grid == "voxels":
                 mask = _on_voxels(mask, volume, data)
             out["seg"] = _meta_tensor([mask.voxels], mask.affine)
             out["notices"] += mask.notices

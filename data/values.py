@@ -9,7 +9,7 @@ SOME = 64  # grey values remembered of a CT
 FEWEST_GREYS = 8  # in the window: with fewer, there is nothing to learn
 NO_AIR = -200  # HU; a CT in which nothing is darker shows no air, lung or fat, or is not in HU
 LOST = (-50, 700)  # HU: least value at least, greatest at least, where 1024 seem to be added
-TOO_DARK = -600  # HU, for all but 1 % of the voxels; a scan shows some tissue, a lung too
+TISSUE, LITTLE = (-200, 300), 0.02  # HU of fat and soft tissue; any scan shows more than this share
 FEWEST_ROWS = 8  # to say what is unlike the others
 DEVIATIONS = 6  # robust standard deviations
 LEAST_HU, LEAST_RATIO = 300, 10  # differences that are never noticed
@@ -24,8 +24,10 @@ def values_of(voxels: np.ndarray, kind: str) -> dict:
     step = max(1, round((voxels.size / MAX_SAMPLES) ** (1 / 3)))
     some = voxels[::step, ::step, ::step]
     facts = {"kind": kind, "low": float(voxels.min()), "high": float(voxels.max())}
-    facts["quantiles"] = np.percentile(some, (1, 50, 99)).tolist()
+    low, high = np.percentile(some, (1, 99)).tolist()
+    facts |= {"quantiles": [low, high], "mean": float(np.clip(some, low, high).mean())}
     if kind == "CT":
+        facts["tissue"] = float(np.mean((some >= TISSUE[0]) & (some <= TISSUE[1])))
         greys = np.unique(np.rint(some))
         shown = greys[np.linspace(0, len(greys) - 1, SOME).round().astype(int)]
         facts |= {"number": len(greys), "greys": shown.tolist()}
@@ -45,8 +47,11 @@ def hu_notices(facts: Mapping, path: str) -> list[str]:
         what = f"no voxel is below {NO_AIR} HU, values are {low:g} to {high:g}: HU + 1024, it seems"
     elif low >= NO_AIR:
         what = f"no voxel is below {NO_AIR} HU: no air, lung or fat, or not HU"
-    elif facts["quantiles"][2] < TOO_DARK:
-        what = f"99 % of the voxels are below {TOO_DARK} HU: shifted by about -1024, it seems"
+    elif facts["tissue"] < LITTLE:
+        what = (
+            f"only {facts['tissue']:.1%} of the voxels are from {TISSUE[0]} to {TISSUE[1]} HU, as "
+        )
+        what += "soft tissue is: shifted by about 1024, it seems"
     else:
         return []
     return [f"{path}: {what}"]
@@ -78,22 +83,23 @@ def unlike_others(facts: Sequence[Mapping]) -> dict[int, str]:
     """Return {index: what is odd} of scans of one kind whose values are unlike those of all others.
 
     By the distance from the median in robust standard deviations (1.4826 times the median absolute
-    deviation): of CT the quantiles, of others the logarithm of their range, as MR has no unit.
+    deviation): of CT percentiles 1 and 99 and the mean between, of others the logarithm of their
+    range, as MR has no unit.
     """
     if len(facts) < FEWEST_ROWS:
         return {}
     found = {}
-    quantiles = np.array([fact["quantiles"] for fact in facts])
+    values = np.array([[*fact["quantiles"], fact["mean"]] for fact in facts])
     is_ct = facts[0]["kind"] == "CT"
     if is_ct:
-        features, least = np.clip(quantiles, -1024, 3071), LEAST_HU
+        features, least = np.clip(values, -1024, 3071), LEAST_HU
     else:
-        spread = np.maximum(quantiles[:, 2] - quantiles[:, 0], 1e-12)
+        spread = np.maximum(values[:, 1] - values[:, 0], 1e-12)
         features, least = np.log(spread)[:, None], np.log(LEAST_RATIO)
     middle = np.median(features, axis=0)
     away = np.abs(features - middle)
     limit = np.maximum(DEVIATIONS * 1.4826 * np.median(away, axis=0), least)
     for i in np.flatnonzero((away > limit).any(axis=1)).tolist():
-        shown = [", ".join(f"{x:.4g}" for x in q) for q in (quantiles[i], np.median(quantiles, 0))]
-        found[i] = f"percentiles 1, 50 and 99 are {shown[0]}, of the other rows {shown[1]}"
+        shown = [", ".join(f"{x:.4g}" for x in v) for v in (values[i], np.median(values, axis=0))]
+        found[i] = f"percentiles 1 and 99 and mean are {shown[0]}, of most rows {shown[1]}"
     return found

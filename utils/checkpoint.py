@@ -10,7 +10,7 @@ import hashlib
 import os
 import shutil
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -214,11 +214,11 @@ def settings_of(cfg, stage: str, data: Iterable[str], **more) -> dict:
     return network | more | {"data": {name: config["data"][name] for name in data}}
 
 
-def describe(cfg, settings: dict, train: Iterable, **more) -> dict:
-    """Return the entries by which a checkpoint describes its run. train: the training cases."""
-    seen = hash_patients(case.patient for case in train)
-    config = cfg.model_dump(mode="json")
-    return {"settings": settings, "config": config, "seen_patients": seen, **more}
+def describe(cfg, settings: dict, cases: Mapping[str, Iterable], **more) -> dict:
+    """Return the entries by which a checkpoint describes its run. cases: "train" and "val"."""
+    seen, val = (hash_patients(case.patient for case in cases[name]) for name in ("train", "val"))
+    about = {"settings": settings, "config": cfg.model_dump(mode="json")}
+    return {**about, "seen_patients": seen, "val_patients": val, **more}
 
 
 def hash_patients(patients: Iterable[str]) -> list[str]:

@@ -2,10 +2,13 @@
 
 import os
 import re
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
+
+from utils.errors import InputError
 
 
 def read_text(path: str | Path) -> str:
@@ -49,6 +52,29 @@ def expand_path(text: str) -> str:
     if expanded.startswith("~"):
         raise ValueError("~ names a user that does not exist; write ./~ for a file of that name")
     return expanded
+
+
+def make_folder(path: str | Path, key: str) -> None:
+    """Make a folder if it is absent.
+
+    Raises InputError, naming the key of the config, if it cannot be made or written to.
+    """
+    refuse_file(path, key)
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as e:
+        what = f"{path} cannot be written to: {e.strerror}"
+        raise InputError(f"{key}: {what}; set {key} to a folder of yours") from e
+
+
+def refuse_file(path: str | Path, key: str) -> None:
+    """Raise InputError, naming the key of the config, if a folder's place is taken by a file."""
+    path = Path(path)
+    for place in (path, *path.parents):
+        if place.exists() and not place.is_dir():
+            what = "is a file" if place == path else f"cannot be made: {place} is a file"
+            raise InputError(f"{key}: {path} {what}; set {key} to a folder of yours")
 
 
 @contextmanager

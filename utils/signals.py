@@ -2,7 +2,8 @@
 
 import multiprocessing
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from utils import distributed
 
@@ -12,8 +13,9 @@ NAMES = ("SIGINT", "SIGTERM", "SIGUSR1")
 SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
 
 
-class Stopped(Exception):
-    """A signal, named by the message, asked the run to stop."""
+class Stopped(BaseException):
+    """A signal, named by the message, asked the run to stop. It may be raised anywhere, and is no
+    Exception, so that nobody who handles errors takes it for one."""
 
 
 class StopSignal:
@@ -33,6 +35,19 @@ class StopSignal:
         self.received = signal.Signals(number).name
         if self.immediate:
             raise Stopped(self.received)
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Raise Stopped at once in this context, in which the run waits, as for data. Several
+        processes have to stop together and go on until `raise_if_received`."""
+        before = self.immediate
+        self.immediate = before or distributed.world_size() == 1
+        try:
+            if self.immediate and self.received:
+                raise Stopped(self.received)
+            yield
+        finally:
+            self.immediate = before
 
     def __bool__(self):
         return bool(self.received)

@@ -9,7 +9,7 @@ from pathlib import Path
 from data.cases import read_rows
 from data.entry import CacheEntry, DamagedEntry
 from data.parts import split_part
-from data.readers import VolumeError
+from data.readers import VolumeError, format_of
 from data.sources import Contents
 from utils.errors import InputError
 from utils.files import expand_path, read_text
@@ -32,7 +32,10 @@ def digests_of(csv_path: Path, contents: Contents) -> set[str]:
             try:
                 path = os.path.join(folder, expand_path(cell))
                 if os.path.exists(split_part(path)[0]):
-                    found.add(contents.of(path))
+                    # of a folder the masks in it too: there may be one for each structure
+                    inside = filter(format_of, os.listdir(path)) if os.path.isdir(path) else ()
+                    paths = [path, *(os.path.join(path, file) for file in inside)]
+                    found |= {contents.of(path) for path in paths}
                     continue
             except (ValueError, VolumeError):
                 pass  # no path, or one that cannot be read

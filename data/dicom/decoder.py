@@ -200,7 +200,8 @@ def _serve() -> None:
         except MemoryError:
             answer = {"error": "needs more memory than a frame of its size"}
         except BaseException as error:  # each decoder has its own types; RLE's raises Rust panics
-            answer = {"error": str(error) or type(error).__name__}
+            # pydicom's ends with what the decoder said
+            answer = {"error": (str(error).splitlines() or [type(error).__name__])[-1].strip()}
         answers.write(json.dumps(answer).encode() + b"\n")
         if values is not None:
             answers.write(values.data)
@@ -217,11 +218,12 @@ def _decode(dataset: pydicom.Dataset, index: int) -> np.ndarray:
             raise ValueError("truncated: its stream breaks off")
         if syntax in JPEG_2000 and not stream.startswith(CODESTREAM):
             dataset, index = _with_frame(dataset, _unwrapped(stream)), 0
-    # GDCM is for what no other decodes, lossless and 12-bit JPEG: its JPEG 2000 is an old one
+    # GDCM is for what no other decodes, lossless JPEG: its JPEG 2000 is an old one
     decoder = get_decoder(syntax)
     plugins = [name for name in decoder.available_plugins if name != GDCM]
     if syntax in JPEGTransferSyntaxes and GDCM in decoder.available_plugins:
         plugins.append(GDCM)
+    plugins = plugins or [""]  # of frames that are not compressed
     for name in plugins:
         how = {"index": index, "raw": True, "correct_unused_bits": False}
         try:
@@ -229,7 +231,6 @@ def _decode(dataset: pydicom.Dataset, index: int) -> np.ndarray:
         except Exception:  # of many types: the next one may know this kind
             if name == plugins[-1]:
                 raise
-    raise ValueError("no decoder is installed")
 
 
 def _unwrapped(jp2: bytes) -> bytes:

@@ -12,6 +12,7 @@ UNIT_TOLERANCE = 1e-2  # for the length of directions, and for the cosine betwee
 SPACING_TOLERANCE = 1e-3  # relative, for PixelSpacing between slices
 SAME_PLACE_MM = 1e-3
 JITTER = 0.04  # largest distance of a slice from its place in the regular stack, in slice spacings
+ROUNDING_MM = 0.02  # or in mm, as positions are rounded; but not more than 1/8 of the spacing
 LARGEST_SPACING_MM = 1000.0
 WIDEST_GAP = 4  # narrowest distances: more cannot be interpolated
 # The other phases, such as AcquisitionNumber, may differ between the slices of a volume.
@@ -190,8 +191,9 @@ def _regular_places(
     spacing = float(step @ normal)
     residuals = positions - (first + np.outer(np.arange(len(frames)), step))
     gaps = np.diff(positions @ normal)
-    is_uneven = np.any(np.abs(residuals @ normal) > JITTER * spacing)
-    if is_uneven or np.any(np.abs(gaps - spacing) > 2 * JITTER * spacing):
+    allowed = max(JITTER * spacing, min(ROUNDING_MM, spacing / 8))
+    is_uneven = np.any(np.abs(residuals @ normal) > allowed)
+    if is_uneven or np.any(np.abs(gaps - spacing) > 2 * allowed):
         too_wide = bool(gaps.max() > WIDEST_GAP * gaps.min())
         if too_wide or not resample:
             hint = "; data.uneven_slices=resample interpolates" * (not too_wide)
@@ -203,7 +205,8 @@ def _regular_places(
     tilt = np.degrees(np.arccos(np.clip(spacing / np.linalg.norm(step), -1, 1)))
     if tilt > MAX_TILT:
         raise VolumeError(f"{where}: slices are shifted sideways, by {tilt:.1f} degrees")
-    if np.any(np.linalg.norm(residuals, axis=1) > 2 * JITTER * spacing):
+    allowed = max(JITTER * spacing, min(ROUNDING_MM, spacing / 8))
+    if np.any(np.linalg.norm(residuals, axis=1) > 2 * allowed):
         raise VolumeError(f"{where}: slices do not lie on one line")
     if spacing > LARGEST_SPACING_MM:
         raise VolumeError(f"{where}: slices are {spacing:.0f} mm apart")

@@ -14,7 +14,6 @@ from pydicom.uid import (
     ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
     JPEGLSTransferSyntaxes,
-    JPEGTransferSyntaxes,
     RLELossless,
 )
 
@@ -22,6 +21,7 @@ from data.dicom.decoder import JPEG_2000, JPEG_FAMILY, decode_frame, new_reading
 from data.dicom.elements import UNDEFINED
 from data.dicom.header import Frame, Image, shown
 from data.volume import VolumeError, rescale
+from utils.signals import Stopped
 
 COLOURS = {kind.value for kind in PhotometricInterpretation}  # all that DICOM defines
 PLAIN = (ImplicitVRLittleEndian, ExplicitVRLittleEndian)
@@ -151,15 +151,11 @@ def real_values(frame: Frame, stored_values: Callable[[int], np.ndarray]) -> np.
     intercept = frame.intercept[0] if frame.intercept else 0.0
     try:
         return rescale(stored_values(frame.index), slope, intercept)
-    except (VolumeError, KeyboardInterrupt, SystemExit):
+    except (VolumeError, KeyboardInterrupt, SystemExit, Stopped):
         raise
     except BaseException as error:  # each decoder has its own types; RLE's raises Rust panics
-        hint = ""
-        if image.transfer_syntax in JPEGTransferSyntaxes:
-            hint = f" (pip install {OTHER_DECODERS} adds a decoder for all kinds of JPEG)"
-        raise VolumeError(
-            f"{image.path}: frame {frame.index + 1} cannot be decoded: {error}{hint}"
-        ) from error
+        what = f"frame {frame.index + 1} cannot be decoded: {error}"
+        raise VolumeError(f"{image.path}: {what}") from error
 
 
 @contextmanager

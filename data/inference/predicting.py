@@ -1,7 +1,8 @@
 """Predictions of trained classifiers, and of the control, for cases."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,32 +24,37 @@ from data.views.images import (
 )
 from utils import distributed
 from utils.config.classification import OF_THE_TEST
+from utils.config.command_line import save_resolved
 from utils.memory import in_parts
-from utils.metrics.predictions import Predictions
+from utils.metrics.predictions import Predictions, pool, write_inputs
+from utils.report.classification import in_words, write_test_report
+from utils.report.plots import plot_crops, views_of
 from utils.training.run import Run
 from utils.training.step import autocast, refuse_not_finite
+from utils.training.tested import about, checkpoints_of, facts_of, joined, refuse_unlike
 from utils.training.tested import open_tested as open_checkpoint
-from utils.training.tested import refuse_unlike
 
 
 class Tested:
     """A checkpoint to be tested.
 
     Attributes:
-        cfg: its config, but with the fields OF_THE_TEST of the current config.
+        path, cfg: its config, but with the fields OF_THE_TEST of the current config.
         cache: a cache in its standard form.
-        saved: what it says of its training. targets, seen_patients: of that.
-        weights: of the classifier.
+        targets: of its training. weights: of the classifier.
+        seen_patients, chosen_by, fingerprint: see `utils.training.tested.facts_of`. about: see
+            `about` there.
     """
 
     def __init__(self, path: str, cfg):
         """cfg: the current config. Raises CheckpointError for a file not of classification.py."""
         saved, self.cfg = open_checkpoint(path, "classification", cfg, OF_THE_TEST)
-        self.targets = Targets.from_dict(saved["classes"])
+        self.path, self.targets = path, Targets.from_dict(saved["classes"])
         self.cache = VolumeCache(cfg.cache_dir, standard_form(self.cfg))
-        self.seen_patients, self.weights = saved["seen_patients"], saved["modules"]["classifier"]
+        self.seen_patients, self.chosen_by, self.fingerprint = facts_of(saved)
+        self.about = about(path, saved)
+        self.weights = saved["modules"]["classifier"]
         self._control = Control.from_dict(saved["control"])
-        self.saved = {name: x for name, x in saved.items() if name not in ("modules", "optimizer")}
 
     def views(self, cases: Sequence[Case]) -> tuple[ImageDataset, EpochSampler]:
         """Return all fixed views of the cases, for `make_loader`."""
@@ -72,9 +78,9 @@ class Tested:
 
 def open_tested(cfg) -> list[Tested]:
     """Open the checkpoints of test_ckpt. Raises CheckpointError if their targets differ."""
-    tested = [Tested(path, cfg) for path in cfg.test_ckpt]
+    tested = [Tested(path, cfg) for path in checkpoints_of(cfg.test_ckpt)]
     learned = [{"classes": x.targets.classes, "numbers": [*x.targets.moments]} for x in tested]
-    refuse_unlike(cfg.test_ckpt, learned)
+    refuse_unlike([x.path for x in tested], learned)
     return tested
 
 
@@ -97,6 +103,39 @@ def load_to_test(tested: Sequence[Tested], check: bool):
 def average(predictions: Sequence[Predictions]) -> Predictions:
     """Return the mean over several checkpoints."""
     return {k: np.mean([found[k] for found in predictions], axis=0) for k in predictions[0]}
+
+
+def pooled(tests: Sequence[dict]) -> dict:
+    """Join what `write_test_report` was given for the tests of the folds."""
+    content = dict(tests[0])
+    for name in ("predictions", "control"):
+        content["cases"], content[name] = pool([(t["cases"], t[name]) for t in tests])
+    content["notes"] = list(dict.fromkeys(note for t in tests for note in t["notes"]))
+    content["about"] = joined([t["about"] for t in tests])
+    return content
+
+
+def report_test(cfg, folder: Path, content: dict, by_fold: bool = False) -> None:
+    """Write a test to `folder`, on the main rank, and print its scores.
+
+    cfg: the config that is saved with it. content, by_fold: what `write_test_report` is given.
+    """
+    if distributed.is_main():
+        title = f"{'Cross-validation' if by_fold else 'Test'} of {cfg.experiment}"
+        print(in_words(write_test_report(folder, title, **content, by_fold=by_fold)))
+        save_resolved(cfg, folder / "config.yaml")
+
+
+def report_inputs(
+    one: Tested, folder: Path, cases: Sequence[Case], predictions: Predictions, unlike: Mapping
+) -> None:
+    """Write predictions without a truth to `folder`, on the main rank.
+
+    one: the first checkpoint. unlike: of `data.table.inputs.load_inputs`.
+    """
+    if distributed.is_main():
+        write_inputs(folder / "predictions.csv", one.targets, cases, predictions, unlike)
+        save_resolved(one.cfg, folder / "config.yaml")
 
 
 @torch.no_grad()
@@ -131,3 +170,12 @@ def predict(run: Run, network, loader, targets: Targets) -> dict[str, np.ndarray
         pairs = zip(cases, found[name], strict=True)
         refuse_not_finite([case.patient for case, row in pairs if not np.isfinite(row).all()])
     return found | {name: targets.to_units(name, found[name][:, 0]) for name in targets.moments}
+
+
+def draw_inputs(run: Run, loaders: dict) -> None:
+    """Draw plots/inputs.png: what the network sees of some train cases and some val cases."""
+    views, size = {}, run.cfg.image.size
+    for name, loader in loaders.items():
+        items = [loader.dataset[key] for key in loader.sampler.global_keys()[:3]]
+        views |= views_of(cut_images(collate(items), size, run.device), name, run.cfg.data.channels)
+    run.log.image("inputs", plot_crops(run.folder / "plots" / "inputs.png", views), 0)

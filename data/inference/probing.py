@@ -186,7 +186,6 @@ def write_embeddings(run: Run, network, cache, cases: dict, folder) -> None:
 
     Each feature is the mean over all windows of the volume; probes are fitted on the train cases.
     """
-    folder.mkdir(parents=True, exist_ok=True)  # what cannot be written to shows now
     cfg = run.cfg
     x, scores = embed(run, network, cache, cases["test"]), {}
     if cfg.probe_targets:

@@ -10,6 +10,7 @@ volume are never held as a whole.
 import os
 import uuid
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
@@ -23,7 +24,7 @@ from data.entry import CacheEntry
 from data.inference.windows import air_of, fixed_view
 from data.nifti import is_nifti, read_nifti_header
 from data.parts import split_part
-from data.readers import VolumeError, format_of, read_mask, read_volume
+from data.readers import Volume, VolumeError, format_of, read_mask, read_volume
 from data.standard import off_by_header
 from data.volume import MAX_SHEAR, shear_of, spacing_of
 from utils.classes import Classes
@@ -274,6 +275,15 @@ def write_prediction(
         temporary.unlink(missing_ok=True)
 
 
+def read_shown(case: Case, entry: CacheEntry) -> Volume:
+    """Read the scan that pictures show, as it was read for the cache; NaN is the least value."""
+    volume = read_volume(case.path, case.series_uid, entry.uneven_slices, True)
+    if volume.voxels.dtype.kind == "f":
+        least = np.nanmin(volume.voxels)
+        volume = replace(volume, voxels=np.nan_to_num(volume.voxels, nan=least))
+    return volume
+
+
 def read_picture(
     case: Case, entry: CacheEntry, classes: Classes, prediction_path: str | Path
 ) -> dict:
@@ -283,7 +293,7 @@ def read_picture(
         {image, prediction, truth (None without a mask), spacing_mm}: arrays (X, Y, Z) in RAS+;
         indices of each class; and channel, of which the image is ("" if there is one).
     """
-    volume = read_volume(case.path, case.series_uid, entry.uneven_slices)
+    volume = read_shown(case, entry)
     found = read_mask(prediction_path)
 
     def to_ras(voxels: np.ndarray, affine: np.ndarray) -> np.ndarray:

@@ -9,19 +9,73 @@ import numpy as np
 import torch
 from torch import nn
 
+from data.cache import VolumeCache
 from data.cases import Case
-from data.inference.restore import decision_of, predict_case, read_truth, write_prediction
-from data.readers import read_volume
+from data.inference.restore import (
+    decision_of,
+    predict_case,
+    read_shown,
+    read_truth,
+    write_prediction,
+)
+from data.standard import StandardForm
 from data.volume import voxel_sizes
 from utils import distributed
 from utils.classes import Classes
+from utils.config.segmentation import OF_THE_TEST
 from utils.memory import explained
 from utils.metrics.segmentation import by_class, case_dice, case_metrics, predicted_volumes
 from utils.report.plots_segmentation import plot_overlay
 from utils.report.segmentation import describe, file_name
-from utils.sliding_window import averaged
+from utils.sliding_window import averaged, mirrored
 from utils.training.run import Run
 from utils.training.step import autocast, refuse_not_finite
+from utils.training.tested import about, checkpoints_of, facts_of, refuse_unlike
+from utils.training.tested import open_tested as open_checkpoint
+
+
+class Tested:
+    """A checkpoint to be tested.
+
+    Attributes:
+        path, cfg: its config, but with the fields OF_THE_TEST of the current config.
+        cache: a cache in its standard form. classes, weights: of the segmenter.
+        seen_patients, chosen_by, fingerprint: see `utils.training.tested.facts_of`. about: see
+            `about` there.
+    """
+
+    def __init__(self, path: str, cfg):
+        """cfg: the current config. Raises CheckpointError for a file not of segmentation.py."""
+        saved, self.cfg = open_checkpoint(path, "segmentation", cfg, OF_THE_TEST)
+        self.path, self.classes = path, Classes.from_dict(saved["classes"])
+        self.cache = VolumeCache(cfg.cache_dir, StandardForm.from_config(self.cfg.data))
+        self.weights = saved["modules"]["segmenter"]
+        self.seen_patients, self.chosen_by, self.fingerprint = facts_of(saved)
+        self.about = about(path, saved)
+
+
+def open_tested(cfg) -> list[Tested]:
+    """Open the checkpoints of test_ckpt. Raises CheckpointError if they cannot be averaged."""
+    tested = [Tested(path, cfg) for path in checkpoints_of(cfg.test_ckpt)]
+    alike = [
+        {"classes": one.classes, "data": one.cfg.data, "patches.size": one.cfg.patches.size}
+        for one in tested
+    ]
+    refuse_unlike([one.path for one in tested], alike)
+    return tested
+
+
+def ensemble(run: Run, tested: Sequence[Tested], networks: Sequence[nn.Module]) -> tuple:
+    """Return what predicts probabilities, the mean over networks and the mirror images that
+    inference.mirror asks for; and warnings for the report."""
+    mirror, classes = tested[0].cfg.inference.mirror, tested[0].classes
+    axes, notes = [axis for axis, mirrored in enumerate(mirror) if mirrored], []
+    unlike = [a for a in axes if not all(one.cfg.augment.flip[a] for one in tested)]
+    if unlike:
+        where = ", ".join("xyz"[axis] for axis in unlike)
+        notes.append(f"inference.mirror along {where}, but trained without augment.flip there")
+    pairs = classes.channels(tested[0].cfg.augment.mirror_pairs)
+    return mirrored(probabilities(run, networks), axes, pairs), notes
 
 
 def probabilities(run: Run, networks: Sequence[nn.Module]) -> Callable:
@@ -73,14 +127,23 @@ def rows_of_all(run: Run, rows: list[dict], bad: list[str]) -> list[dict]:
     return list(itertools.chain(*distributed.gather_objects(rows)))
 
 
+def predict_to(
+    run: Run, predict: Callable, case: Case, entry, classes: Classes, path: Path
+) -> np.ndarray:
+    """Predict a case and write the prediction; return it as class indices."""
+    with explained("the test", run.cfg):
+        found = segment(run, predict, entry)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_prediction(path, found, classes, case, entry)
+    return found
+
+
 def predict_and_score(
     run: Run, predict: Callable, case: Case, entry, classes, files: Path
 ) -> list[dict]:
     """Predict a case, write the prediction into `files` and score it: one row per class."""
-    with explained("the test", run.cfg):
-        found = segment(run, predict, entry)
     name = f"{file_name(case.patient, case.row)}.nii.gz"
-    write_prediction(files / name, found, classes, case, entry)
+    found = predict_to(run, predict, case, entry, classes, files / name)
     spacing, tolerance = voxel_sizes(entry.original_affine), run.cfg.inference.tolerance
 
     def measure(found, truth, names) -> list[dict]:
@@ -90,14 +153,14 @@ def predict_and_score(
 
     truth = read_truth(case, entry, classes) if case.seg_path else None
     rows = by_class(measure, found, truth, classes, case.labelled)
-    who = {"PatientID": case.patient, "csv_line": case.row, "prediction": name}
+    who = {"PatientID": case.patient, "csv_line": case.row, "fold": case.fold, "prediction": name}
     return [who | row for row in rows]
 
 
 def draw_case(path: Path, case: Case, entry, found, truth, classes: Classes) -> np.ndarray:
     """Draw prediction and truth (indices on the file's grid) as outlines on the image."""
     turn = nib.io_orientation(entry.original_affine)
-    image = read_volume(case.path, case.series_uid, entry.uneven_slices).voxels
+    image = read_shown(case, entry).voxels
     volumes = (image, found, truth)
     in_ras = [nib.apply_orientation(voxels, turn) for voxels in volumes]
     rows = by_class(case_dice, found, truth, classes, case.labelled)

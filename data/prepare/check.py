@@ -6,6 +6,7 @@ import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -21,7 +22,7 @@ from data.values import hu_notices, nothing_to_see, unlike_others
 from data.volume import MIN_VOXELS, SPACING_MM, spacing_of
 from utils.parallel import in_processes
 
-VERSION = 4  # of the remembered facts: raise it when the readers refuse more than before
+VERSION = 5  # of the remembered facts: raise it when the readers refuse more than before
 MEMORY = "checked.jsonl"  # in the cache's folder
 FEW_VOXELS = 8  # fewer are noticed: the network sees mostly padding there
 # {"shape": of the (first) file, "spacing": mm, "series": hash of SeriesInstanceUID or None,
@@ -180,7 +181,7 @@ def _read(case: Case, default_modality, form: StandardForm) -> Facts | VolumeErr
     item, lacking = case.files, _lacks_modality(case, default_modality)
     item["modality"] = "OT" if lacking else case.modality
     try:
-        item = ReadVolumed(default_modality, form.uneven_slices, form.mask_grid)(item)
+        item = ReadVolumed(replace(form, modality=default_modality))(item)
         for voxels, source in zip(item["image"].numpy(), item["sources"], strict=True):
             if source and voxels.min() == voxels.max():
                 raise VolumeError(f"{source}: every voxel is {voxels.min():g}")
@@ -228,7 +229,7 @@ def _source_key(case: Case, cache: VolumeCache) -> str | None:
         return None
     form = cache.form
     facts = [VERSION, sources, case.series_uid, case.modality, form.modality]
-    facts += [form.uneven_slices, form.mask_grid]
+    facts += [form.uneven_slices, form.mask_grid, form.nan_voxels]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
 
 

@@ -10,7 +10,7 @@ from data.cache import VolumeCache
 from data.cases import LABELLED, Case, CasesError, Problem, read_cases, split_bad
 from data.demo.make import make_demo
 from data.prepare.check import check_volumes, mask_labels, volume_notices
-from data.prepare.masks import find_masks, mask_problems
+from data.prepare.masks import find_masks, mask_notices, mask_problems
 from data.prepare.targets import Targets, minus_one
 from utils import distributed
 from utils.checkpoint import hash_patients
@@ -127,6 +127,25 @@ def refuse_seen(cases: Sequence[Case], seen: Collection[str], by: str, allow: bo
     return [f"No fair test: {by} has seen the patients of {counts}"] if problems else []
 
 
+def fair_test(cases: Sequence[Case], tested: Sequence, allow: bool) -> list[str]:
+    """Refuse to test on patients that checkpoints were trained on (see `refuse_seen`). Print and
+    return warnings for the report: of those, if allowed, and of those by whose scores the best
+    epoch was chosen.
+
+    tested: checkpoints with seen_patients and chosen_by.
+    """
+    seen = set().union(*(one.seen_patients for one in tested))
+    notes = refuse_seen(cases, seen, "test_ckpt", allow)
+    chosen_by = set().union(*(one.chosen_by for one in tested))
+    number = len(seen_problems(cases, chosen_by, "test_ckpt"))
+    if number:
+        what = f"No fair test: {number} of {len(cases)} test rows are of patients by whose val "
+        notes.append(f"{what}scores the epoch of test_ckpt was chosen; the scores are too good")
+    if distributed.is_main():
+        print("".join(f"WARNING: {note}\n" for note in notes), end="")
+    return notes
+
+
 def split(cases: Sequence[Case], cfg) -> Parts:
     """Split cases into train, val and test by the lists of folds of a config."""
     return {name: [c for c in cases if c.fold in wanted] for name, wanted in _folds(cfg).items()}
@@ -145,13 +164,40 @@ def load_to_train(cfg, runs: Sequence, cache: VolumeCache, check: bool, seen: Co
 
     seen: hashes of the patients that the initial weights have seen.
     """
-    whole = cfg
-    if len(runs) > 1:
-        changes = {"train_folds": all_folds(cfg), "val_folds": [], "test_folds": []}
-        whole = cfg.model_copy(update=changes)
     columns = [*cfg.cls_targets, *cfg.reg_targets, *cfg.report_by]
     find = partial(target_problems, runs, () if cfg.allow_seen_patients else seen)
+    whole = _of_all_folds(cfg, runs)
     return load_cases(whole, cache, columns, PATH_COLUMNS, check, find_problems=find)
+
+
+def _of_all_folds(cfg, runs: Sequence):
+    """Return the config, for several runs with all folds as train folds."""
+    changes = {"train_folds": all_folds(cfg), "val_folds": [], "test_folds": []}
+    return cfg.model_copy(update=changes) if len(runs) > 1 else cfg
+
+
+def load_masks(
+    cfg, runs: Sequence, cache: VolumeCache, classes: Classes, check: bool, seen: Collection[str]
+) -> tuple[Parts, list[Problem], list[Problem]]:
+    """Return what `load_cases` returns for segmentation, to train or to test, and notices of the
+    masks; for several runs (`rotations`) all cases are "train".
+
+    seen: hashes of the patients that the initial weights have seen.
+    """
+    unseen = () if cfg.allow_seen_patients or len(runs) == 1 else seen
+    find = partial(fold_problems, runs, unseen)
+    columns = ([], PATH_COLUMNS[::-1])  # a classification CSV will do
+    needed = ["test"] if cfg.test_ckpt else ["train"]
+    options = {"needed": needed, "find_problems": find}
+    cases, skipped = load_cases(
+        _of_all_folds(cfg, runs), cache, *columns, check, classes, **options
+    )
+    every = list(chain(*cases.values()))
+    labels = mask_labels(every, cache)
+    lacking = [p for run in runs for p in mask_problems(split(every, run), labels, classes)]
+    if lacking and len(runs) > 1:
+        raise CasesError(list(dict.fromkeys(lacking)))
+    return cases, skipped, mask_notices(cases, labels, classes)
 
 
 def rotations(cfg) -> list:
@@ -176,9 +222,9 @@ def rotations(cfg) -> list:
 
 
 def target_problems(runs: Sequence, seen: Collection[str], parts: Parts) -> list[Problem]:
-    """Return the problems of each run: targets that cannot be learned or are in no train row, test
-    cases that were seen and, of several runs, patients in two folds."""
-    cases, found, fold_of = list(chain(*parts.values())), [], {}
+    """Return the problems of each run: targets that cannot be learned or are in no train row, and
+    those of `fold_problems`."""
+    cases, found = list(chain(*parts.values())), []
     columns = {name for case in cases for name in case.labels}  # absent ones are reported elsewhere
     for run in runs:
         names = [[n for n in ns if n in columns] for ns in (run.cls_targets, run.reg_targets)]
@@ -186,7 +232,16 @@ def target_problems(runs: Sequence, seen: Collection[str], parts: Parts) -> list
         targets, problems = Targets.fit(own["train"], *names)
         found += problems + targets.check([*own["val"], *own["test"]])
         found += chain(*(minus_one(name, own["train"]) for name in targets.names))
-        found += seen_problems(own["test"], seen, "suprem_weights or dino_weights")
+    return list(dict.fromkeys(found + fold_problems(runs, seen, parts)))
+
+
+def fold_problems(runs: Sequence, seen: Collection[str], parts: Parts) -> list[Problem]:
+    """Return test cases that the initial weights have seen and, of several runs, patients in two
+    folds."""
+    cases, found, fold_of = list(chain(*parts.values())), [], {}
+    for run in runs:
+        by = "suprem_weights or dino_weights"
+        found += seen_problems(split(cases, run)["test"], seen, by)
     for case in cases if len(runs) > 1 else ():
         first = fold_of.setdefault(case.patient, case.fold)
         if first != case.fold:

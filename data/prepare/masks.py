@@ -52,8 +52,7 @@ def find_masks(
         if columns and case.seg_path:
             wrong = [f"masks in seg_path and in {', '.join(columns)}: leave one of them empty"]
         elif columns or (of_files and classes.files):
-            masks, missing = _files_of(case, classes, folder if columns else None)
-            wrong += missing
+            masks, wrong = _files_of(case, classes, folder if columns else None)
         elif of_files:
             wrong.append(
                 f"{case.seg_path}: a folder of NIfTI files; name those that are masks in classes, "
@@ -65,6 +64,9 @@ def find_masks(
             wrong += _lacking(case, lacking, "a label map, but has no label value")
         if masks:
             case = replace(case, seg_path=case.seg_path or next(iter(masks)), masks=masks)
+        if columns and not wrong:  # absolute, as those of a case are
+            paths = {n: os.path.join(folder, expand_path(case.labels[n])) for n in columns}
+            case = replace(case, labels=case.labels | paths)
         problems += [Problem(case.row, case.patient, what, "masks") for what in wrong]
         if not (unknown or wrong):
             found.append(case)

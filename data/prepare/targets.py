@@ -227,8 +227,9 @@ def minus_one(name: str, cases: Sequence[Case]) -> list[Problem]:
     if -1 not in values or len(values) < 2 or sorted(values)[1] < 0:
         return []
     rows = [case for case in cases if number(case.labels.get(name, "")) == -1]
-    what = f"{name}: -1 in {len(rows)} train rows is taken as a value; leave the cell empty where "
-    return [Problem(rows[0].row, rows[0].patient, f"{what}it means that none is known", NOTICE)]
+    what = f"{name}: -1, in {len(rows)} of the train rows, is taken as a value; leave the cell "
+    what += "empty where it means that none is known"
+    return [Problem(rows[0].row, rows[0].patient, what, NOTICE)]
 
 
 def _not_numbers(name: str, cases: Sequence[Case]) -> list[Problem]:

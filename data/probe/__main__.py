@@ -7,7 +7,6 @@ fit, test_folds to test, and so on (without weights: those of a random encoder).
 a test of that script to <results_dir>/<experiment>/test/. How it is done: `data.inference.frozen`.
 """
 
-import itertools
 import sys
 from functools import partial
 from pathlib import Path
@@ -15,8 +14,7 @@ from pathlib import Path
 from data.cache import VolumeCache
 from data.cases import format_problems
 from data.inference.frozen import dense_probe, label_probe, pooled_features
-from data.inference.restore import read_picture
-from data.inference.segmenting import predict_and_score
+from data.inference.testing import report_test, test_cases
 from data.prepare.load import PATH_COLUMNS, load_cases, refuse_seen
 from data.prepare.masks import refuse_partly_labelled
 from data.prepare.targets import Targets
@@ -30,8 +28,7 @@ from utils.config.classification import ClassificationConfig, impossible_classif
 from utils.config.command_line import parse_command_line, save_resolved
 from utils.config.segmentation import SegmentationConfig, impossible_segmentation
 from utils.errors import InputError
-from utils.report import classification as classification_report
-from utils.report import segmentation as segmentation_report
+from utils.report.classification import write_test_report
 from utils.signals import StopSignal
 from utils.training import step
 from utils.training.run import Run, exit_code
@@ -47,7 +44,7 @@ NUM_PICTURES = 3
 
 def segmentation(run: Run[SegmentationConfig], backbone, seen) -> None:
     """Fit on the masks of the train folds, predict and score the test folds, to test/."""
-    cfg, folder = run.cfg, run.folder / "test"
+    cfg = run.cfg
     cache = VolumeCache(cfg.cache_dir, StandardForm.from_config(cfg.data))
     classes = Classes.from_config(cfg.classes, cfg.ignore_labels)
     refuse_overlap(classes)
@@ -56,23 +53,11 @@ def segmentation(run: Run[SegmentationConfig], backbone, seen) -> None:
     notes = refuse_seen(cases["test"], seen, "dino_weights", cfg.allow_seen_patients)
     print(format_problems(skipped))
     predict = dense_probe(run, backbone, cache, cases["train"], classes)
-    files = folder / "predictions"
-    files.mkdir(parents=True, exist_ok=True)
-    rows = [
-        predict_and_score(run, predict, case, cache.get(case), classes, files)
-        for case in itertools.takewhile(lambda _: not run.stop, cases["test"])
-    ]
-    run.stop.raise_if_received()
-    rows = list(itertools.chain(*rows))
-    case_of, file_of = {c.row: c for c in cases["test"]}, {r["csv_line"]: r for r in rows}
-
-    def read(line: int) -> dict:
-        case, name = case_of[line], file_of[line]["prediction"]
-        return read_picture(case, cache.get(case), classes, files / name)
-
-    content = (rows, classes.names, cfg.inference.tolerance, read, notes)
-    settings, title = cfg.model_dump(mode="json"), f"Frozen probe of {cfg.experiment}"
-    segmentation_report.write_test_report(folder, title, *content, settings, NUM_PICTURES)
+    title = f"Frozen probe of {cfg.experiment}"
+    content = {"cases": cases["test"], "cache": cache, "classes": classes}
+    with run.new_results() as folder:
+        rows = test_cases(run, predict, folder=folder, **content)
+        report_test(run, folder, title, rows, notes=notes, num_pictures=NUM_PICTURES, **content)
 
 
 def classification(run: Run[ClassificationConfig], backbone, seen) -> None:
@@ -93,7 +78,9 @@ def classification(run: Run[ClassificationConfig], backbone, seen) -> None:
     content["predictions"] = label_probe(targets, cases["train"], train_x, test_x)
     content |= {"report_by": cfg.report_by, "control": None, "images": None}
     title = f"Frozen probe of {cfg.experiment}"
-    classification_report.write_test_report(run.folder / "test", title, **content)
+    with run.new_results() as folder:
+        write_test_report(folder, title, **content)
+        save_resolved(cfg, folder / "config.yaml")
 
 
 def with_test(cfg):
@@ -118,7 +105,6 @@ def main(argv: list[str]) -> int:
     {"segmentation": segmentation, "classification": classification}[stage](
         run, backbone.to(run.device).eval(), seen
     )
-    save_resolved(cfg, run.folder / "test" / "config.yaml")
     print(run.folder / "test" / "report.html")
     return 0
 

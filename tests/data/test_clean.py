@@ -1,6 +1,7 @@
 """python -m data.clean: what no CSV uses is listed and removed, and nothing else."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -24,6 +25,18 @@ def test_only_what_no_csv_uses_goes(tmp_path, capsys):
     main([*args, "--remove"])
     assert {*folder.glob("*.b2nd")} == {kept, unmasked}
     assert "3 removed" in capsys.readouterr().out
+
+
+def test_masks_in_a_folder_are_in_use(tmp_path):
+    case = make_case(tmp_path, "a", (12, 12, 12))
+    (tmp_path / "masks").mkdir()
+    Path(case.seg_path).rename(tmp_path / "masks" / "liver.nii")
+    mask = str(tmp_path / "masks" / "liver.nii")
+    cache, case = VolumeCache(tmp_path / "cache", FORM), replace(case, seg_path=mask)
+    cache.get(case)
+    (tmp_path / "a.csv").write_text("PatientID,path,seg_path,fold\np,a.nii,masks,0\n")
+    main([str(tmp_path / "cache"), str(tmp_path / "a.csv"), "--remove"])
+    assert cache.path(case).is_file()
 
 
 def test_a_csv_whose_disk_is_absent_removes_nothing(tmp_path):

@@ -6,7 +6,8 @@ import pytest
 
 from data.cache import VolumeCache
 from data.cases import Case
-from data.inference.restore import write_prediction
+from data.channels import read_channels
+from data.inference.restore import read_shown, write_prediction
 from data.readers import VolumeError, format_of, read_volume
 from data.sources import fingerprint
 from data.standard import StandardForm
@@ -104,3 +105,29 @@ def test_predictions_lie_on_the_scan(tmp_path, name):
     found = nib.load(tmp_path / "p.nii.gz")
     np.testing.assert_allclose(found.affine, TURNED, atol=1e-5)
     np.testing.assert_array_equal(np.asarray(found.dataobj), labels)
+
+
+@pytest.mark.parametrize("name", ["a.nii.gz", "a.mha", "a.mgz"])
+@pytest.mark.parametrize("modality, air", [("CT", -1000), ("MR", 3)])
+def test_nan_is_air_on_request(tmp_path, name, modality, air):
+    voxels = np.random.default_rng(0).integers(3, 900, (12, 10, 9)).astype(np.float32)
+    voxels[0, 0, 0], voxels[:5] = 3, np.nan
+    voxels[7, 7, 7] = 3
+    path = str(tmp_path / name)
+    if name == "a.nii.gz":
+        nib.save(nib.Nifti1Image(voxels, TURNED), path)
+    else:
+        write_format(tmp_path / name, voxels, TURNED)
+    with pytest.raises(VolumeError, match="450 of 1080 voxels are NaN"):
+        read_volume(path)
+    volume, (scan,), notices = read_channels({"": path}, modality, None, nan_voxels="background")
+    assert np.array_equal(scan.voxels, np.where(np.isnan(voxels), air, voxels))
+    assert notices == [f"{path}: 450 voxels (41.7%) are NaN, and were taken for background"]
+    form = StandardForm(None, modality, crop_background=False, nan_voxels="background")
+    case = Case("p", path, "0", 2)
+    entry = VolumeCache(tmp_path / "cache", form).get(case)
+    assert np.nanmin(read_shown(case, entry).voxels) == 3
+    voxels[7, 7, 7] = np.inf
+    nib.save(nib.Nifti1Image(voxels, TURNED), tmp_path / "inf.nii")
+    with pytest.raises(VolumeError, match="NaN or infinite"):
+        read_volume(tmp_path / "inf.nii", keep_nan=True)

@@ -1,6 +1,6 @@
 """Order and content of batches: a function of seed and epoch, whatever runs them."""
 
-from collections import Counter
+from collections import Counter, namedtuple
 
 import numpy as np
 import pytest
@@ -11,6 +11,7 @@ from data.loading import EpochSampler, make_loader
 from data.views.crops import RegionDataset, ViewSettings
 from data.views.intensity import IntensitySettings
 from tests.data.views.test_crops import FakeEntry
+from utils.errors import InputError
 
 SETTINGS = ViewSettings(
     region_size=(24, 24, 24),
@@ -80,6 +81,21 @@ def test_items_depend_on_every_part_of_the_key_and_on_the_seed():
 def test_batches_do_not_depend_on_the_workers():
     for one, two in zip(batches(4), batches(4, n_workers=2), strict=True):
         assert equal(one, two)
+
+
+def test_a_shared_memory_that_batches_would_fill_is_refused_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("data.loading.SHARED_MEMORY", tmp_path)
+    used = namedtuple("Usage", "free")
+    # a region of 24^3 int16 per item (and a little more), 2 batches of 4 per worker
+    monkeypatch.setattr("shutil.disk_usage", lambda path: used(2 * 2 * 4 * 24**3 * 2))
+    with pytest.raises(InputError, match=r"0.442 MB are free.*take 0.\d+ MB.*--shm-size=1g"):
+        batches(4, n_workers=2)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: used(10**6))
+    data = dataset()
+    make_loader(data, EpochSampler(len(data), 4, seed=5), 2)  # starts no process yet
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    with pytest.raises(InputError, match="16 processes"):
+        batches(4, n_workers=2)
 
 
 def test_two_ranks_see_together_what_one_process_sees():

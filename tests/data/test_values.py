@@ -26,7 +26,7 @@ BODY = HU[HU > -500][:1000].reshape(10, 10, 10)
         ((HU.clip(-160, 240) + 160) / 400, "0..1"),
         (np.rint((HU.clip(-160, 240) + 160) / 400 * 255), "0..255"),
         (BODY.clip(-90, 200), "no voxel is below -200 HU: no air"),
-        (HU - 1024, "shifted by about -1024"),
+        (HU - 1024, "shifted by about 1024"),
         (np.where(HU < -990, -3024, HU), None),
     ],
 )

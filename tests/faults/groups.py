@@ -17,6 +17,7 @@ from tests.faults.files.formats import FORMATS
 from tests.faults.files.labels import LABELS
 from tests.faults.files.masks import MASKS
 from tests.faults.files.nifti import NIFTI, NIFTI_FLIPS
+from tests.faults.files.values import VALUES
 from tests.faults.files.yaml_files import YAML
 from tests.faults.runs.finished import FINISHED
 from tests.faults.runs.memory import MEMORY
@@ -45,6 +46,7 @@ GROUPS = [
     LABELS,
     CHANNELS,
     CSV,
+    VALUES,
     YAML,
     CACHE,
     CACHE_AT_ONCE,

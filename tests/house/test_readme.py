@@ -85,7 +85,7 @@ def test_commands_exist(page):
             assert script[1] in STAGES, line
             overrides = re.findall(r" ([a-z_0-9.]+)=", script[2])
             assert set(overrides) <= set(KEYS[script[1]]), line
-            options = {*OPTIONS, "--cv"} if script[1] == "classification" else set(OPTIONS)
+            options = {*OPTIONS} | (set() if script[1] == "dino" else {"--cv", "--predict"})
             assert set(re.findall(r" (--[a-z]+)", script[2])) <= options, line
 
 

@@ -326,6 +326,9 @@ def test_the_pooled_table_has_intervals_control_and_folds(cross):
     metrics = json.loads((cross.folder / "test" / "metrics.json").read_text())["bright"]
     assert metrics["n"] == 15 and len(metrics["auc_interval"]) == 2
     assert set(metrics["folds"]) == set("01234") and "auc" in metrics["control"]
+    page = (cross.folder / "test" / "report.html").read_text()
+    assert page.index("mean over the folds") < page.index("<th>pooled</th>")
+    assert "different networks have scored" in page
 
 
 def test_a_cross_validation_goes_on_where_it_stopped(cross, capsys):
@@ -338,7 +341,8 @@ def test_a_cross_validation_goes_on_where_it_stopped(cross, capsys):
     assert (cross.folder / "test" / "metrics.json").read_text() == before
     said = capsys.readouterr().out
     assert f"fold 5 of 5: {cross.folder / 'fold_4'}\n" in said and "epoch 1/1 loss " in said
-    assert said.count("bright: AUC ") == 6 and "mean and sd over the folds: AUC " in said
+    assert said.count("bright: AUC ") == 5  # each fold; of all of them the mean leads
+    assert "bright: mean and sd over the folds: AUC " in said and "; pooled: AUC " in said
 
 
 def test_what_keeps_a_fold_from_being_run_is_said_before_all(script, table, capsys, tmp_path):

@@ -200,7 +200,7 @@ def test_check_reads_everything_and_writes_no_results(stage, script, capsys, tmp
         said = ["8 train, 3 val, 3 test cases, 0 problems", "background: 5", "predicted only"]
     assert script(f"--check cache_dir={tmp_path / 'cache'}") == 0
     assert absent(said, capsys.readouterr().out) == []
-    assert files_in(tmp_path) == {"cache/checked.jsonl"}
+    assert files_in(tmp_path) == {"cache/checked.jsonl", "cache/contents.jsonl"}
 
 
 def spoil_cases(rows):

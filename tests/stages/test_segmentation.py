@@ -1,7 +1,9 @@
 """What only segmentation.py does: masks and classes, predictions on the files' own grids."""
 
 import json
+import os
 from functools import partial
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -16,7 +18,7 @@ from tests.conftest import CANARY, equal, read_cases, write_cases
 from tests.places import SHARED
 from tests.stages import small
 from utils import checkpoint
-from utils.checkpoint import CheckpointError
+from utils.checkpoint import CheckpointError, hash_patients
 from utils.classes import Classes
 from utils.config.command_line import parse_command_line
 from utils.config.segmentation import SegmentationConfig, impossible_segmentation
@@ -181,6 +183,70 @@ def test_an_ensemble_of_other_classes_or_volumes_is_refused(best, run, tmp_path)
         run(f"test_ckpt=[{best},{tmp_path / 'other.pt'}]")
 
 
+def test_a_test_on_the_fold_that_chose_the_epoch_is_named(best, run, folder, capsys):
+    assert run(f"test_ckpt={best} train_folds=[] val_folds=[] test_folds=[3,4]") == 0
+    page = (folder / "test" / "report.html").read_text()
+    assert "No fair test: 3 of 6 test rows are of patients by whose val scores" in page
+    assert "No fair test" in capsys.readouterr().out
+
+
+# ---- cross-validation
+
+
+@pytest.fixture(scope="module")
+def cross(scans_of, tmp_path_factory):
+    """The folder of a cross-validation over three folds of the cases with masks."""
+    scans, results = scans_of("segmentation"), tmp_path_factory.mktemp("crossed")
+    folds = "train_folds=[0] val_folds=[1] test_folds=[2]"
+    settings = f"--cv experiment=cv n_epochs=3 val_every=3 {folds}"
+    assert small.run("segmentation", scans, results, settings) == 0
+    return results / "cv"
+
+
+def test_each_fold_is_tested_once_by_a_segmenter_that_has_not_seen_it(cross, scans):
+    assert {p.name for p in cross.iterdir()} == {"fold_0", "fold_1", "fold_2", "test"}
+    rows = read_cases(cross / "test" / "cases.csv")
+    assert {(row["csv_line"], row["fold"]) for row in rows} == {
+        (str(i + 2), str(fold)) for i, fold in enumerate(small.FOLDS_OF_MASKS) if fold < 3
+    }
+    for fold in range(3):
+        seen = small.load(cross / f"fold_{fold}")["seen_patients"]
+        train = [i for i, other in enumerate(small.FOLDS_OF_MASKS) if other == (fold + 2) % 3]
+        assert seen == hash_patients(f"{CANARY}{i}" for i in train)
+        own = read_cases(cross / f"fold_{fold}" / "test" / "cases.csv")
+        same = [row for row in rows if row["fold"] == str(fold)]
+        assert [row["dice"] for row in own] == [row["dice"] for row in same]
+        where = cross / "test" / "predictions"  # they lie where the fold was tested
+        assert Path(os.path.normpath(where / same[0]["prediction"])).is_file()
+    summary = json.loads((cross / "test" / "summary.json").read_text())
+    dice = [summary["folds"][fold]["dice"] for fold in "012"]
+    assert summary["over_folds"]["dice"]["mean"] == pytest.approx(np.mean(dice))
+
+
+def test_a_folder_stands_for_all_folds_as_an_ensemble(cross, run, folder, capsys):
+    assert run(f"test_ckpt={cross} train_folds=[] val_folds=[] test_folds=[4]") == 0
+    paths = [cross / f"fold_{i}" / "checkpoints" / "best.pt" for i in range(3)]
+    together = read_cases(folder / "test" / "cases.csv")
+    listed = f"[{','.join(map(str, paths))}]"
+    test = f"experiment=y test_ckpt={listed} train_folds=[] val_folds=[] test_folds=[4]"
+    assert run(test) == 0
+    assert read_cases(folder.parent / "y" / "test" / "cases.csv") == together
+    with pytest.raises(CheckpointError, match="no such checkpoint; a folder stands for"):
+        run(f"test_ckpt={cross.parent}")
+
+
+def test_what_keeps_a_fold_from_being_run_is_said_before_all(script, table, capsys, tmp_path):
+    def spoil(rows):
+        rows[3]["PatientID"] = rows[1]["PatientID"]  # folds 0 and 1
+        rows[2]["seg_path"] = ""
+
+    folds = "train_folds=[0] val_folds=[1] test_folds=[2]"
+    assert script("--cv", table(spoil), folds) == 2
+    shown = capsys.readouterr().err
+    assert "is in folds 1 and 0" in shown and "a case of train_folds needs a mask" in shown
+    assert small.files_in(tmp_path) == {"cases.csv"}
+
+
 # ---- real scans: the grid of dcm2niix, masks of many labels
 
 
@@ -243,15 +309,11 @@ def test_masks_of_many_labels_train_and_test_through_every_output(
     few = "n_epochs=1 patches.size=[32,32,16] patches.per_case=4"
     assert run(classes, "train_folds=[a] val_folds=[] test_folds=[]", few) == 0
     best, test = f"test_ckpt={folder / 'checkpoints' / 'best.pt'}", folder / "test"
-    (test / "predictions").mkdir(parents=True)
-    for name in ("earlier_line2.nii.gz", "corrected by hand.nii.gz"):
-        (test / "predictions" / name).touch()
     assert run(best, "test_folds=[a] allow_seen_patients=true", pictures=True) == 0
     summary = json.loads((test / "summary.json").read_text())
     assert len(summary["classes"]) == len(read_cases(test / "cases.csv")) == num_labels - 1
     assert summary["overall"]["dice"]["counted"] == num_labels - 1
-    (test / "predictions" / "corrected by hand.nii.gz").unlink()  # still there
-    (path,) = (test / "predictions").iterdir()  # and no longer that of the earlier test
+    (path,) = (test / "predictions").iterdir()
     assert nib.load(path).shape == nib.load(mask).shape
     (overlay,) = (test / "plots").glob("overlay_*.png")
     assert overlay.stat().st_size > 10_000

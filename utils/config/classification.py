@@ -62,11 +62,14 @@ class ClassificationConfig(schema.FineTuned):
 
 
 def impossible_classification(
-    values: schema.Values, facts_of: schema.FactsOf, cv: bool = False
+    values: schema.Values, facts_of: schema.FactsOf, cv: bool = False, predicted: str | None = None
 ) -> schema.Wrong:
-    """Find values that contradict each other or `--cv`, or that the backbone cannot take."""
-    yield from schema.impossible_run(values)
-    yield from _impossible_cv(values) if cv else ()
+    """Find values that contradict each other, --cv or --predict, or that the backbone cannot take.
+
+    cv: whether --cv is given. predicted: the path of --predict, if it is given.
+    """
+    yield from schema.impossible_run(values, predicted)
+    yield from schema.impossible_cv(values, predicted) if cv else ()
     classes, numbers = (values.get(key) for key in ("cls_targets", "reg_targets"))
     if classes == [] and numbers == []:
         yield "cls_targets", "empty, and so is reg_targets: nothing to learn"
@@ -91,14 +94,3 @@ def impossible_classification(
         stride = facts.strides[-1]
         padded = [-(-n // stride) * stride for n in size]  # as the classifier does
         yield from schema.impossible_size("image.size", {**values, "image.size": padded}, facts)
-
-
-def _impossible_cv(values: schema.Values) -> schema.Wrong:
-    """Find values that a cross-validation cannot use."""
-    number = sum(len(values.get(key, [])) for key in schema.FOLDS)
-    if number < 3 and all(key in values for key in schema.FOLDS):
-        yield "train_folds", f"{number} folds with val_folds and test_folds; --cv needs at least 3"
-    if values.get("test_ckpt") is not None:
-        yield "test_ckpt", "not together with --cv"
-    if values.get("resume_training_from") not in (None, "auto"):
-        yield "resume_training_from", "with --cv only null or auto: each fold has its checkpoints"

@@ -18,8 +18,9 @@ from pydantic import BaseModel, ValidationError
 
 from utils.config import strict_yaml
 from utils.config.fields import in_words
+from utils.config.schema import OPTIONS as FINE_TUNING_OPTIONS
 from utils.errors import InputError, nearest
-from utils.files import read_text
+from utils.files import expand_path, read_text
 
 Schema = TypeVar("Schema", bound=BaseModel)
 # From {dotted key: value} of the values that are valid by themselves to [(key, what is wrong)].
@@ -73,7 +74,7 @@ def parse_command_line(
         default_config: the YAML file that is read unless --config names another.
         schema: the pydantic model.
         impossible: finds values that are valid by themselves but not together.
-        more_options: {"--option": its line of --help} of further options of this script.
+        more_options: {"--option" or "--option VALUE": its line of --help} of further options.
     Returns:
         the config, and whether --check was given.
     Raises:
@@ -134,15 +135,18 @@ def _split_arguments(argv: list[str], default_config: str | Path, options: list[
         problems.append(ConfigProblem(COMMAND_LINE, argument, what))
 
     arguments = iter(argv)
+    with_value = {"--config": "a file", **dict(o.split() for o in options if " " in o)}
+    options = [option.split()[0] for option in options]
     for argument in arguments:
         name, equals, text = argument.partition("=")
-        if name == "--config":
+        if name in with_value:
             text = text if equals else next(arguments, "")
             if not text:
-                wrong(name, "needs the name of a file")
+                wrong(name, f"needs {with_value[name]}")
             elif name in flags:
                 wrong(name, "given twice")
-            path = Path(text or path)
+            if name == "--config":
+                path = Path(text or path)
             flags.add(name)
         elif argument in (*options, "-h"):
             flags.add(argument)
@@ -150,12 +154,31 @@ def _split_arguments(argv: list[str], default_config: str | Path, options: list[
             key = name.lstrip("-").replace("-", "_")
             near = nearest(name, options)
             what = f"unknown option; nearest: {near}" if near else "unknown option"
-            wrong(argument, f"{what}; to override a key, write {key}=value")
+            what += f"; to override a key, write {key}=value"
+            if name in {option.split()[0] for option in FINE_TUNING_OPTIONS}:
+                what = "only classification.py and segmentation.py have this option"
+            wrong(argument, what)
         elif not equals:
             wrong(argument, "expected key=value")
         else:
             overrides.append((name, text))
     return path, flags, overrides, problems
+
+
+def value_of(option: str, argv: list[str]) -> str | None:
+    """Return the value of an option, which `parse_command_line` checks, or None.
+
+    Raises ConfigError if it is no path.
+    """
+    for argument, following in zip(argv, [*argv[1:], ""], strict=True):
+        name, equals, text = argument.partition("=")
+        text = text if equals else following
+        if name == option and text:
+            try:
+                return expand_path(text)
+            except ValueError as e:
+                raise ConfigError(COMMAND_LINE, [ConfigProblem("", option, str(e))]) from None
+    return None
 
 
 def _override(values: dict, key: str, text: str, known: list[str]) -> str:
@@ -203,11 +226,11 @@ def validate(
     `impossible` gets every value that is valid by itself, so that no mistake hides another.
     """
     config, problems = None, []
-    known = schema_keys(schema)
+    known, rules = schema_keys(schema), _json_rules(schema)
     try:
         config = schema.model_validate(values)
     except ValidationError as e:
-        problems = [(_dotted(error["loc"]), _explain(error, known)) for error in e.errors()]
+        problems = [(_dotted(error["loc"]), _explain(error, known, rules)) for error in e.errors()]
     broken = {_field(key) for key, _ in problems}
     valid = {}
     for key in known:
@@ -229,24 +252,42 @@ def _field(key: str) -> str:
     return re.sub(r"(\[[0-9]+\])+\Z", "", key)
 
 
-def _explain(error: Mapping[str, Any], known: list[str]) -> str:
-    """Put pydantic's message into the words of a config file."""
-    kind, found = error["type"], error["input"]
+def _explain(error: Mapping[str, Any], known: list[str], rules: Mapping[str, dict]) -> str:
+    """Put pydantic's message into the words of a config file.
+
+    rules: of `_json_rules`.
+    """
+    kind, found, key = error["type"], error["input"], _dotted(error["loc"])
+    number = _length(rules.get(_field(key), {}))
+    if found is None and ":" in (last := str(error["loc"][-1])):
+        return f"write a space after the colon: {last.replace(':', ': ')}"
     if kind == "extra_forbidden":
-        return _unknown(_dotted(error["loc"]), known)
+        return _unknown(key, known)
     if kind == "missing":
-        return "missing"
+        return f"missing: expected {number} values" if number else "missing"
     what = error["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
+    what = what.replace("a valid integer", "a whole number").replace("a valid ", "a ")
     if kind == "model_type":
         what = "expected a section: indented lines `key: value`"
+    elif kind == "dict_type":
+        what = "expected names and values: {name: value, ...}"
     elif kind == "list_type":
         what = "expected a list: [first, second, ...]"
+    elif kind == "tuple_type" and isinstance(found, int | float) and number:
+        what = f"expected {number} values: {strict_yaml.text([found] * number)}"
+    elif kind in ("tuple_type", "too_long") and number:
+        what = f"expected a list of {number} values"
     elif kind == "literal_error" and isinstance(found, str):
         near = nearest(found, re.findall(r"'([^']*)'", what))
         what += f"; nearest: {near}" if near else ""
     words = {None: "null", True: "true", False: "false"}
     shown = words[found] if found is None or isinstance(found, bool) else repr(found)
     return f"{shown[:80]}: {what}"
+
+
+def _length(rule: Mapping[str, Any]) -> int:
+    """Return how many values a rule wants, as of three axes; 0 if any number or none."""
+    return max(len(part.get("prefixItems", ())) for part in [rule, *rule.get("anyOf", ())])
 
 
 def _unknown(key: str, known: list[str]) -> str:

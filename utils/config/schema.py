@@ -5,6 +5,7 @@ A field checks its own value (fields.py). The functions at the end check rules o
 see every value that is valid by itself, so that all problems are reported together.
 """
 
+import importlib.util
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Annotated, Any, Literal
@@ -15,6 +16,14 @@ from utils.config import fields as f
 
 WEIGHTS = ("suprem_weights", "dino_weights", "resume_training_from", "test_ckpt")
 FOLDS = ("train_folds", "val_folds", "test_folds")
+# Of the stages that are fine-tuned, beside those of `utils.config.command_line`: {option: meaning}
+OPTIONS = {
+    "--predict PATH": "with test_ckpt: predict a scan, or all scans below a folder, without a CSV; "
+    "to <experiment>/predictions/",
+    "--cv": "cross-validate over all folds in train_folds, val_folds and test_folds: each is "
+    "tested once, by a run with the next one in the list as val (after the last: the first) "
+    "and all others as train; results of all folds in <experiment>/test",
+}
 Values = Mapping[str, Any]  # {dotted key: valid value}
 FactsOf = Callable[[Values, bool], Any]  # the type of `models.backbones.facts_of`
 Wrong = Iterator[tuple[str, str]]  # (dotted key, what is wrong with it)
@@ -50,6 +59,7 @@ class Data(f.Section):
     crop_background: bool
     uneven_slices: Literal["refuse", "resample"]
     mask_grid: Literal["header", "voxels"]
+    nan_voxels: Literal["refuse", "background"]
     max_bad_cases: f.Count
 
 
@@ -84,6 +94,7 @@ class Run(f.Section):
     n_workers: f.Count
     max_bad_steps: f.Positive
     data: Data
+    tracker: Literal["wandb", "mlflow"] | None
     log_every: f.Positive
     save_every: f.Positive
 
@@ -112,8 +123,11 @@ class FineTuned(Run):
 
 
 # ---- what is impossible together
-def impossible_run(values: Values) -> Wrong:
-    """Find contradictions in what all stages share: weights, folds, the schedule, the backbone."""
+def impossible_run(values: Values, predicted: str | None = None) -> Wrong:
+    """Find contradictions in what all stages share: weights, folds, the schedule, the backbone.
+
+    predicted: the path of --predict, if it is given.
+    """
     chosen = [key for key in WEIGHTS if values.get(key) is not None]
     if values.get("resume_training_from") == "auto" and values.get("test_ckpt") is None:
         chosen.remove("resume_training_from")  # a requeued run's first start may need weights
@@ -127,8 +141,13 @@ def impossible_run(values: Values) -> Wrong:
             used.setdefault(fold, key)
     if values.get("test_ckpt") is None and values.get("train_folds") == []:
         yield "train_folds", "empty: nothing to train on"
-    if values.get("test_ckpt") is not None and values.get("test_folds") == []:
+    if predicted and values.get("test_ckpt", "") is None:
+        yield "test_ckpt", "null: --predict needs the checkpoint that predicts"
+    if values.get("test_ckpt") is not None and values.get("test_folds") == [] and not predicted:
         yield "test_folds", "empty, but test_ckpt is set"
+    tracker = values.get("tracker")
+    if tracker and importlib.util.find_spec(tracker) is None:
+        yield "tracker", f"{tracker} is not installed: pip install {tracker}"
     yield from longer_than_run("warmup_epochs", values)
     if values.get("min_learning_rate", 0) > values.get("learning_rate", math.inf):
         yield "min_learning_rate", f"{values['min_learning_rate']}: more than learning_rate"
@@ -152,6 +171,19 @@ def _impossible_channels(values: Values) -> Wrong:
         yield "data.missing_channels", f"zero, but {shown}: none can be missing"
     if values.get("augment.drop_channel") and len(channels) < 2:
         yield "augment.drop_channel", f"{values['augment.drop_channel']}, but {shown}"
+
+
+def impossible_cv(values: Values, predicted: str | None = None) -> Wrong:
+    """Find values that a cross-validation cannot use."""
+    number = sum(len(values.get(key, [])) for key in FOLDS)
+    if number < 3 and all(key in values for key in FOLDS):
+        yield "train_folds", f"{number} folds with val_folds and test_folds; --cv needs at least 3"
+    if values.get("test_ckpt") is not None:
+        yield "test_ckpt", "not together with --cv"
+    elif predicted:
+        yield "--predict", "not together with --cv"
+    if values.get("resume_training_from") not in (None, "auto"):
+        yield "resume_training_from", "with --cv only null or auto: each fold has its checkpoints"
 
 
 def longer_than_run(key: str, values: Values) -> Wrong:

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import BeforeValidator, Field, PlainValidator
 
 from utils.classes import class_problems
 from utils.config import fields as f
@@ -11,11 +11,29 @@ from utils.config import schema
 Values = Annotated[
     list[int], BeforeValidator(f.one_or_more, json_schema_input_type=int | list[int])
 ]
-Files = Annotated[str, AfterValidator(f.not_empty)]
+
+
+def label(value: Any) -> int | str:
+    """Check one entry of a class."""
+    if type(value) is not int and not (isinstance(value, str) and value):
+        raise ValueError("expected a label value (a whole number), or the name of a file or column")
+    return value
+
+
+Label = Annotated[int | str, PlainValidator(label, json_schema_input_type=int | str)]
 Labels = Annotated[
-    list[int | Files],
-    BeforeValidator(f.one_or_more, json_schema_input_type=int | str | list[int | str]),
+    list[Label], BeforeValidator(f.one_or_more, json_schema_input_type=int | str | list[int | str])
 ]
+
+
+def not_turned_round(classes: Any) -> Any:
+    """Refuse {1: liver}, as in nnU-Net's older files, with what to write."""
+    if isinstance(classes, dict) and classes:
+        names = {v: k for k, v in classes.items() if isinstance(v, str) and str(k).isdecimal()}
+        if len(names) == len(classes):
+            right = ", ".join(f"{name}: {value}" for name, value in names.items() if value != "0")
+            raise ValueError(f"turned round: the name comes first: {{{right}}}")
+    return classes
 
 
 class Patches(f.Section):
@@ -60,7 +78,7 @@ OF_THE_TEST = (
 
 
 class SegmentationConfig(schema.FineTuned):
-    classes: dict[f.Text, Labels]
+    classes: Annotated[dict[f.Text, Labels], BeforeValidator(not_turned_round)]
     ignore_labels: Values
     optimizer: Literal["adamw", "sgd"]
     val_every: f.Positive
@@ -71,10 +89,16 @@ class SegmentationConfig(schema.FineTuned):
     inference: Inference
 
 
-def impossible_segmentation(values: schema.Values, facts_of: schema.FactsOf) -> schema.Wrong:
-    """Find values that contradict each other or that the backbone cannot take."""
+def impossible_segmentation(
+    values: schema.Values, facts_of: schema.FactsOf, cv: bool = False, predicted: str | None = None
+) -> schema.Wrong:
+    """Find values that contradict each other, --cv or --predict, or that the backbone cannot take.
+
+    cv: whether --cv is given. predicted: the path of --predict, if it is given.
+    """
     facts = facts_of(values, True)
-    yield from schema.impossible_run(values)
+    yield from schema.impossible_run(values, predicted)
+    yield from schema.impossible_cv(values, predicted) if cv else ()
     yield from schema.impossible_freezing(values)
     yield from schema.impossible_size("patches.size", values, facts)
     if values.get("loss.dice") == values.get("loss.ce") == 0:
@@ -89,4 +113,5 @@ def impossible_segmentation(values: schema.Values, facts_of: schema.FactsOf) -> 
 
 def _are_labels(value: Any) -> bool:
     """Return whether the schema takes a value; if it does not, that is reported already."""
-    return value is not None and all(type(x) in (int, str) for x in f.one_or_more(value))
+    values = f.one_or_more(value)
+    return isinstance(values, list) and all(type(x) in (int, str) and x != "" for x in values)

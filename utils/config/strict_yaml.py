@@ -103,12 +103,33 @@ def _value(node: yaml.Node | None) -> Any:
     return {"int": int, "float": float, "str": str}[kind](node.value)
 
 
+# {part of PyYAML's message: plain words}
+PLAIN = {
+    "'\\t'": "a tab; indent with spaces",
+    "expected <block end>": "indented otherwise than the lines above it: keys of one section begin "
+    "in the same column",
+    "mapping values are not allowed here": "a key where none can be: it is indented deeper than "
+    "the line above, or a text with a colon and a space lacks its quotes",
+    "could not find expected ':'": "expected key: value, with a space after the colon",
+    "expected ',' or ']'": "a list is not closed: expected , or ]",
+    "expected ',' or '}'": "a { is not closed: expected , or }",
+    "unexpected end of stream": "a quote is not closed",
+}
+
+
 def reason(error: yaml.YAMLError | RecursionError, with_line: bool = True) -> str:
     """Say in one line what is wrong with the YAML, and in which line of it."""
     if isinstance(error, RecursionError):
         return "nested too deeply"
     mark = getattr(error, "problem_mark", None)
     what = getattr(error, "problem", None) or str(error).splitlines()[0]
-    if "'\\t'" in what:
-        what = "a tab; indent with spaces"
+    if "could not find expected ':'" in what:  # where it looked for one, not where it gave up
+        mark = error.context_mark
+    what = next((plain for part, plain in PLAIN.items() if part in what), what)
     return f"line {mark.line + 1}: {what}" if mark and with_line else what
+
+
+def text(value: Any) -> str:
+    """Return a value as it is written in one line of YAML."""
+    found = yaml.dump(value, Dumper=Dumper, default_flow_style=True, width=10_000)
+    return found.removesuffix("...\n").strip()

@@ -1,7 +1,7 @@
 """Predictions of a test: written as a CSV, and those of several folds joined."""
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,20 +24,51 @@ def write_predictions(path: str | Path, targets, cases: Sequence, predictions: P
     for i, case in enumerate(cases):
         for name in targets.names:
             row = {"PatientID": case.patient, "csv_line": case.row, "fold": case.fold}
-            truth, output = truths[name][i], predictions[name][i]
-            if name in targets.classes:
-                classes = targets.classes[name]
-                row |= {"target": name, "truth": classes[truth] if truth >= 0 else ""}
-                row["prediction"] = classes[int(np.argmax(output))]
-                row |= {f"p_{c}": float(p) for c, p in zip(classes, output, strict=True)}
-            else:
-                known = "" if np.isnan(truth) else float(truth)
-                row |= {"target": name, "truth": known, "prediction": float(output)}
-            rows.append(row)
-    columns = ["PatientID", "csv_line", "fold", "target", "truth", "prediction"]
-    columns += [f"p_{c}" for c in dict.fromkeys(c for cs in targets.classes.values() for c in cs)]
+            row |= {"target": name, "truth": _truth(targets, name, truths[name][i])}
+            rows.append(row | _said(targets, name, predictions[name][i]))
+    _write(path, targets, rows, "PatientID csv_line fold target truth prediction", "")
+
+
+def write_inputs(
+    path: str | Path, targets, cases: Sequence, predictions: Predictions, unlike: Mapping
+) -> None:
+    """Write a CSV of predictions without a truth: name, path, series_uid, target, prediction,
+    p_<class> for each class, and unlike_training.
+
+    Args:
+        targets, predictions: see `write_predictions`. cases: N, named by their patient.
+        unlike: {row of a case: in what it is unlike the train cases}.
+    """
+    rows = []
+    for i, case in enumerate(cases):
+        who = {"name": case.patient, "path": case.path, "series_uid": case.series_uid or ""}
+        odd = {"unlike_training": "; ".join(unlike.get(case.row, ()))}
+        for name in targets.names:
+            said = _said(targets, name, predictions[name][i])
+            rows.append({**who, "target": name, **said, **odd})
+    _write(path, targets, rows, "name path series_uid target prediction", "unlike_training")
+
+
+def _truth(targets, name: str, truth) -> str | float:
+    if name in targets.classes:
+        return targets.classes[name][truth] if truth >= 0 else ""
+    return "" if np.isnan(truth) else float(truth)
+
+
+def _said(targets, name: str, output) -> dict[str, str | float]:
+    """Return prediction and p_<class> of a target for one case."""
+    if name not in targets.classes:
+        return {"prediction": float(output)}
+    classes = targets.classes[name]
+    probabilities = {f"p_{c}": float(p) for c, p in zip(classes, output, strict=True)}
+    return {"prediction": classes[int(np.argmax(output))], **probabilities}
+
+
+def _write(path: str | Path, targets, rows: list[dict], before: str, after: str) -> None:
+    """Write rows. before, after: names of the columns around those of the classes."""
+    classes = [f"p_{c}" for c in dict.fromkeys(c for cs in targets.classes.values() for c in cs)]
     with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns)
+        writer = csv.DictWriter(file, [*before.split(), *classes, *after.split()])
         writer.writeheader()
         writer.writerows(rows)
 

@@ -169,6 +169,25 @@ def summarize(rows: Sequence[Mapping], num: int = 1000, seed: int = 0) -> dict:
     }
 
 
+def over_folds(rows: Sequence[Mapping]) -> dict[str, dict]:
+    """Return the scores of each fold of a cross-validation, each of another network.
+
+    Returns:
+        {"folds": {fold: {metric: overall mean, None if nothing counts}}; "over_folds": {metric:
+        {"mean", "sd", "folds": number of folds that have one}}}.
+    """
+    folds = {row["fold"]: [r for r in rows if r["fold"] == row["fold"]] for row in rows}
+    folds = {fold: summarize(found, num=0)["overall"] for fold, found in sorted(folds.items())}
+    folds = {f: {name: entry["mean"] for name, entry in of.items()} for f, of in folds.items()}
+    over = {}
+    for metric in METRICS:
+        values = [scores[metric] for scores in folds.values() if scores[metric] is not None]
+        sd = float(np.std(values, ddof=1)) if len(values) > 1 else None
+        mean = float(np.mean(values)) if values else None
+        over[metric] = {"mean": mean, "sd": sd, "folds": len(values)}
+    return {"folds": folds, "over_folds": over}
+
+
 def dice_difference(
     rows: Sequence[Mapping], others: Sequence[Mapping], num: int = 1000, seed: int = 0
 ) -> dict[str, dict]:

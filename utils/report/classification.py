@@ -60,6 +60,11 @@ EXPLANATIONS = [
     "than two classes that of the predicted one.",
     "Cases are named by their line in the CSV; predictions.csv has the PatientIDs.",
 ]
+POOLED = (
+    "Each fold was tested by a network that was trained without it: the mean over the folds says "
+    "how well such a training does. Pooled are all rows of all folds. A pooled AUC compares rows "
+    "that different networks have scored, whose scales may differ: it is often lower than the mean."
+)
 CONTROL = (
     "Control: a logistic regression (ridge regression for numbers) on size, spacing and mean "
     "intensity of the volumes, fitted on the same train cases. A network that is no better than "
@@ -137,13 +142,19 @@ def _summary(found: dict, outputs: np.ndarray) -> list:
             for c, d, n, m in columns
         ]
         items.append(table)
-    rows = []
+    rows, over = [], found.get("over_folds")
     for name in (name for name in LABELS if name in found):
-        row = {"": LABELS[name], "network": found[name], "95 %": _ends(found, name)}
+        row = {"": LABELS[name]}
+        if over and name in over:  # what leads, then all rows together
+            row |= {"mean over the folds": over[name]["mean"], "sd": over[name]["sd"]}
+        elif over:
+            row |= {"mean over the folds": None, "sd": None}
+        network = "pooled" if over else "network"
+        row |= {network: found[name], "95 %": _ends(found, name)}
         if control := found.get("control"):
             row |= {"control": control[name], "control 95 %": _ends(control, name)}
         rows.append(row)
-    items.append(rows)
+    items += [rows, POOLED] if over else [rows]
     for name, value in found.get("above_control", {}).items():
         if name in LABELS and value is not None:
             ends = _ends(found["above_control"], name)
@@ -181,13 +192,14 @@ def in_words(metrics: dict[str, dict]) -> str:
             for name in IN_GROUPS
             if found.get(name) is not None
         ]
-        folds = [
-            f"{LABELS[name]} {number(over['mean'])} +- {number(over['sd'])}"
-            for name, over in found.get("over_folds", {}).items()
-            if name in IN_GROUPS and over["sd"] is not None
+        text = f"{', '.join(scores) or 'no scores'}; {found['n']} rows with a label"
+        over = [
+            f"{LABELS[name]} {number(of['mean'])} +- {number(of['sd'])}"
+            for name, of in found.get("over_folds", {}).items()
+            if name in IN_GROUPS and of["sd"] is not None
         ]
-        line = f"{target}: {', '.join(scores) or 'no scores'}; {found['n']} rows with a label"
-        lines.append(line + f"; mean and sd over the folds: {', '.join(folds)}" * bool(folds))
+        leads = f"mean and sd over the folds: {', '.join(over)}; pooled: " * bool(over)
+        lines.append(f"{target}: {leads}{text}")
     return "\n".join(lines)
 
 
@@ -206,12 +218,12 @@ def _fold_table(metrics: dict) -> list[dict]:
     for target, of_target in metrics.items():
         if "folds" not in of_target:
             continue
-        for fold, found in of_target["folds"].items():
-            rows.append({"target": target, "fold": fold, **_brief(found)})
         for what in ("mean", "sd"):
             over = of_target["over_folds"]
             values = {LABELS[name]: over[name][what] for name in IN_GROUPS if name in over}
             rows.append({"target": target, "fold": what, **values})
+        for fold, found in of_target["folds"].items():
+            rows.append({"target": target, "fold": fold, **_brief(found)})
         rows.append({"target": target, "fold": "all, pooled", **_brief(of_target)})
     return rows
 

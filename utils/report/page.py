@@ -97,7 +97,7 @@ def _item(item) -> tuple[str, object]:
     if isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], Path):
         return _picture(*item)
     if isinstance(item, dict):  # of settings and counts, which are shown to the last digit
-        rows = [[name, value if value is None else str(value)] for name, value in _flat(item)]
+        rows = [[name, value if value is None else str(value)] for name, value in flat(item)]
         return _table(None, rows)
     if hasattr(item, "to_dict"):
         item = item.to_dict("records")
@@ -127,9 +127,10 @@ def _is_number(value) -> bool:
     return isinstance(value, int | float | np.number) and not isinstance(value, bool)
 
 
-def _flat(values, prefix=""):
+def flat(values, prefix=""):
+    """Yield (dotted name, value) of nested dicts."""
     for name, value in values.items():
         if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
+            yield from flat(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value

@@ -27,7 +27,7 @@ INK = "#7b8088"
 matplotlib.rcParams.update({"figure.facecolor": "#ffffff00", "axes.facecolor": "none"})
 for name in "text.color axes.labelcolor axes.edgecolor xtick.color ytick.color grid.color".split():
     matplotlib.rcParams[name] = INK
-matplotlib.rcParams["grid.alpha"] = 0.3
+matplotlib.rcParams.update({"grid.alpha": 0.3, "legend.frameon": False})
 
 # Okabe and Ito: distinguishable with any colour vision. INK is kept for reference lines.
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#777777"]

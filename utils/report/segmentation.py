@@ -11,14 +11,15 @@ import numpy as np
 
 from utils.classes import Classes
 from utils.files import replacing
-from utils.metrics.segmentation import ONLY_PREDICTED, summarize
+from utils.metrics.segmentation import ONLY_PREDICTED, over_folds, summarize
 from utils.report.page import Section, Slices, number, write_report
 from utils.report.plots_segmentation import plot_overlay, plot_scores
 from utils.report.slices import MAX_MB, fits, pack
 
+NUM_PICTURES = 30
 COLUMNS = (
-    "PatientID csv_line class dice surface_dice hd95_mm volume_ml true_volume_ml volume_error_ml "
-    "note prediction"
+    "PatientID csv_line fold class dice surface_dice hd95_mm volume_ml true_volume_ml "
+    "volume_error_ml note prediction"
 ).split()
 LABELS = {
     "dice": "Dice",
@@ -59,15 +60,16 @@ def write_test_report(
     notes: Sequence[str] = (),
     settings: Mapping | None = None,
     classes: Classes | None = None,
-    num_pictures: int = 30,
+    num_pictures: int = NUM_PICTURES,
     seed: int = 0,
+    by_fold: bool = False,
     about: Mapping | None = None,
 ) -> dict:
     """Write cases.csv, summary.json, plots/*.png and report.html. Only cases.csv has PatientIDs.
 
     Args:
-        folder: <experiment>/test; files of these names are replaced.
-        rows: rows of `case_metrics` or `predicted_volumes`, to which PatientID, csv_line and
+        folder: made if absent; files of these names are replaced.
+        rows: rows of `case_metrics` or `predicted_volumes`, to which PatientID, csv_line, fold and
             prediction (the name of the predicted file) have been added.
         names: names of the classes.
         tolerance_mm: tolerance of surface Dice.
@@ -77,19 +79,19 @@ def write_test_report(
         classes: what the label values in the predictions mean is shown too.
         num_pictures: how many cases are drawn, the worst first.
         about: {name: value} of the network, for the box on top.
+        by_fold: the rows are of several folds, each of its own network; their scores come first.
     Returns:
         the content of summary.json.
     """
     folder = Path(folder)
     (folder / "plots").mkdir(parents=True, exist_ok=True)
-    for old in folder.glob("plots/overlay_*.png"):
-        old.unlink()
     rows = sorted(rows, key=lambda row: row["csv_line"])
     with replacing(folder / "cases.csv", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows({name: row[name] for name in COLUMNS} for row in rows)
     summary = {"surface_dice_tolerance_mm": tolerance_mm, **summarize(rows, seed=seed)}
+    summary |= over_folds(rows) if by_fold else {}
     with replacing(folder / "summary.json") as file:
         file.write(json.dumps(summary, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
 
@@ -103,13 +105,15 @@ def write_test_report(
     counts = {"cases with a mask": summary["cases"], "patients with a mask": summary["patients"]}
     counts["cases predicted only"] = summary["predicted_only"]
     drawn = overlays + [f"{left} more cases are not drawn."] * (left > 0)
+    about_slices = SLICES.format(n=len(packed), mb=MAX_MB)
     meaning = [text.format(tolerance=tolerance_mm) for text in EXPLANATIONS]
     sections = [
         Section("Warnings", [list(notes)], warning=True),
+        Section("Folds", [_fold_table(summary), FOLDS] if by_fold else []),
         Section("Overall", [counts, [_table_row("all classes", summary["overall"])]]),
         Section("Classes", [_class_table(summary), *(p for p in scores if p.exists())]),
         Section("Cases, worst first", [_case_table(cases)]),
-        Section("Slices", [SLICES.format(n=len(packed), mb=MAX_MB), Slices(packed)]),
+        Section("Slices", [about_slices, Slices(packed)] if packed else []),
         Section("Pictures, worst first", drawn),
         Section("What the numbers mean", [meaning]),
         Section("Label values in the predictions", [_label_table(classes)] if classes else []),
@@ -125,7 +129,7 @@ def _draw_cases(
     """Draw the worst cases; return (path, caption) of each, and the cases for the viewer."""
     overlays, packed, room = [], [], True
     drawn = list(cases)[:num_pictures]
-    for line in dict.fromkeys([*worst_of_classes(cases), *drawn]):
+    for line in dict.fromkeys([*worst_of_classes(cases), *drawn] if drawn else []):
         picture = read(line)
         channel = picture.pop("channel", "")
         title = f"line {line} of the CSV: {describe(cases[line])}"
@@ -160,7 +164,61 @@ def _headline(summary: Mapping) -> dict[str, str]:
 def in_words(summary: Mapping) -> str:
     """Return the overall scores of a test for the terminal. summary: of `summarize`."""
     means = {name: entry["mean"] for name, entry in summary["overall"].items()}
-    return ", ".join(f"{name} {number(mean)}" for name, mean in means.items() if mean is not None)
+    text = ", ".join(f"{name} {number(mean)}" for name, mean in means.items() if mean is not None)
+    if over := summary.get("over_folds", {}).get("dice"):
+        text += f"\nmean and sd over the folds: dice {number(over['mean'])} +- {number(over['sd'])}"
+    return text
+
+
+FOLDS = (
+    "Each fold was tested by a network that was trained without it. The mean over the folds and "
+    "their standard deviation say how well such a training does on cases it has not seen; below, "
+    "all cases of all folds are pooled."
+)
+
+
+def _fold_table(summary: Mapping) -> list[dict]:
+    """The mean and standard deviation over the folds, then each fold."""
+    over, rows = summary["over_folds"], {}
+    for what in ("mean", "sd"):
+        rows[f"{what} over the folds"] = {name: over[name][what] for name in over}
+    rows |= summary["folds"]
+    return [{"fold": k} | {LABELS[name]: v for name, v in row.items()} for k, row in rows.items()]
+
+
+def write_predicted_report(
+    folder: Path,
+    title: str,
+    rows: Sequence[Mapping],
+    names: Sequence[str],
+    read: Callable[[str], dict],
+    unlike: Sequence[str] = (),
+    notices: Sequence[str] = (),
+) -> None:
+    """Write report.html, with pictures of the first cases, of predictions without a truth.
+
+    Args:
+        rows: of the table of volumes; "name" tells them apart. names, read: see
+            `write_test_report`; `read` gets the name.
+        unlike: in what cases are unlike the train cases. notices: what else should be known.
+    """
+    (folder / "plots").mkdir(exist_ok=True)
+    drawn = []
+    for n, row in enumerate(rows[:NUM_PICTURES], 1):
+        path, picture = folder / "plots" / f"overlay_{n:03}.png", read(row["name"])
+        channel = picture.pop("channel", "")
+        caption = row["name"] + f"; drawn on {channel}" * bool(channel)
+        plot_overlay(path, **picture, names=names, title=caption)
+        drawn.append((path, caption))
+    left = len(rows) - len(drawn)
+    shown = [{k: v for k, v in row.items() if k not in ("path", "series_uid")} for row in rows]
+    sections = [
+        Section("Unlike the scans it was trained on", [list(unlike)], warning=True),
+        Section("Volumes", [shown]),
+        Section("Pictures", drawn + [f"{left} more cases are not drawn."] * (left > 0)),
+        Section("Worth a look", [list(notices)]),
+    ]
+    write_report(folder / "report.html", title, sections)
 
 
 def file_name(patient: str, row: int) -> str:

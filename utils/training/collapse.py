@@ -129,7 +129,7 @@ def verdict(rows: Sequence[dict], first: dict | None, cfg) -> str | None:
     if not bad:
         return f"passed in all {len(trained)} epochs"
     now = "NOT passed" if bad[-1] == trained[-1]["epoch"] else "passed at the end, but not"
-    return f"{now} in epochs {_ranges(bad)}"
+    return f"{now} in epoch{'s' * (len(bad) > 1)} {_ranges(bad)}"
 
 
 def _ranges(numbers: Sequence[int]) -> str:

@@ -42,7 +42,8 @@ class Epoch:
         self.loader.sampler.set_epoch(self.state.epoch, self.start * accumulate)
         batches = iter(self.loader)
         for _ in self.bar:
-            self.batches = list(itertools.islice(batches, accumulate))
+            with self.run.stop.at_once():
+                self.batches = list(itertools.islice(batches, accumulate))
             self.watch.lap("data")
             self.values = {n: array[self.state.step].item() for n, array in self.schedule.items()}
             yield self.batches, self.values

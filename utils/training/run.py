@@ -5,8 +5,9 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Generic, Self, TypeVar
 
@@ -17,10 +18,13 @@ from torch import nn
 from utils import checkpoint, distributed
 from utils.config.command_line import save_resolved
 from utils.errors import InputError, RunError
+from utils.files import refuse_file
 from utils.signals import Stopped, StopSignal, end_workers
+from utils.training.folders import Lock, lock_training, new_results, refuse_taken
 from utils.training.runlog import RunLog
 from utils.training.state import State, check_space, save
 from utils.training.step import is_emulated
+from utils.training.trackers import open_tracker
 from utils.weights import LoadReport, compare_input, load_backbone
 
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_STOPPED = 1, 2, 75
@@ -35,8 +39,8 @@ class Run(Generic[Config]):
 
     cfg: the config. device: the device of this process. stop: the signals that end the run early.
     started_from: the checkpoint from which the run goes on, if any.
-    log: opened by `open_log` when training begins, which fills counts: {"train", "val": cases;
-        "parameters"}. exit_code: that of training, 0 or EXIT_STOPPED.
+    log, lock: opened by `open_log` when training begins, which fills counts: {"train", "val":
+        cases; "parameters"}. exit_code: that of training, 0 or EXIT_STOPPED.
     """
 
     cfg: Config
@@ -45,11 +49,17 @@ class Run(Generic[Config]):
     started_from: Path | None = None
     log: RunLog | None = None
     counts: dict[str, int] = field(default_factory=dict)
+    lock: Lock | None = None
     exit_code: int = 0
 
     @classmethod
     def begin(cls, cfg: Config, device: torch.device, stop: StopSignal) -> Self:
-        """Return a run that goes on from the checkpoint that resume_training_from names, if any."""
+        """Return a run that goes on from the checkpoint that resume_training_from names, if any.
+
+        Raises InputError if one of its folders is a file.
+        """
+        for key in ("results_dir", "cache_dir"):
+            refuse_file(getattr(cfg, key), key)
         run = cls(cfg, device, stop)
         run.started_from = checkpoint.find(run.checkpoints, cfg.resume_training_from)
         if is_emulated(device, cfg.precision) and distributed.is_main():
@@ -68,6 +78,15 @@ class Run(Generic[Config]):
     def checkpoints(self) -> Path:
         return self.folder / "checkpoints"
 
+    def to_test(self) -> Self:
+        """Return the run of a test of its best checkpoint."""
+        test_ckpt = [str(self.checkpoints / "best.pt")]
+        return replace(self, cfg=self.cfg.model_copy(update={"test_ckpt": test_ckpt}), log=None)
+
+    def new_results(self, name: str = "test") -> AbstractContextManager[Path]:
+        """Return the context of a new folder <experiment>/<name> (see `folders.new_results`)."""
+        return new_results(self.folder / name)
+
     def report_is_old(self) -> bool:
         """Return whether report.html is older than the last checkpoint; False off the main rank."""
         times = [self.folder / name for name in ("report.html", "checkpoints/last.pt")]
@@ -77,6 +96,18 @@ class Run(Generic[Config]):
     def say(self, text: str) -> None:
         """Write to the log, or to the terminal as long as there is no log."""
         (self.log.message if self.log else print)(text)
+
+    def tell(self, text: str) -> None:
+        """Write to the terminal alone, once."""
+        if distributed.is_main():
+            print(text, flush=True)
+
+    def refuse_others(self) -> None:
+        """Raise InputError if another process trains in this folder, or did so before, unless this
+        run goes on from there."""
+        refuse_taken(self.folder)
+        if not self.started_from:
+            checkpoint.refuse_existing(self.folder)
 
 
 def load_weights(run: Run, backbone: nn.Module) -> dict | None:
@@ -97,7 +128,9 @@ def open_log(run: Run, state: State, network: nn.Module, cases: dict, skipped) -
         notices of others.
     """
     check_space(state, run.checkpoints, network)
-    log = run.log = RunLog(run.folder, state.step, state.epoch, skipped, run.cfg.n_epochs)
+    run.lock = lock_training(run.folder)
+    track = partial(open_tracker, run.cfg, run.folder, bool(run.started_from))
+    log = run.log = RunLog(run.folder, state.step, state.epoch, skipped, run.cfg.n_epochs, track)
     run.counts = {name: len(cases[name]) for name in ("train", "val")}
     run.counts["parameters"] = sum(p.numel() for p in network.parameters())
     report = LoadReport(**state.weights) if state.weights else None
@@ -135,6 +168,7 @@ def until_stopped(run: Run, state: State) -> Iterator[None]:
         run.exit_code = EXIT_STOPPED
     finally:
         run.log.close()
+        run.lock.release()
 
 
 def exit_code(main: Callable[[list[str]], int]) -> int:
@@ -142,7 +176,16 @@ def exit_code(main: Callable[[list[str]], int]) -> int:
 
     If there are several processes, this one ends here (see `distributed.leave`).
     """
-    code = _exit_code(main)
+    try:
+        try:
+            code = _exit_code(main)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # as by --help | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush
+        if not {"--help", "-h"} & {*sys.argv}:
+            print("stopped: nobody reads the output any more, as with | head", file=sys.stderr)
+        code = EXIT_FAILED
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         distributed.leave(code)
     return code

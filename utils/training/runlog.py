@@ -1,16 +1,17 @@
-"""What a run writes as it goes: metrics.csv, log.jsonl, log.txt and TensorBoard files."""
+"""What a run writes as it goes: metrics.csv, log.jsonl, log.txt, TensorBoard files, a tracker."""
 
 import csv
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
 from utils.distributed import is_main
 from utils.files import replacing
+from utils.training.trackers import Tracker
 
 SHOWN = ("loss", "val_loss", "val_dice", "val_auc", "probe_dense_dice", "teacher_entropy")
 
@@ -23,6 +24,7 @@ class RunLog:
         step, epoch: optimizer steps and epochs done; what was logged after these is dropped.
         skipped: problems of the cases that were left out and notices of others, for the report.
         num_epochs: of the whole run, to say when it ends; None if that is not known.
+        track: opens what `open_tracker` returns, in the folder; called on rank 0.
     """
 
     def __init__(
@@ -32,10 +34,11 @@ class RunLog:
         epoch: int = 0,
         skipped: Sequence = (),
         num_epochs: int | None = None,
+        track: Callable[[], Tracker | None] = lambda: None,
     ):
         self.folder, self.rows, self.board, self.skipped = Path(folder), [], None, list(skipped)
         self.num_epochs, self.first, self.began = num_epochs, epoch, time.time()
-        self.last = self.began
+        self.last, self.tracker = self.began, None
         if not is_main():
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -48,6 +51,7 @@ class RunLog:
             file.writelines(line for line in lines if json.loads(line)["step"] < step)
         self._write_metrics()
         self.board = SummaryWriter(self.folder / "tensorboard", purge_step=step)
+        self.tracker = track()
 
     def message(self, text: str) -> None:
         """Write a line with the time to the terminal and to log.txt."""
@@ -64,8 +68,7 @@ class RunLog:
         finite = {name: x if math.isfinite(x) else None for name, x in values.items()}
         with open(self.folder / "log.jsonl", "a") as file:
             file.write(json.dumps({"step": step, **finite}) + "\n")
-        for name, value in values.items():
-            self.board.add_scalar(f"step/{name}", value, step)
+        self._numbers("step", values, step)
 
     def epoch(self, row: dict[str, float | None], step: int, best_epoch: int = 0) -> None:
         """Write a row of metrics.csv and a line. best_epoch: the best so far, 0 if not known."""
@@ -77,10 +80,16 @@ class RunLog:
         self.rows.append(row)
         self._write_metrics()
         self.message(self._told(row, best_epoch, now))
-        for name, value in row.items():
-            if value is not None and name not in ("epoch", "step"):
-                self.board.add_scalar(f"epoch/{name}", value, step)
+        self._numbers("epoch", {k: v for k, v in row.items() if k not in ("epoch", "step")}, step)
         self.board.flush()
+
+    def _numbers(self, kind: str, values: dict[str, float | None], step: int) -> None:
+        """Show numbers in TensorBoard and the tracker, if there is one."""
+        known = {f"{kind}/{name}": value for name, value in values.items() if value is not None}
+        for name, value in known.items():
+            self.board.add_scalar(name, value, step)
+        if self.tracker:
+            self.tracker.numbers({k: v for k, v in known.items() if math.isfinite(v)}, step)
 
     def _told(self, row: dict[str, float | None], best_epoch: int, now: float) -> str:
         """Return an epoch in a line: what was reached, how long it took, when the run will end."""
@@ -96,9 +105,11 @@ class RunLog:
         return text
 
     def image(self, name: str, rgb, step: int) -> None:
-        """Show a picture (H, W, 3) uint8 in TensorBoard."""
+        """Show a picture (H, W, 3) uint8 in TensorBoard and the tracker."""
         if self.board is not None:
             self.board.add_image(name, rgb, step, dataformats="HWC")
+        if self.tracker:
+            self.tracker.image(name, rgb, step)
 
     def _write_metrics(self) -> None:
         if not self.rows:
@@ -112,6 +123,8 @@ class RunLog:
     def close(self) -> None:
         if self.board is not None:
             self.board.close()
+        if self.tracker:
+            self.tracker.close()
 
 
 def read_metrics(path: str | Path) -> list[dict[str, float | None]]:

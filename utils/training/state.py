@@ -3,7 +3,6 @@
 import itertools
 import math
 import shutil
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from utils import checkpoint, distributed
 from utils.checkpoint import CheckpointError
 from utils.config.command_line import environment
 from utils.errors import InputError, RunError
+from utils.files import make_folder
 
 PROGRESS = (
     "step epoch steps_per_epoch averages select_by best best_epoch bad_steps first warnings".split()
@@ -171,12 +171,11 @@ def check_space(state: State, folder: Path, network: nn.Module) -> None:
         # the last, the previous, the best, and the one being written
         needed = 4 * whole + checkpoint.size_of(network.state_dict()) - sum(there)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
-            free = shutil.disk_usage(folder).free
-        except OSError as e:
-            error = f"{folder}: cannot be written to: {e.strerror}"
+            make_folder(folder, "results_dir")
+        except InputError as e:
+            error = str(e)
         else:
+            free = shutil.disk_usage(folder).free
             if needed > free:
                 error = (
                     f"{folder}: the checkpoints of this run need {needed:,} bytes more "

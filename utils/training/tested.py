@@ -1,6 +1,7 @@
 """The checkpoints that test_ckpt names, and the settings for a test of them."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -10,8 +11,8 @@ from utils.checkpoint import CheckpointError
 
 Config = TypeVar("Config", bound=BaseModel)
 # settings that came later, with what runs did before
-LATER = {"steps_per_epoch": None}
-READING = {"uneven_slices": "refuse", "mask_grid": "header"}
+LATER = {"steps_per_epoch": None, "tracker": None}
+READING = {"uneven_slices": "refuse", "mask_grid": "header", "nan_voxels": "refuse"}
 LATER_IN = {
     "data": READING | {"channels": None, "missing_channels": "refuse"},
     "augment": {"drop_channel": 0.0},
@@ -55,6 +56,39 @@ def open_tested(path: str, stage: str, cfg: Config, keys: Sequence[str]) -> tupl
     return saved, own.model_copy(update=changes)
 
 
+def facts_of(saved: Mapping) -> tuple[list[str], list[str], dict | None]:
+    """Return what a checkpoint says of its patients and scans.
+
+    Returns:
+        hashes of the patients it was trained on, weights that it started from included; of those by
+        whose scores this epoch was chosen as the best; the `fingerprint` of its train cases. Older
+        files lack the last two.
+    """
+    progress = saved.get("progress") or {}
+    is_best = progress.get("epoch") == progress.get("best_epoch")
+    chosen_by = saved.get("val_patients", []) if is_best else []
+    return saved["seen_patients"], chosen_by, saved.get("fingerprint")
+
+
+def checkpoints_of(paths: Sequence[str]) -> list[str]:
+    """Return the checkpoints that test_ckpt names; a folder stands for best.pt of the run in it or,
+    after --cv, for those of all its folds.
+
+    Raises CheckpointError if a folder holds no run, or a fold of it has no checkpoint yet.
+    """
+    found = []
+    for path in map(Path, paths):
+        folds = sorted(path.glob("fold_*/checkpoints")) if path.is_dir() else []
+        runs = folds or ([path / "checkpoints"] if path.is_dir() else [])
+        files = [run / "best.pt" for run in runs] or [path]
+        for file in files:
+            if path.is_dir() and not file.is_file():
+                what = "no such checkpoint; a folder stands for the run or the folds of --cv in it"
+                raise CheckpointError(f"{file}: {what}")
+        found += map(str, files)
+    return found
+
+
 def _listed(channels: Sequence[str] | None) -> str:
     return f"[{', '.join(channels)}]" if channels else "null"
 
@@ -70,17 +104,23 @@ def refuse_unlike(paths: Sequence[str], parts: Sequence[Mapping]) -> None:
             raise CheckpointError(f"{path}: {what}")
 
 
-def about_tested(paths: Sequence[str], opened: Sequence[dict]) -> dict[str, str]:
-    """Return what is tested, {name: value}, for the box on top of the report.
+def about(path: str, saved: Mapping) -> dict[str, str]:
+    """Return what a checkpoint says of itself, {name: value}, for the box on top of a report."""
+    weights, seen = saved.get("weights") or {}, len(saved["seen_patients"])
+    before = ", with those of the weights it started from" * bool(weights.get("seen_patients"))
+    return {
+        "network": saved["config"]["backbone"],
+        "checkpoint": f"{path}, of epoch {saved['progress']['epoch']}",
+        "started from": weights.get("file") or "random weights",
+        "trained on": f"{seen} patients{before}",
+    }
 
-    opened: the checkpoints at these paths; several are an ensemble.
-    """
-    told = []
-    for path, saved in zip(paths, opened, strict=True):
-        weights, seen = saved.get("weights") or {}, len(saved["seen_patients"])
-        before = ", with those of the weights it started from" * bool(weights.get("seen_patients"))
-        one = {"network": saved["config"]["backbone"]}
-        one["checkpoint"] = f"{path}, of epoch {saved['progress']['epoch']}"
-        one["started from"] = weights.get("file") or "random weights"
-        told.append(one | {"trained on": f"{seen} patients{before}"})
-    return {name: "; ".join(dict.fromkeys(one[name] for one in told)) for name in told[0]}
+
+def joined(abouts: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """Return what several checkpoints say of themselves as one."""
+    return {k: "; ".join(dict.fromkeys(one[k] for one in abouts)) for k in abouts[0]}
+
+
+def about_tested(tested: Sequence) -> dict[str, str]:
+    """Return `about` of an ensemble of checkpoints."""
+    return joined([one.about for one in tested])

@@ -82,7 +82,10 @@ def load(stage, name: str) -> tuple[dict[str, list[Case]], dict[str, set[str]]]:
         cases, skipped = load_cases(whole, cache, [], PATH_COLUMNS[::-1], False, classes)
         pairs = list(zip(classes.names, map(set, classes.values), strict=True))
         labels = mask_labels(cases["train"], cache)
-        has = {row: {name for name, own in pairs if own & {*vs}} for row, vs in labels.items()}
+        has = {}
+        for case in (case for case in cases["train"] if case.row in labels):
+            own = {name for name, values in pairs if values & {*labels[case.row]}}
+            has[case.row] = own & {*(case.labelled or own)}
     else:
         cache = VolumeCache(stage.cache_dir, standard_form(stage))
         columns = [*stage.cls_targets, *stage.reg_targets]
@@ -169,7 +172,8 @@ def prepare(cfg: TransferConfig, stage, stop: StopSignal) -> tuple[Study, list[s
     rows: dict[str, list[dict]] = {}
     for case in [*cases["train"], *cases["val"], *cases["test"]]:
         row = {"PatientID": case.patient, "path": case.path, "series_uid": case.series_uid}
-        row |= {"modality": case.modality, "seg_path": case.seg_path, **case.labels}
+        seg_path = "" if case.seg_path in case.masks else case.seg_path  # else in their columns
+        row |= {"modality": case.modality, "seg_path": seg_path, **case.labels}
         for name, path in case.channels.items():
             column, part = column_of(name)
             row[column] = path if part is None else split_part(path or "")[0]

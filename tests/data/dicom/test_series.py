@@ -113,3 +113,27 @@ def test_paint_is_linear_in_space():
     paint(ds)
     pixels = np.frombuffer(ds.PixelData, "<u2").reshape(10, 12).astype(int)
     assert np.all(np.diff(pixels, axis=1) == -11) and np.all(np.diff(pixels, axis=0) == 2 * 17)
+
+
+@pytest.mark.parametrize("kind", ["JPEGLosslessProcess14_1", "JPEGLosslessProcess14"])
+def test_lossless_jpeg_is_the_series_itself(tmp_path, kind):
+    gdcm = pytest.importorskip("gdcm")
+    plain = save_series(make_series(intercept=-4000.0), tmp_path / "plain")
+    (tmp_path / "packed").mkdir()
+    for path in plain.iterdir():
+        reader, writer = gdcm.ImageReader(), gdcm.ImageWriter()
+        change = gdcm.ImageChangeTransferSyntax()
+        reader.SetFileName(str(path))
+        assert reader.Read()
+        change.SetTransferSyntax(gdcm.TransferSyntax(getattr(gdcm.TransferSyntax, kind)))
+        change.SetInput(reader.GetImage())
+        assert change.Change()
+        writer.SetFile(reader.GetFile())
+        writer.SetImage(change.GetOutput())
+        writer.SetFileName(str(tmp_path / "packed" / path.name))
+        assert writer.Write()
+    volume, expected = read_volume(tmp_path / "packed"), read_volume(plain)
+    syntax = pydicom.dcmread(tmp_path / "packed" / path.name).file_meta.TransferSyntaxUID
+    assert syntax.name.startswith("JPEG Lossless")
+    np.testing.assert_array_equal(volume.voxels, expected.voxels)
+    np.testing.assert_allclose(volume.affine, expected.affine)

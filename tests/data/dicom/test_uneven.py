@@ -47,3 +47,19 @@ def test_a_gap_too_wide_is_refused_whatever_the_setting(tmp_path):
     folder = uneven(tmp_path, [0, 2, 4, 36, 38, 40])
     with pytest.raises(VolumeError, match="15 slice.s. missing: 32 mm"):
         read_volume(folder, uneven_slices="resample")
+
+
+@pytest.mark.parametrize(
+    "gap, off, fits", [(0.3, 0.018, True), (0.3, 0.08, False), (2.5, 0.09, True)]
+)
+def test_rounded_positions_matter_to_no_image(tmp_path, gap, off, fits):
+    """Off by less than 0.02 mm, or 4 % of the distance of slices."""
+    series = make_series(slices=8, gap=gap)
+    x, y, z = map(float, series[4].ImagePositionPatient)
+    series[4].ImagePositionPatient = [x, y, z + off]
+    folder = save_series(series, tmp_path / "scan")
+    if fits:
+        assert read_volume(folder).affine[2, 2] == pytest.approx(gap, abs=off / 8)
+    else:
+        with pytest.raises(VolumeError, match="uneven"):
+            read_volume(folder)

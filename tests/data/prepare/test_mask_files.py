@@ -106,6 +106,7 @@ def test_columns_may_name_the_files_and_label_maps_may_stand_beside_folders(made
     }
     classes, cases, problems = made({"liver": "liver_path", "spleen": "spleen_path"}, columns)
     assert not problems and [*cases[0].masks.values()] == [1, 2] and cases[0].seg_path
+    assert cases[0].labels["spleen_path"] == str(tmp_path / "segmentations" / "spleen.nii")
     mixed = {"liver": [5, "liver.nii.gz"]}
     classes, cases, problems = made(mixed, FOLDER, {"seg_path": "map.nii"})
     assert not problems and classes.values == ((5,),)

@@ -181,6 +181,6 @@ def test_json_round_trip():
 
 def test_minus_one_among_other_numbers_is_noticed():
     (notice,) = minus_one("y", cases_of("0", "-1", "1", "-1", ""))
-    assert notice.is_notice and "-1 in 2 train rows" in notice.what and notice.row == 3
+    assert notice.is_notice and "-1, in 2 of the train rows, is" in notice.what and notice.row == 3
     for texts in (["-1", "-2", "1"], ["-1", ""], ["0", "1"], ["low", "-1"]):
         assert not minus_one("y", cases_of(*texts))

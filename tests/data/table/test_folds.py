@@ -117,7 +117,7 @@ def test_the_printed_command_passes(tmp_path, capsys):
     for line in lines:
         script, check, *overrides = shlex.split(line)[1:]
         stage = {"dino.py": dino, "segmentation.py": segmentation}[script]
-        more = (f"cache_dir={tmp_path}", "n_workers=0")
+        more = (f"cache_dir={tmp_path}", "n_workers=0", "data.hu_window=[-1000,3000]")
         assert check == "--check" and stage.main([check, *overrides, *more]) == 0
 
 

@@ -160,7 +160,7 @@ def test_all_problems_together_with_lines(tmp_path):
     found = problems(config=config)
     assert found["batchsize"] == "unknown key; nearest: batch_size"
     assert found["batch_size"] == "missing"
-    assert found["n_epochs"] == "'many': expected a valid integer"
+    assert found["n_epochs"] == "'many': expected a whole number"
     assert found["crops.global_size"].endswith("divisible by 32 for resunet; nearest: [96, 96, 96]")
     assert {"data.spacing[1]", "data.spacing[2]"} <= found.keys()
     assert found["test_folds"] == "fold 2 is in train_folds too"
@@ -279,7 +279,7 @@ def test_problems_of_the_command_line_together():
     assert "data.channels=value" in found["data"]
     assert "nearest: data.spacing" in found["spacing"]
     assert found["seed"] == "given twice"
-    assert "name of a file" in found["--config"]
+    assert "needs a file" in found["--config"]
     assert "quotes" in problems("csv_path=[scans]/a.csv")["csv_path"]
 
 
@@ -347,6 +347,41 @@ def test_help_adds_what_the_schema_allows(tmp_path):
         "section.size": "voxels <3 whole numbers from 1>",
         "section.epochs": "<all or whole number from 0>",
     }
+
+
+@pytest.mark.parametrize(
+    ("argument", "key", "said"),
+    [
+        ("data.spacing=1", "data.spacing", "1: expected 3 values: [1, 1, 1]"),
+        ("data.spacing=[1,1]", "data.spacing[2]", "missing: expected 3 values"),
+        ("augment.flip=true", "augment.flip", "true: expected 3 values: [true, true, true]"),
+        ("data.hu_window=9", "data.hu_window", "9: expected 2 values: [9, 9]"),
+        ("crops.global_size=[8,8,8,8]", "crops.global_size", "[8, 8, 8, 8]: expected a list of 3"),
+        ("--cv", "--cv", "only classification.py and segmentation.py have this option"),
+        ("--predict=x", "--predict=x", "only classification.py and segmentation.py have this"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_shown_as_it_should_be(argument, key, said):
+    assert problems(argument)[key].startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("seed: 0", "seed:0", "line {}: expected key: value, with a space after the colon"),
+        ("  noise: ", "    noise: ", "line {}: indented otherwise than the lines above it"),
+        ("  noise: ", " noise: ", "line {}: indented otherwise than the lines above it"),
+        ("seed: 0", "seed: 0: 1", "line {}: a key where none can be"),
+        ("backbone: resunet", "backbone: {resunet", "line {}: a {{ is not closed"),
+    ],
+)
+def test_yaml_that_is_none_is_explained_in_plain_words(old, new, said, tmp_path):
+    text = DEFAULT.read_text(encoding="utf-8")
+    line = text[: text.index(f"\n{old}") + 1].count("\n") + 1
+    found = problems(config=edited(tmp_path, (f"\n{old}", f"\n{new}")))[""]
+    assert found.startswith("not YAML: ")
+    at = int(found.removeprefix("not YAML: line ").partition(":")[0])
+    assert at in (line, line + 1) and said.format(at) in found
 
 
 def test_nearest():

@@ -95,11 +95,10 @@ def test_scores_in_words():
     targets, cases, outputs, _ = make()
     lines = in_words(evaluate(targets, cases, outputs, by_fold=True)).splitlines()
     score = r"\S+ \(\S+ to \S+\)"
-    over = r"mean and sd over the folds"
-    assert re.match(
-        rf"y: AUC {score}, balanced accuracy {score}; 40 rows with a label; {over}: AUC", lines[0]
-    )
-    assert re.match(rf"n: mean absolute error {score}, R² {score}; 40 rows", lines[1])
+    over = "mean and sd over the folds"
+    pooled = rf"pooled: AUC {score}, balanced accuracy {score}; 40 rows with a label"
+    assert re.match(rf"y: {over}: AUC \S+ \+- \S+, .*; {pooled}$", lines[0])
+    assert re.match(rf"n: .*; pooled: mean absolute error {score}, R² {score}; 40 rows", lines[1])
     one = in_words(evaluate(targets, cases[:1], {k: v[:1] for k, v in outputs.items()}))
     assert "1 rows with a label" in one and over not in one
 

@@ -6,8 +6,14 @@ import json
 import numpy as np
 import pytest
 
-from utils.metrics.segmentation import case_metrics, predicted_volumes
-from utils.report.segmentation import describe, file_name, worst_first, write_test_report
+from utils.metrics.segmentation import case_metrics, predicted_volumes, summarize
+from utils.report.segmentation import (
+    describe,
+    file_name,
+    worst_first,
+    write_predicted_report,
+    write_test_report,
+)
 
 NAMES = ["near", "far"]
 SPACING = (1.0, 1.0, 2.0)
@@ -29,6 +35,7 @@ def written(tmp_path):
     for line, shift in CASES.items():
         prediction, truth = case(shift or 0)
         about = {"PatientID": f"DOE^{line}", "csv_line": line, "prediction": f"{line}.nii.gz"}
+        about["fold"] = "1" if line == 5 else "0"
         if shift is None:
             of_case, truth = predicted_volumes(prediction, SPACING, NAMES), None
         else:
@@ -68,8 +75,6 @@ def test_tables(written):
 
 def test_pictures_worst_first_and_no_names(written):
     folder, rows, write = written
-    (folder / "plots").mkdir()
-    (folder / "plots" / "overlay_099_line99.png").write_bytes(b"of an earlier test")
     write(notes=["something to know"], settings={"a": {"b": 1}})
     assert list(worst_first(rows)) == [2, 5, 9, 7]
     names = sorted(path.name for path in (folder / "plots").glob("overlay*"))
@@ -88,6 +93,31 @@ def test_pictures_worst_first_and_no_names(written):
     }
 
 
+def test_the_folds_come_first(written):
+    folder, rows, write = written
+    summary = write(by_fold=True)
+    per_fold = [summarize([r for r in rows if r["fold"] == f], num=0)["overall"] for f in "01"]
+    dice = [found["dice"]["mean"] for found in per_fold]
+    assert [summary["folds"][fold]["dice"] for fold in "01"] == dice
+    over = summary["over_folds"]["dice"]
+    assert over == {"mean": np.mean(dice), "sd": np.std(dice, ddof=1), "folds": 2}
+    page = (folder / "report.html").read_text()
+    assert page.index("mean over the folds") < page.index("<h2>Overall")
+
+
+def test_predictions_without_a_truth(written):
+    folder, _, _ = written
+    prediction, _ = case(0)
+    picture = {"image": prediction, "prediction": prediction, "truth": None, "spacing_mm": SPACING}
+    rows = [{"name": name, "path": "/DOE", "far_ml": 1.5} for name in ("a/one", "two")]
+    texts = {"unlike": ["two: spacing"], "notices": ["one: thin"]}
+    content = ("Predictions", rows, NAMES, lambda name: dict(picture))
+    write_predicted_report(folder, *content, **texts)
+    page = (folder / "report.html").read_text()
+    assert page.count("<img") == 2 and "a/one" in page and "/DOE" not in page
+    assert page.index("two: spacing") < page.index("far_ml") < page.index("one: thin")
+
+
 def test_a_limit_on_pictures(written):
     folder, _, write = written
     write(num_pictures=2)
@@ -97,7 +127,7 @@ def test_a_limit_on_pictures(written):
 
 def test_without_any_mask(tmp_path):
     prediction, _ = case(0)
-    about = {"PatientID": "p", "csv_line": 2, "prediction": "a.nii.gz"}
+    about = {"PatientID": "p", "csv_line": 2, "fold": "0", "prediction": "a.nii.gz"}
     rows = [about | row for row in predicted_volumes(prediction, SPACING, NAMES)]
     picture = {"image": prediction, "prediction": prediction, "truth": None, "spacing_mm": SPACING}
     found = write_test_report(tmp_path, "A test", rows, NAMES, 1.0, lambda line: picture)

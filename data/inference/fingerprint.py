@@ -1,0 +1,125 @@
+"""What the scans of a training looked like in a few numbers, and which others are unlike them.
+
+A checkpoint holds them: modality, spacing, extent and intensities, over the train cases. They name
+nobody, and no scan can be made from them.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from data.cache import VolumeCache
+from data.cases import Case
+from data.inference.control import body_values
+from utils import distributed
+
+MAX_CASES = 200  # that are looked at, evenly spaced
+PERCENTILES = (5, 50, 95)  # of the body's intensities
+MAX_VALUES = 200_000  # from which they are computed
+# How far beyond all train cases is unlike them, or further where those differ much among
+# themselves (1.5 of their interquartile ranges): factors of mm, HU, and shares of the range that
+# data.percentiles maps to 0..1.
+FAR = {"spacing": 1.3, "size": 1.5, "CT": 100.0, "other": 0.15}
+ACROSS = 1.5
+
+
+def look(entry) -> dict:
+    """Return what is compared of a case in the cache.
+
+    Returns:
+        modality: of each channel, None if it is missing. kind: likewise, see `data.entry.Channel`.
+        spacing, size: (3,) mm along x, y, z: of the file's voxels; of the part that is not air.
+        intensity: PERCENTILES of the body of each channel, in HU for CT, else in 0..1.
+    """
+    parts = list(body_values(entry))
+    values = np.concatenate(parts, axis=1) if parts else np.zeros((len(entry.channels), 1))
+    values = values[:, :: -(-values.shape[1] // MAX_VALUES)]
+    shares = np.percentile(values, PERCENTILES, axis=1).T  # (C, percentiles)
+    body = np.ptp(np.array(entry.body_box), axis=1)
+    return {
+        "modality": [None if c.kind == "missing" else c.modality for c in entry.channels],
+        "kind": [c.kind for c in entry.channels],
+        "spacing": np.round(entry.slice_spacing, 3).tolist(),
+        "size": (body * entry.spacing).round(1).tolist(),
+        "intensity": [
+            (row * c.scale + c.offset).round(4).tolist()
+            for row, c in zip(shares, entry.channels, strict=True)
+        ],
+    }
+
+
+def fingerprint_of(cases: Sequence[Case], cache: VolumeCache) -> dict:
+    """Return the fingerprint of the train cases, as JSON; equal on all ranks.
+
+    Returns:
+        cases: how many were looked at. modality: of each channel, those that occur.
+        spacing, size, and intensity (a list over channels): {low, quartiles, high}, each a list
+        over axes or PERCENTILES; None of a channel that is always missing.
+    """
+    few = np.linspace(0, len(cases) - 1, min(MAX_CASES, len(cases))).round().astype(int)
+    own = [look(cache.get(cases[i])) for i in few[distributed.rank() :: distributed.world_size()]]
+    seen = [one for part in distributed.gather_objects(own) for one in part]
+    channels = range(len(seen[0]["kind"]))
+    known = [[one for one in seen if one["kind"][c] != "missing"] for c in channels]
+    return {
+        "cases": len(seen),
+        "modality": [sorted({one["modality"][c] for one in known[c]}) for c in channels],
+        "spacing": _spread([one["spacing"] for one in seen]),
+        "size": _spread([one["size"] for one in seen]),
+        "intensity": [_spread([one["intensity"][c] for one in known[c]]) for c in channels],
+    }
+
+
+def _spread(values: Sequence[Sequence[float]]) -> dict[str, list] | None:
+    if not values:
+        return None
+    low, *quartiles, high = np.percentile(values, (0, 25, 50, 75, 100), axis=0).tolist()
+    return {"low": low, "quartiles": quartiles, "high": high}
+
+
+def unlike_training(seen: Mapping, training: Mapping) -> list[str]:
+    """Say in what a case is unlike the train cases.
+
+    Args:
+        seen: of `look`. training: of `fingerprint_of`.
+    """
+    found = []
+    for c, (modality, kind) in enumerate(zip(seen["modality"], seen["kind"], strict=True)):
+        which = f" of channel {c + 1}" * (len(seen["kind"]) > 1)
+        if kind == "missing":
+            continue
+        if modality not in training["modality"][c]:
+            known = " and ".join(training["modality"][c])
+            found.append(f"modality{which} {modality}, in training {known or 'always missing'}")
+            continue
+        values, known = seen["intensity"][c], training["intensity"][c]
+        if _beyond(values, known, FAR[kind]):
+            unit = "HU" if kind == "CT" else "of the window"
+            what = f"intensities{which} {_listed(values)} {unit} ({_listed(PERCENTILES)} % of the "
+            found.append(f"{what}body's are below), in training {_range(known)}")
+    for name, what in (("spacing", "spacing"), ("size", "extent")):
+        logs = {k: np.log(v) for k, v in training[name].items()}
+        if _beyond(np.log(seen[name]), logs, np.log(FAR[name])):
+            found.append(f"{what} {_listed(seen[name])} mm, in training {_range(training[name])}")
+    return found
+
+
+def _beyond(values, known: Mapping, far: float) -> bool:
+    """Return whether a value is further from all train cases than `far`, or than they differ."""
+    quartiles = np.asarray(known["quartiles"])
+    margin = np.maximum(far, ACROSS * (quartiles[2] - quartiles[0]))
+    low, high = known["low"] - margin, known["high"] + margin
+    return bool(((np.asarray(values) < low) | (np.asarray(values) > high)).any())
+
+
+def _listed(values: Sequence[float]) -> str:
+    return ", ".join(map(_number, values))
+
+
+def _range(known: Mapping) -> str:
+    pairs = zip(map(_number, known["low"]), map(_number, known["high"]), strict=True)
+    return ", ".join(a if a == b else f"{a} to {b}" for a, b in pairs)
+
+
+def _number(value: float) -> str:
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
