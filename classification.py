@@ -60,7 +60,7 @@ from utils.weights import load_backbone
 CONFIG = Path(__file__).with_name("classification_config.yaml")
 PICTURES = {
     "curves.png": "Each epoch; epoch 0 is before training.",
-    "inputs.png": "Images of the first batch, as augmented and as they are seen in validation.",
+    "inputs.png": "The first images, as augmented and as in validation, with their labels.",
 }
 DRAW_EVERY = 10  # epochs
 SELECT_BY = ("val_auc", "val_loss")  # the first that is defined, else the train loss

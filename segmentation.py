@@ -43,14 +43,15 @@ from data.views.patches import PatchDataset, PatchSettings, apply_patches, colla
 from models.backbones import facts_of, from_config
 from models.segmenter import Segmenter, loss_of, optimizer_groups, supervised
 from utils import checkpoint, distributed
-from utils.classes import IGNORE, Classes, unpaired_sides
+from utils.classes import Classes, unpaired_sides
 from utils.config.command_line import parse_command_line, value_of
 from utils.config.schema import OPTIONS
 from utils.config.segmentation import SegmentationConfig, impossible_segmentation
 from utils.errors import NotFinite
 from utils.memory import explained
 from utils.metrics.segmentation import by_class, case_dice, mean_dice
-from utils.report.plots import plot_crops, plot_curves, views_of
+from utils.report.plots import color_of, plot_crops, plot_curves, views_of
+from utils.report.plots_segmentation import color_table
 from utils.signals import Stopped, StopSignal
 from utils.training import advice, schedules, step, summary
 from utils.training.loop import Epoch
@@ -193,9 +194,12 @@ def score_of(row: dict, select_by: str) -> float | None:
 def draw_patches(run: Run[SegmentationConfig], batch: dict) -> None:
     """Draw plots/patches.png: the patches of the first batch, and what is to be answered."""
     images, targets = apply_patches(batch, run.cfg.patches.size, run.device)
-    targets = torch.where(targets == IGNORE, 0, targets).float() / len(run.cfg.classes)
-    views = views_of(images, "image", run.cfg.data.channels) | {"target": targets.cpu().numpy()}
-    run.log.image("patches", plot_crops(run.folder / "plots" / "patches.png", views), 0)
+    classes = Classes.from_config(run.cfg.classes, run.cfg.ignore_labels)
+    colors = color_table([classes.indices_of(name) for name in classes.names])
+    views = views_of(images, "image", run.cfg.data.channels) | {"target": colors[targets.cpu()]}
+    legend = {name: color_of(k) for k, name in enumerate(classes.names, 1)}
+    picture = plot_crops(run.folder / "plots" / "patches.png", views, legend=legend)
+    run.log.image("patches", picture, 0)
 
 
 def draw_progress(run: Run, state: State) -> None:

@@ -29,6 +29,7 @@ from utils.memory import in_parts
 from utils.metrics.predictions import Predictions, pool, write_inputs
 from utils.report.classification import in_words, write_test_report
 from utils.report.plots import plot_crops, views_of
+from utils.report.plots_classification import writable
 from utils.training.run import Run
 from utils.training.step import autocast, refuse_not_finite
 from utils.training.tested import about, checkpoints_of, facts_of, joined, refuse_unlike
@@ -173,9 +174,16 @@ def predict(run: Run, network, loader, targets: Targets) -> dict[str, np.ndarray
 
 
 def draw_inputs(run: Run, loaders: dict) -> None:
-    """Draw plots/inputs.png: what the network sees of some train cases and some val cases."""
-    views, size = {}, run.cfg.image.size
+    """Draw plots/inputs.png: what the network sees of some cases, and their labels."""
+    views, texts, cfg = {}, {}, run.cfg
+    targets = [*cfg.cls_targets, *cfg.reg_targets]
     for name, loader in loaders.items():
         items = [loader.dataset[key] for key in loader.sampler.global_keys()[:3]]
-        views |= views_of(cut_images(collate(items), size, run.device), name, run.cfg.data.channels)
-    run.log.image("inputs", plot_crops(run.folder / "plots" / "inputs.png", views), 0)
+        images = cut_images(collate(items), cfg.image.size, run.device)
+        shown = views_of(images, name, cfg.data.channels)
+        labels = [loader.dataset.data[item["index"]].labels for item in items]
+        told = [[writable(f"{t}: {of.get(t) or '–'}") for t in targets] for of in labels]
+        texts |= dict.fromkeys(shown, ["\n".join(lines) for lines in told])
+        views |= shown
+    picture = plot_crops(run.folder / "plots" / "inputs.png", views, texts=texts)
+    run.log.image("inputs", picture, 0)

@@ -85,11 +85,18 @@ def slice_2d(volume: np.ndarray, plane: str, index: int) -> np.ndarray:
     return np.swapaxes(cut, 0, 1)[::-1, ::-1]  # RAS+ axes run against those of pictures
 
 
-def plot_crops(path, views: dict[str, np.ndarray], max_cases: int = 3) -> np.ndarray:
+def plot_crops(
+    path,
+    views: dict[str, np.ndarray],
+    max_cases: int = 3,
+    texts: Mapping[str, Sequence[str]] | None = None,
+    legend: Mapping[str, object] | None = None,
+) -> np.ndarray:
     """Draw the middle slices of the crops of a batch in three planes.
 
-    views: {"global 1", "local 3", ...: (N, X, Y, Z), values in 0..1}. Each view is a column, each
-    case three rows.
+    views: {"global 1", "local 3", ...: (N, X, Y, Z), or (N, X, Y, Z, 3) in colour, values in 0..1}.
+    Each view is a column, each case three rows. texts: {view: what is written on each case}.
+    legend: {name: its colour}.
     """
     views = {name: np.asarray(crops, np.float32) for name, crops in views.items()}
     num_cases = min(max_cases, min(len(crops) for crops in views.values()))
@@ -103,20 +110,31 @@ def plot_crops(path, views: dict[str, np.ndarray], max_cases: int = 3) -> np.nda
         "R L A P S I: patient's right, left, front, back, head, feet (if the crop is not flipped)"
     )
     fig.text(0.5, 1 - 0.36 / height, note, ha="center", va="top", fontsize=7)
-    titles = [f"{name}\n{'×'.join(map(str, x.shape[1:]))}" for name, x in views.items()]
+    titles = [f"{name}\n{'×'.join(map(str, x.shape[1:4]))}" for name, x in views.items()]
     cases = [f"case {i + 1}\n" for i in range(num_cases)]
     edges = {"left": 0.7 / width, "bottom": 0.1 / height, "top": 1 - top / height}
-    draw_middles(fig, zip(titles, views.values(), strict=True), cases, edges)
+    written = [(texts or {}).get(name) for name in views]
+    draw_middles(fig, zip(titles, views.values(), strict=True), cases, edges, texts=written)
+    for n, (name, color) in enumerate((legend or {}).items()):
+        place = 0.04 + 0.96 * n / len(legend), 1 - 0.55 / height
+        style = {"color": color, "fontsize": 8, "va": "top", "parse_math": False}
+        fig.text(*place, f"■ {name}", **style)
     return save(fig, path)
 
 
 def draw_middles(
-    fig: Figure, columns: Iterable[tuple], cases: Sequence[str], edges: dict, title_size=8.0
+    fig: Figure,
+    columns: Iterable[tuple],
+    cases: Sequence[str],
+    edges: dict,
+    title_size=8.0,
+    texts: Sequence[Sequence[str] | None] | None = None,
 ) -> None:
     """Draw the middle slices of volumes in three planes, three rows for each case.
 
     columns: (title, volumes of the cases, (X, Y, Z) in 0..1) of each column. cases: text before the
-    name of the plane. edges: left, bottom and top of the grid, as fractions of the figure.
+    name of the plane. edges: left, bottom and top of the grid, as fractions of the figure. texts:
+    of each column, what is written on each case.
     """
     columns, space = list(columns), {"right": 0.995, "wspace": 0.04, "hspace": 0.04}
     grid = fig.add_gridspec(3 * len(cases), len(columns), **edges, **space)
@@ -125,6 +143,8 @@ def draw_middles(
             volume, (axis, sides) = volumes[case], PLANES[plane]
             ax = fig.add_subplot(grid[row, column])
             _draw_slice(ax, volume, plane, volume.shape[axis] // 2)
+            if plane == "axial" and texts and texts[column]:
+                write_on(ax, 0.03, 0.03, texts[column][case], fontsize=7, va="bottom")
             if row == 0:
                 ax.set_title(title, fontsize=title_size, parse_math=False)
             if column == 0:
@@ -311,10 +331,14 @@ def letters(ax, names: str) -> None:
     """Write letters at the left, right, top and bottom of a picture, as in `PLANES`."""
     places = [(0.03, 0.5), (0.97, 0.5), (0.5, 0.97), (0.5, 0.03)]
     sides = [("left", "center"), ("right", "center"), ("center", "top"), ("center", "bottom")]
-    outline = [withStroke(linewidth=2, foreground="black")]
     for letter, (x, y), (ha, va) in zip(names, places, sides, strict=True):
-        style = dict(color="#F0E442", fontsize=8, ha=ha, va=va, path_effects=outline)
-        ax.text(x, y, letter, transform=ax.transAxes, **style)
+        write_on(ax, x, y, letter, fontsize=8, ha=ha, va=va)
+
+
+def write_on(ax, x: float, y: float, text: str, **style) -> None:
+    """Write on a picture; x, y are fractions of the axes."""
+    style |= {"color": "#F0E442", "path_effects": [withStroke(linewidth=2, foreground="black")]}
+    ax.text(x, y, text, transform=ax.transAxes, parse_math=False, **style)
 
 
 def save(fig: Figure, path) -> np.ndarray:

@@ -166,6 +166,12 @@ def drawable(names: Sequence[str], word: str) -> list[str]:
     return short
 
 
+def writable(text: str) -> str:
+    """Return a short text in which a dot stands for what a picture cannot show."""
+    text = "".join(c if c.isprintable() and _font_has(c) else "·" for c in text)
+    return text if len(text) <= MAX_TEXT else text[: MAX_TEXT - 1] + "…"
+
+
 @cache
 def _font_has(letter: str) -> bool:
     return get_font(findfont(FontProperties())).get_char_index(ord(letter)) != 0

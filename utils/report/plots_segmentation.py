@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from textwrap import wrap
 
 import numpy as np
+from matplotlib.colors import to_rgb
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 
@@ -136,6 +137,19 @@ def plot_scores(
     ax.grid(axis="x", lw=0.6)
     ax.spines[["top", "right"]].set_visible(False)
     return save(fig, path)
+
+
+def color_table(indices: Sequence[Sequence[int]]) -> np.ndarray:
+    """Return the colour of each index 0..255, (256, 3) in 0..1: of a voxel in several classes that
+    of the smallest one; black for the background, gray for IGNORE.
+
+    indices: of each class, those of its voxels.
+    """
+    table = np.zeros((256, 3))
+    for k in sorted(range(len(indices)), key=lambda k: -len(indices[k])):
+        table[list(indices[k])] = to_rgb(color_of(k + 1))
+    table[IGNORE] = 0.4
+    return table
 
 
 def _outline(ax, mask: np.ndarray, color, width: float, style: str) -> None:

@@ -14,7 +14,7 @@ from matplotlib.colors import to_rgb
 from utils.classes import IGNORE
 from utils.report.page import number
 from utils.report.plots import color_of
-from utils.report.plots_segmentation import box_around, fullest, window_of
+from utils.report.plots_segmentation import box_around, color_table, fullest, window_of
 
 MAX_VOXELS = 1_500_000  # of a case
 MAX_MB = 12.0  # of all cases of a page
@@ -61,10 +61,7 @@ def pack(
         at = [fullest(wanted, axis) for axis in range(3)]
         classes.append({"name": name, "text": text, "color": _rgb(k), "indices": own, "at": at})
     classes.sort(key=lambda one: (dice.get(one["name"]) is None, dice.get(one["name"])))
-    # the color of a voxel that is in several classes is that of the smallest
-    colors = [[0, 0, 0]] * (1 + max(max(own) for own in indices))
-    for k in sorted(range(len(names)), key=lambda k: -len(indices[k])):
-        colors = [_rgb(k + 1) if i in indices[k] else color for i, color in enumerate(colors)]
+    colors = (255 * color_table(indices)[: 1 + max(max(own) for own in indices)]).round()
     coarse = "" if max(steps) == 1 else f", of {'×'.join(map(str, steps))} voxels each"
     mm = [float(one) * step for one, step in zip(spacing_mm, steps, strict=True)]
     return {
@@ -73,7 +70,7 @@ def pack(
         "size": list(gray.shape),
         "mm": mm,
         "has_truth": truth is not None,
-        "colors": colors,
+        "colors": colors.astype(int).tolist(),
         "classes": classes,
         "voxels": base64.b64encode(gzip.compress(voxels, 6, mtime=0)).decode(),
     }
