@@ -32,6 +32,18 @@ def test_crops(tmp_path):
     assert _same_picture(tmp_path / "one.png", one)
 
 
+def test_colours_texts_and_a_legend(tmp_path):
+    views = {"image": np.zeros((2, 8, 8, 8)), "target": np.zeros((2, 8, 8, 8, 3))}
+    views["target"][0] = (0, 0, 1)
+    plain = plot_crops(tmp_path / "a.png", views)
+    blue = (plain == (0, 0, 255)).all(axis=-1).sum()
+    assert blue > 1000  # the first case of two
+    told = {"image": ["$y_: 1", "b"]}
+    rich = plot_crops(tmp_path / "a.png", views, texts=told, legend={"kidney": "red"})
+    assert _same_picture(tmp_path / "a.png", rich)
+    assert (rich != plain).any() and ((rich == (255, 0, 0)).all(axis=-1)).sum() > 10
+
+
 def test_curves_take_dicts_and_tables_and_skip_what_is_absent(tmp_path):
     rows = [
         {"epoch": i, "step": 9 * i, "loss": 8 - i, "teacher_entropy": 4.0, "lesion_knn_auc": None}

@@ -12,6 +12,7 @@ import pytest
 
 from utils.report import slices
 from utils.report.page import Section, Slices, write_report
+from utils.report.segmentation import worst_of_classes
 from utils.report.slices import fits, pack
 
 SPACING = (1.0, 1.0, 2.0)
@@ -97,6 +98,16 @@ def test_the_page_has_a_largest_size(monkeypatch):
     assert fits([case] * 2) and not fits([case] * 3)
     monkeypatch.setattr(slices, "MAX_MB", 0)
     assert fits([case])
+
+
+def test_each_class_at_its_worst():
+    """The worst class first, then the others', then the rest."""
+    scores = {2: (0.9, 0.1), 5: (0.2, 0.5), 7: (0.8, 0.0), 9: (None, None)}
+    cases = {
+        line: [{"class": n, "dice": d} for n, d in zip("ab", dice, strict=True)]
+        for line, dice in scores.items()
+    }
+    assert worst_of_classes(cases) == [7, 5]
 
 
 # ---- in a browser
