@@ -1,6 +1,7 @@
 """Run a segmenter over whole cases: predict, score and draw them."""
 
 import itertools
+import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -23,10 +24,12 @@ from data.volume import voxel_sizes
 from utils import distributed
 from utils.classes import Classes
 from utils.config.segmentation import OF_THE_TEST
+from utils.files import replacing
 from utils.memory import explained
 from utils.metrics.segmentation import by_class, case_dice, case_metrics, predicted_volumes
 from utils.report.plots_segmentation import plot_overlay
 from utils.report.segmentation import describe, file_name
+from utils.report.slices import pack
 from utils.sliding_window import averaged, mirrored
 from utils.training.run import Run
 from utils.training.step import autocast, refuse_not_finite
@@ -158,7 +161,8 @@ def predict_and_score(
 
 
 def draw_case(path: Path, case: Case, entry, found, truth, classes: Classes) -> np.ndarray:
-    """Draw prediction and truth (indices on the file's grid) as outlines on the image."""
+    """Draw prediction and truth (indices on the file's grid) as outlines on the image; beside the
+    picture, *.json is what the report's viewer of slices is given."""
     turn = nib.io_orientation(entry.original_affine)
     image = read_shown(case, entry).voxels
     volumes = (image, found, truth)
@@ -167,4 +171,8 @@ def draw_case(path: Path, case: Case, entry, found, truth, classes: Classes) -> 
     title = f"line {case.row} of the CSV: {describe(rows)}"
     title += f"; drawn on {case.drawn}" * bool(case.drawn)
     indices = [classes.indices_of(name) for name in classes.names]
-    return plot_overlay(path, *in_ras, entry.slice_spacing, classes.names, title, indices)
+    told = (entry.slice_spacing, classes.names, title)
+    slices = pack(*in_ras, *told, {row["class"]: row["dice"] for row in rows}, indices)
+    with replacing(path.with_suffix(".json")) as file:
+        json.dump(slices, file)
+    return plot_overlay(path, *in_ras, *told, indices)

@@ -10,6 +10,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from utils.files import replacing
 
+MAX_SHORT = 28  # letters of a cell that are kept on one line: an interval is not broken
 PAGES = Environment(
     loader=FileSystemLoader(Path(__file__).with_name("templates")),
     autoescape=True,
@@ -119,12 +120,15 @@ def _picture(path: Path, caption: str) -> tuple[str, dict]:
 
 def _table(columns: list | None, rows: list[list]) -> tuple[str, dict | None]:
     """A table, whose first column is the rows' headings; None without rows."""
-    cells = [[{"text": text_of(x), "is_number": _is_number(x)} for x in row] for row in rows]
+    cells = [[{"text": text_of(x), "look": _look(x)} for x in row] for row in rows]
     return "table", {"columns": columns, "rows": cells} if rows else None
 
 
-def _is_number(value) -> bool:
-    return isinstance(value, int | float | np.number) and not isinstance(value, bool)
+def _look(value) -> str:
+    """The class, in page.css, of a table's cell."""
+    if isinstance(value, int | float | np.number) and not isinstance(value, bool):
+        return "number"
+    return "short" if len(str(value)) <= MAX_SHORT else "long"
 
 
 def flat(values, prefix=""):

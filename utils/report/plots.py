@@ -17,6 +17,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import hsv_to_rgb
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 from scipy.ndimage import zoom
@@ -67,10 +68,10 @@ PANELS = [  # (title, columns of metrics.csv); a column is drawn in the first pa
     ("body fraction of crops", ["*body*"]),
     ("share of time waiting for data", ["*wait*"]),
     ("images per second", ["*images_per_s*", "*images/s*"]),
-    ("seconds of an epoch", ["seconds"]),
 ]
 MAX_LEGEND = 12  # lines in a legend; more would hide the panel
-LEFT_OUT = ["epoch", "step", "prototypes_move", "probe_*accuracy"]  # only in metrics.csv
+PER_LINE = 4  # classes in a line of the legend of patches
+LEFT_OUT = ["epoch", "step", "seconds", "prototypes_move", "probe_*accuracy"]  # only in metrics.csv
 WITH_LN_K = {  # panels with a line at ln K, the entropy of the uniform output
     "DINO loss": "out_dim",
     "teacher entropy (nats)": "out_dim",
@@ -102,7 +103,7 @@ def plot_crops(
     num_cases = min(max_cases, min(len(crops) for crops in views.values()))
     rows, columns = 3 * num_cases, len(views)
     side = 1.45  # inches
-    width, top = max(side * columns + 0.7, 6), 0.95
+    width, top = max(side * columns + 0.7, 6), 0.95 + 0.18 * -(-len(legend or ()) // PER_LINE)
     height = side * rows + top + 0.1
     fig = figure(width, height)
     fig.suptitle("Middle slices of the crops", y=1 - 0.1 / height, va="top")
@@ -115,10 +116,11 @@ def plot_crops(
     edges = {"left": 0.7 / width, "bottom": 0.1 / height, "top": 1 - top / height}
     written = [(texts or {}).get(name) for name in views]
     draw_middles(fig, zip(titles, views.values(), strict=True), cases, edges, texts=written)
-    for n, (name, color) in enumerate((legend or {}).items()):
-        place = 0.04 + 0.96 * n / len(legend), 1 - 0.55 / height
-        style = {"color": color, "fontsize": 8, "va": "top", "parse_math": False}
-        fig.text(*place, f"■ {name}", **style)
+    if legend:
+        handles = [Patch(color=color) for color in legend.values()]
+        style = {"loc": "upper center", "bbox_to_anchor": (0.5, 1 - 0.5 / height), "fontsize": 7}
+        for text in fig.legend(handles, list(legend), ncols=PER_LINE, **style).get_texts():
+            text.set_parse_math(False)
     return save(fig, path)
 
 

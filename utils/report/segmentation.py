@@ -154,10 +154,10 @@ def _headline(summary: Mapping) -> dict[str, str]:
     if not scored:
         return found
     worst = min(scored, key=lambda name: classes[name]["dice"]["mean"])
-    missed = classes[worst]["missed"]
+    missed, counted = classes[worst]["missed"], classes[worst]["dice"]["counted"]
     told = f"{worst}: {number(classes[worst]['dice']['mean'])}"
     found["mean Dice"] = _table_row("", summary["overall"])[LABELS["dice"]]
-    found["worst class, Dice"] = told + f", missed in {missed} cases" * (missed > 0)
+    found["worst class, Dice"] = told + f", missed in {missed} of {counted}" * (missed > 0)
     return found
 
 

@@ -1,11 +1,12 @@
 """report.html of a training run, and the box on top of it: what came of the run in a few lines."""
 
+import json
 from collections.abc import Sequence
 
 import torch
 
 from utils import distributed
-from utils.report.page import Section, number
+from utils.report.page import Section, Slices, number
 from utils.report.page import write_report as write_page
 from utils.training import collapse
 from utils.training.run import Run
@@ -24,12 +25,14 @@ def write_report(run: Run, state: State, title: str, pictures: dict[str, str]) -
     for p in log.skipped:
         told[p.is_notice].append(f"{p.patient} (line {p.row} of the CSV): {p.what}")
     found = [(log.folder / "plots" / name, caption) for name, caption in pictures.items()]
+    slices = [json.loads(p.read_text()) for p in sorted(log.folder.glob("plots/val_*.json"))]
     history = collapse.history(log.rows, state.first, run.cfg) if is_dino(run) else []
     sections = [
         Section("Warnings", [warnings], warning=True),
         Section("Cases left out", [told[False]], warning=True),
         Section("Cases worth a look", [told[True]], warning=True),
         Section("Last epoch", [log.rows[-1:]]),
+        Section("Val cases at the last validation", [Slices(slices)]),
         Section("Pictures", [item for item in found if item[0].exists()]),
         Section("Signs of collapse, and in which epochs", [history]),
         Section("Epochs", [log.rows]),
@@ -47,7 +50,7 @@ def headline(run: Run, state: State) -> dict[str, str]:
     """Return {name: value} for the box on top of the report."""
     cfg, rows = run.cfg, {row["epoch"]: row for row in run.log.rows}
     weights = cfg.suprem_weights or getattr(cfg, "dino_weights", None)
-    size = f"{run.counts['parameters'] / 1e6:.1f} M parameters"
+    size = f"{number(run.counts['parameters'] / 1e6)} M parameters"
     left_out = len({p.row for p in run.log.skipped if not p.is_notice})
     cases = [f"{run.counts[part]} {part}" for part in ("train", "val")]
     chosen = state.best_epoch or state.epoch
@@ -65,7 +68,7 @@ def headline(run: Run, state: State) -> dict[str, str]:
         scores = [state.select_by]
     for name in scores:
         found[name] = before_and_after(run.log.rows, name, chosen)
-    found["worst class"] = worst_class(rows.get(chosen, {}))
+    found["worst class or target"] = worst_class(rows.get(chosen, {}))
     found["training took"] = in_words(sum(row.get("seconds") or 0 for row in run.log.rows))
     found["device"] = device_in_words(run)
     return {name: value for name, value in found.items() if value}
@@ -101,7 +104,7 @@ def worst_class(row: dict) -> str | None:
         scores = {name: value for name, value in scores.items() if value is not None}
         if len(scores) > 1:
             worst = min(scores, key=scores.get)
-            return f"{worst}: val {metric} {number(scores[worst])}"
+            return f"{worst}, val_{metric} {number(scores[worst])}"
     return None
 
 

@@ -36,12 +36,12 @@ def test_a_fine_tuning():
     found = summary.headline(run_of(rows, dino_weights="d/backbone.pt"), state)
     assert found.pop("device").startswith("1 × CPU")
     assert found == {
-        "network": "resunet, 1.2 M parameters",
+        "network": "resunet, 1.250 M parameters",
         "started from": "d/backbone.pt",
         "cases": "8 train, 3 val, 1 left out",
         "best epoch": "3 of 9, by val_dice",
         "val_dice": "0.200 (epoch 1) → 0.612 (epoch 3)",
-        "worst class": "b: val dice 0.500",
+        "worst class or target": "b, val_dice 0.500",
         "training took": "2 min",
     }
 
