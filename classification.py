@@ -7,6 +7,7 @@ predicted and scored, to test/ there. docs/classification.md says the rest.
 Volumes are (B, C, X, Y, Z) in RAS+ throughout. A target is a column of classes or of numbers.
 """
 
+import utils.config.help_first  # noqa: F401  # isort: skip
 import itertools
 import math
 import sys
@@ -139,9 +140,8 @@ def validate(
 ) -> dict[str, float | None]:
     """Return losses, AUC and the like on the fixed view of the val cases; None: undefined.
 
-    Raise NotFinite on all ranks if an output is not finite.
-
-    truth, class_weights: of the val cases, as for `train_step`.
+    truth, class_weights: of the val cases, as for `train_step`. Raise NotFinite on all ranks if an
+    output is not finite.
     """
     found = predict(run, state.bare("classifier"), loader, targets)
     outputs = {n: torch.from_numpy(found[n]).clamp(min=1e-12).log() for n in targets.classes}

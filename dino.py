@@ -6,6 +6,7 @@ backbone for the other stages to checkpoints/backbone.pt there. docs/pretraining
 Volumes are (B, C, X, Y, Z) in RAS+ throughout; views are stacked view-major, (views * B, ...).
 """
 
+import utils.config.help_first  # noqa: F401  # isort: skip
 import copy
 import itertools
 import math
@@ -160,10 +161,8 @@ def build_schedule(cfg: DinoConfig, steps_per_epoch: int) -> dict[str, np.ndarra
     d, num_steps = cfg.dino, cfg.n_epochs * steps_per_epoch
     total = cfg.batch_size * cfg.accumulate * distributed.world_size()
     lr = cfg.learning_rate * math.sqrt(total / 256)  # DINOv2's rule
-    warmup, ramp, frozen = (
-        epochs * steps_per_epoch
-        for epochs in (cfg.warmup_epochs, d.teacher_temp_warmup_epochs, d.freeze_prototypes_epochs)
-    )
+    epochs = (cfg.warmup_epochs, d.teacher_temp_warmup_epochs, d.freeze_prototypes_epochs)
+    warmup, ramp, frozen = (n * steps_per_epoch for n in epochs)
     temps = (d.teacher_temp_start, d.teacher_temp)
     return {
         "lr": schedules.cosine(lr, min(cfg.min_learning_rate, lr), num_steps, warmup),

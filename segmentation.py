@@ -8,6 +8,7 @@ Volumes are (B, C, X, Y, Z) in RAS+ throughout. Masks hold indices: 0 background
 as in the config (of regions that overlap: their parts, see utils/classes.py), IGNORE.
 """
 
+import utils.config.help_first  # noqa: F401  # isort: skip
 import math
 import sys
 from collections.abc import Callable, Sequence
