@@ -199,8 +199,7 @@ def draw_patches(run: Run[SegmentationConfig], batch: dict) -> None:
     colors = color_table([classes.indices_of(name) for name in classes.names])
     views = views_of(images, "image", run.cfg.data.channels) | {"target": colors[targets.cpu()]}
     legend = {name: color_of(k) for k, name in enumerate(classes.names, 1)}
-    picture = plot_crops(run.folder / "plots" / "patches.png", views, legend=legend)
-    run.log.image("patches", picture, 0)
+    run.log.image("patches", plot_crops(run.folder / "plots/patches.png", views, legend=legend), 0)
 
 
 def draw_progress(run: Run, state: State) -> None:
