@@ -37,9 +37,9 @@ from utils.errors import InputError, NotFinite
 from utils.memory import explained, in_parts
 from utils.report.plots import plot_crops, plot_curves, plot_feature_pca, views_of
 from utils.signals import StopSignal
-from utils.training import collapse, schedules, step
+from utils.training import collapse, schedules, step, summary
 from utils.training.loop import Epoch
-from utils.training.run import Run, exit_code, load_weights, open_log, until_stopped, write_report
+from utils.training.run import Run, exit_code, load_weights, open_log, until_stopped
 from utils.training.state import State, note_best, resume, save
 from utils.weights import load_backbone
 
@@ -254,7 +254,7 @@ def draw_progress(run: Run[DinoConfig], state: State, entry) -> None:
         picture = plot_crops(plots / "reconstruction.png", views)
         run.log.image("reconstruction", picture, state.step)
     plot_curves(plots / "curves.png", run.log.rows, d.out_dim, d.patch_out_dim)
-    write_report(run, state, f"DINO pre-training: {run.cfg.experiment}", PICTURES)
+    summary.write_report(run, state, f"DINO pre-training: {run.cfg.experiment}", PICTURES)
 
 
 # ---------------------------------------------------------------------------------- main
