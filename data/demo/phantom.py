@@ -140,6 +140,7 @@ def _stool(c, texture, r):
 
 def _organs(c, rng, inside, enhancement):
     """Draw kidneys, spleen, pancreas, psoas, gallbladder and liver; return the liver."""
+    kidneys = np.zeros(c.labels.shape, bool)  # with the fat at their hilum
     for side in (-1, 1):  # the right kidney (negative x) lies lower
         psoas = c.blob((side * 38, 44, -110), (21, 21, 95))
         c.fill((psoas < 1) & inside, MUSCLE)
@@ -150,6 +151,7 @@ def _organs(c, rng, inside, enhancement):
         parts = ((leaning, radii[0]), (c.y - 36, radii[1]), (kz, radii[2]))
         r = np.sqrt(sum((a / b) ** 2 for a, b in parts))
         hilum = np.sqrt(((leaning + side * 17) / 15) ** 2 + ((c.y - 32) / 11) ** 2 + (kz / 26) ** 2)
+        kidneys |= r < 1
         kidney = (r < 1) & (hilum > 1) & inside
         c.fill(kidney, 195 * enhancement, "kidneys")
         c.hu[kidney & (r < 0.66)] = 150 * enhancement
@@ -164,7 +166,7 @@ def _organs(c, rng, inside, enhancement):
     left = c.blob((12, -44, 52), rng.normal((66, 34, 42), 4))
     underside = c.z > -42 + 0.55 * (c.x + 56) - 0.25 * c.y
     liver = ((right < 1) & (underside | (c.x < -75)) | (left < 1)) & inside
-    liver &= (c.labels != LABELS["kidneys"]) & (c.z > -85)
+    liver &= ~kidneys & (c.z > -85)
     bile = c.blob((-44, -38, -14), (15, 20, 22))
     base = rng.normal(104, 9) * enhancement
     c.fill(liver, base, "liver")

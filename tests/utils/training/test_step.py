@@ -58,7 +58,7 @@ def test_a_step_that_is_not_finite_leaves_no_trace():
 
 def test_a_cpu_that_can_only_emulate_bf16_is_told_so(monkeypatch, tmp_path, capsys):
     cfg = SimpleNamespace(precision="bf16", resume_training_from=None)
-    cfg.results_dir, cfg.experiment = str(tmp_path), "x"
+    cfg.results_dir, cfg.cache_dir, cfg.experiment = str(tmp_path), str(tmp_path), "x"
     for supported in (True, False):
         monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda s=supported: s)
         for precision, device in (("bf16", "cpu"), ("fp32", "cpu"), ("bf16", "cuda")):
