@@ -42,7 +42,7 @@ class Problem(NamedTuple):
     def noted(self) -> str:
         """For the report, without the patient."""
         left_out = "" if self.is_notice else "left out "
-        return f"{left_out}line {self.row} of the CSV: {self.what}"
+        return left_out + f"line {self.row} of the CSV: " * bool(self.row) + self.what
 
 
 class CasesError(InputError):
