@@ -116,7 +116,7 @@ def volume_notices(cases: Sequence[Case], cache: VolumeCache) -> list[Problem]:
     for rows in values.values():
         odd = [(case, what) for case, path, fact in rows for what in hu_notices(fact, path)]
         if len(odd) == len(rows) >= FEWEST_ROWS:  # a line for each would hide all others
-            found.append(Problem(0, "", f"all {len(rows)} CT, such as {odd[0][1]}", NOTICE))
+            found.append(Problem(0, "", f"{len(rows)} CT, such as {odd[0][1]}", NOTICE))
         else:
             found += [Problem(case.row, case.patient, what, NOTICE) for case, what in odd]
         for i, what in unlike_others([fact for *_, fact in rows]).items():

@@ -81,8 +81,7 @@ def test_rows_of_a_table(tmp_path, build):
     assert notice.row == 4 and "HU + 1024" in notice.what and paths["plus"] in notice.what
     many = [replace(cases[2], row=row) for row in range(2, 10)]
     (notice,) = volume_notices(many, cache)  # not a line for each
-    assert notice.row == 0 and notice.what.startswith(
-        f"all 8 CT, such as {paths['plus']}: no voxel"
-    )
+    assert notice.in_full == notice.noted == notice.what  # no line 0
+    assert notice.row == 0 and notice.what.startswith(f"8 CT, such as {paths['plus']}: no voxel")
     other = StandardForm(None, modality="OT")
     assert not check_volumes(cases[3:], VolumeCache(tmp_path / "b", other), False, 0, "OT")

@@ -154,7 +154,7 @@ def write_training_report(
     """
     told: dict[bool, list[str]] = {False: [], True: []}
     for p in log.skipped:
-        told[p.is_notice].append(f"{p.patient} (line {p.row} of the CSV): {p.what}")
+        told[p.is_notice].append(p.in_full)
     found = [(log.folder / "plots" / name, caption) for name, caption in pictures.items()]
     sections = [
         Section("Warnings", [list(warnings)], warning=True),
