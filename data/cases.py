@@ -22,6 +22,7 @@ MODALITIES = get_args(Modality)
 SKIPPABLE = ("paths", "unreadable volumes", "geometry", "values", "masks")
 NOTICE = "worth a look"  # the kind of problems that are none: what is likely, and was done
 LABELLED = "labelled_classes"  # an optional column
+NAMED_BY = " (named by cls_targets, reg_targets, report_by or probe_targets)"
 SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
 WHOLE = re.compile(r"([+-]?\d+)\.0*", re.ASCII)  # 1.0, as pandas writes 1 where a cell is empty
@@ -42,7 +43,12 @@ class Problem(NamedTuple):
     def noted(self) -> str:
         """For the report, without the patient."""
         left_out = "" if self.is_notice else "left out "
-        return f"{left_out}line {self.row} of the CSV: {self.what}"
+        return left_out + f"line {self.row} of the CSV: " * bool(self.row) + self.what
+
+    @property
+    def in_full(self) -> str:
+        """For the log and report of a training run."""
+        return f"{self.patient} (line {self.row} of the CSV): " * bool(self.row) + self.what
 
 
 class CasesError(InputError):
@@ -137,7 +143,7 @@ def read_cases(
     path_column = next((name for name in path_columns if name in header), path_columns[0])
     columns = [column_of(name)[0] for name in channels or ()]
     required = ["PatientID", *(columns or [path_column]), "fold", *label_columns]
-    problems += _check_header(header, required)
+    problems += _check_header(header, required, label_columns)
     may_lack = channels if channels and missing_channels == "zero" else ()
     columns = [name for name in (*label_columns, *optional_columns) if name in header]
     _in_one_spelling(rows, ["fold", *columns])
@@ -209,10 +215,12 @@ def _in_one_spelling(rows: list[tuple[int, dict[str, str]]], columns: Sequence[s
             cells[name] = spelled.get(cells[name], cells[name])
 
 
-def _check_header(header: list[str], required: Sequence[str]) -> list[Problem]:
+def _check_header(
+    header: list[str], required: Sequence[str], labels: Sequence[str]
+) -> list[Problem]:
     """Find missing and repeated columns, and optional ones that would silently not be used."""
     missing = [name for name in dict.fromkeys(required) if name not in header]
-    wrong = [_missing_column(name, header) for name in missing]
+    wrong = [_missing_column(name, header) + NAMED_BY * (name in labels) for name in missing]
     for column in dict.fromkeys(header):
         if column and header.count(column) > 1:
             wrong.append(f"{header.count(column)} columns {column!r}")

@@ -13,6 +13,7 @@ TISSUE, LITTLE = (-200, 300), 0.02  # HU of fat and soft tissue; any scan shows 
 FEWEST_ROWS = 8  # to say what is unlike the others
 DEVIATIONS = 6  # robust standard deviations
 LEAST_HU, LEAST_RATIO = 300, 10  # differences that are never noticed
+FEW = 0.05  # share of the rows; more that are alike are another scanner, and not odd
 
 
 def values_of(voxels: np.ndarray, kind: str) -> dict:
@@ -84,7 +85,8 @@ def unlike_others(facts: Sequence[Mapping]) -> dict[int, str]:
 
     By the distance from the median in robust standard deviations (1.4826 times the median absolute
     deviation): of CT percentiles 1 and 99 and the mean between, of others the logarithm of their
-    range, as MR has no unit.
+    range, as MR has no unit. Rows that are no further from each other than that are not odd, unless
+    they are few.
     """
     if len(facts) < FEWEST_ROWS:
         return {}
@@ -100,6 +102,9 @@ def unlike_others(facts: Sequence[Mapping]) -> dict[int, str]:
     away = np.abs(features - middle)
     limit = np.maximum(DEVIATIONS * 1.4826 * np.median(away, axis=0), least)
     for i in np.flatnonzero((away > limit).any(axis=1)).tolist():
+        alike = (np.abs(features - features[i]) <= limit).all(axis=1).sum()  # itself, too
+        if alike > max(1, FEW * len(facts)):
+            continue
         shown = [", ".join(f"{x:.4g}" for x in v) for v in (values[i], np.median(values, axis=0))]
         found[i] = f"percentiles 1 and 99 and mean are {shown[0]}, of most rows {shown[1]}"
     return found

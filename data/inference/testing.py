@@ -139,7 +139,7 @@ def predict_inputs(
         return read_picture(case_of[name], cache.get(case_of[name]), classes, path)
 
     unlike = [f"{row['name']}: {row['unlike_training']}" for row in rows if row["unlike_training"]]
-    told = [f"{problem.patient}: {problem.what}" for problem in notices]
+    told = [f"{problem.patient}: " * bool(problem.patient) + problem.what for problem in notices]
     title = f"Predictions of {run.cfg.experiment}"
     write_predicted_report(folder, title, rows, classes.names, read, unlike, told)
     save_resolved(run.cfg, folder / "config.yaml")

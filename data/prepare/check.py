@@ -18,7 +18,7 @@ from data.cases import NOTICE, Case, Problem
 from data.readers import VolumeError, format_of
 from data.sources import append_line, portable, read_lines, with_paths
 from data.standard import CheckMaskd, ReadVolumed, StandardForm
-from data.values import hu_notices, nothing_to_see, unlike_others
+from data.values import FEWEST_ROWS, hu_notices, nothing_to_see, unlike_others
 from data.volume import MIN_VOXELS, SPACING_MM, spacing_of
 from utils.parallel import in_processes
 
@@ -111,10 +111,14 @@ def volume_notices(cases: Sequence[Case], cache: VolumeCache) -> list[Problem]:
             notices.append(f"{', '.join(case.missing)}: missing; zeros for the network")
         there = [(name, x) for name, x in (case.channels or {"": case.path}).items() if x]
         for (name, path), fact in zip(there, facts["values"], strict=True):
-            notices += hu_notices(fact, path)
             values[name, fact["kind"]].append((case, path, fact))
         found += [Problem(case.row, case.patient, what, NOTICE) for what in notices]
     for rows in values.values():
+        odd = [(case, what) for case, path, fact in rows for what in hu_notices(fact, path)]
+        if len(odd) == len(rows) >= FEWEST_ROWS:  # a line for each would hide all others
+            found.append(Problem(0, "", f"{len(rows)} CT, such as {odd[0][1]}", NOTICE))
+        else:
+            found += [Problem(case.row, case.patient, what, NOTICE) for case, what in odd]
         for i, what in unlike_others([fact for *_, fact in rows]).items():
             case, path, _ = rows[i]
             what = f"{path}: unlike all others: {what}"

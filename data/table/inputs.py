@@ -200,7 +200,7 @@ def _named(cases: Sequence[Case], root: Path) -> list[Case]:
 def _with_modality(
     cases: Sequence[Case], given: str | Sequence[str], known: Sequence[Sequence[str]] | None
 ) -> tuple[list[Case], list[Problem]]:
-    """Give NIfTI files without a modality that of the train cases; return a notice of each."""
+    """Give NIfTI files without a modality that of the train cases, and return a notice."""
     unknown = {c.row for c in cases if given == "auto" and c.modality is None and format_of(c.path)}
     if not unknown:
         return list(cases), []
@@ -212,10 +212,7 @@ def _with_modality(
             f"{len(unknown)} of {len(cases)} scans do not say their modality{trained} (first: "
             f"{first}): set data.modality, such as data.modality=CT"
         )
-    notices = []
-    for i, case in enumerate(cases := list(cases)):
-        if case.row in unknown:
-            cases[i] = replace(case, modality=choices[0])
-            what = f"does not say its modality: taken for {choices[0]}, as all train cases are"
-            notices.append(Problem(0, case.patient, what, NOTICE))
-    return cases, notices
+    what = f"{len(unknown)} of {len(cases)} scans do not say their modality: taken for {choices[0]}"
+    notice = Problem(0, "", f"{what}, as all train cases are", NOTICE)
+    found = [replace(c, modality=choices[0]) if c.row in unknown else c for c in cases]
+    return found, [notice]

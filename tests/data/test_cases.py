@@ -74,7 +74,8 @@ def test_columns(folder):
     )
     assert "1: no column 'PatientID'; nearest: 'patientid'" in found
     assert "1: no column 'path'; nearest: ' path' (mind the spaces)" in found
-    assert "1: no column 'grad'; nearest: 'grade'" in found
+    named = " (named by cls_targets, reg_targets, report_by or probe_targets)"
+    assert f"1: no column 'grad'; nearest: 'grade'{named}" in found
     assert any(x.startswith("1: no column 'size'; the CSV has patientid") for x in found)
     assert "1: 2 columns 'grade'" in found
     assert "1: column 'Modality': write 'modality'" in found

@@ -1,5 +1,7 @@
 """Is it HU? Each way in which a CT is not, by itself and among the others; and CT that is."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -54,6 +56,9 @@ def test_a_volume_unlike_all_others():
     assert unlike_others([ct[0], values_of(HU + 1024, "CT")]) == {}  # too few to say
     mr = [values_of(np.abs(HU) * RNG.uniform(0.3, 3), "other") for _ in range(9)]
     assert [*unlike_others([*mr[:4], values_of(HU * 1e4, "other"), *mr[4:]])] == [4]
+    other = [values_of(np.abs(HU) * RNG.uniform(300, 3000), "other") for _ in range(2)]
+    assert unlike_others([*mr, *other]) == {}  # another scanner
+    assert [*unlike_others([*mr * 5, *other])] == [45, 46]
 
 
 @pytest.mark.parametrize("build", [True, False])
@@ -74,5 +79,9 @@ def test_rows_of_a_table(tmp_path, build):
     assert "without RescaleSlope and RescaleIntercept" in problems[1].what
     (notice,) = volume_notices([cases[0], cases[2]], cache)
     assert notice.row == 4 and "HU + 1024" in notice.what and paths["plus"] in notice.what
+    many = [replace(cases[2], row=row) for row in range(2, 10)]
+    (notice,) = volume_notices(many, cache)  # not a line for each
+    assert notice.in_full == notice.noted == notice.what  # no line 0
+    assert notice.row == 0 and notice.what.startswith(f"8 CT, such as {paths['plus']}: no voxel")
     other = StandardForm(None, modality="OT")
     assert not check_volumes(cases[3:], VolumeCache(tmp_path / "b", other), False, 0, "OT")

@@ -226,8 +226,8 @@ MISTAKES = [
     ("dino", spoil_cases, "val_folds=[3,9]", "line 2 | absent.nii | empty fold | '9' | CANARY8"),
     (
         *("classification", spoil_labels, TARGETS),
-        "no column 'sise'; nearest: 'size' | absent.nii | constant: all 7 train rows | id: | ID? | "
-        "'12,5' is not a number | CANARY11 | late: 'c' is in no train row",
+        "no column 'sise'; nearest: 'size' (named by | absent.nii | constant: all 7 train rows | "
+        "id: | ID? | '12,5' is not a number | CANARY11 | late: 'c' is in no train row",
     ),
     (
         *("segmentation", spoil_masks, "classes={ball: 300, none: 4}"),

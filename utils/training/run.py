@@ -149,8 +149,7 @@ def open_log(run: Run, state: State, network: nn.Module, cases: dict, skipped) -
         f"epoch, from step {state.step}"
     )
     for problem in skipped:
-        what = "note on" if problem.is_notice else "left out"
-        log.message(f"{what} {problem.patient} (line {problem.row}): {problem.what}")
+        log.message(f"{'note:' if problem.is_notice else 'left out:'} {problem.in_full}")
 
 
 @contextmanager

@@ -23,7 +23,7 @@ def write_report(run: Run, state: State, title: str, pictures: dict[str, str]) -
     warnings = [*(report.warnings if report else []), *state.warnings.values()]
     told: dict[bool, list[str]] = {False: [], True: []}
     for p in log.skipped:
-        told[p.is_notice].append(f"{p.patient} (line {p.row} of the CSV): {p.what}")
+        told[p.is_notice].append(p.in_full)
     found = [(log.folder / "plots" / name, caption) for name, caption in pictures.items()]
     slices = [json.loads(p.read_text()) for p in sorted(log.folder.glob("plots/val_*.json"))]
     history = collapse.history(log.rows, state.first, run.cfg) if is_dino(run) else []

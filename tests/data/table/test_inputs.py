@@ -23,7 +23,7 @@ def test_one_file_and_one_series(tmp_path):
     path = nifti(tmp_path / "scan one.nii.gz")
     cases, said = found(path)
     assert cases["scan one"].path == str(path) and cases["scan one"].modality == "CT"
-    assert "does not say its modality: taken for CT" in said
+    assert "1 of 1 scans do not say their modality: taken for CT" in said
     folder = series(tmp_path / "series", SeriesInstanceUID="1.2", Modality="MR")
     cases, said = found(folder)
     assert cases["series"].path == str(folder) and cases["series"].series_uid == "1.2"
