@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Generic, Self, TypeVar
@@ -22,6 +22,7 @@ from utils.files import refuse_file
 from utils.report.page import write_training_report
 from utils.signals import Stopped, StopSignal, end_workers
 from utils.training.folders import Lock, lock_training, new_results, refuse_taken
+from utils.training.forecast import Forecast
 from utils.training.runlog import RunLog
 from utils.training.state import State, check_space, save
 from utils.training.step import is_emulated
@@ -41,7 +42,7 @@ class Run(Generic[Config]):
     cfg: the config. device: the device of this process. stop: the signals that end the run early.
     started_from: the checkpoint from which the run goes on, if any.
     log, lock: opened by `open_log` when training begins. exit_code: that of training, 0 or
-        EXIT_STOPPED.
+        EXIT_STOPPED. forecast: None once it has been said.
     """
 
     cfg: Config
@@ -51,6 +52,7 @@ class Run(Generic[Config]):
     log: RunLog | None = None
     lock: Lock | None = None
     exit_code: int = 0
+    forecast: Forecast | None = field(default_factory=Forecast)
 
     @classmethod
     def begin(cls, cfg: Config, device: torch.device, stop: StopSignal) -> Self:
