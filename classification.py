@@ -7,6 +7,7 @@ predicted and scored, to test/ there. docs/classification.md says the rest.
 Volumes are (B, C, X, Y, Z) in RAS+ throughout. A target is a column of classes or of numbers.
 """
 
+import utils.config.help_first  # noqa: F401  # isort: skip
 import itertools
 import math
 import sys
@@ -51,16 +52,17 @@ from utils.memory import explained
 from utils.metrics.evaluation import evaluate
 from utils.report.plots import plot_curves
 from utils.signals import StopSignal
-from utils.training import advice, schedules, step
+from utils.training import advice, schedules, step, summary
 from utils.training.loop import Epoch
-from utils.training.run import Run, exit_code, load_weights, open_log, until_stopped, write_report
+from utils.training.run import Run, exit_code, load_weights, open_log, until_stopped
 from utils.training.state import State, note_best, resume, save
+from utils.training.tested import about_tested
 from utils.weights import load_backbone
 
 CONFIG = Path(__file__).with_name("classification_config.yaml")
 PICTURES = {
     "curves.png": "Each epoch; epoch 0 is before training.",
-    "inputs.png": "Images of the first batch, as augmented and as they are seen in validation.",
+    "inputs.png": "The first images, as augmented and as in validation, with their labels.",
 }
 DRAW_EVERY = 10  # epochs
 SELECT_BY = ("val_auc", "val_loss")  # the first that is defined, else the train loss
@@ -139,9 +141,8 @@ def validate(
 ) -> dict[str, float | None]:
     """Return losses, AUC and the like on the fixed view of the val cases; None: undefined.
 
-    Raise NotFinite on all ranks if an output is not finite.
-
-    truth, class_weights: of the val cases, as for `train_step`.
+    truth, class_weights: of the val cases, as for `train_step`. Raise NotFinite on all ranks if an
+    output is not finite.
     """
     found = predict(run, state.bare("classifier"), loader, targets)
     outputs = {n: torch.from_numpy(found[n]).clamp(min=1e-12).log() for n in targets.classes}
@@ -199,7 +200,7 @@ def stopped_early(state: State, cfg: ClassificationConfig) -> bool:
 def draw_progress(run: Run, state: State) -> None:
     """Renew plots/curves.png and report.html from what has been logged so far."""
     plot_curves(run.folder / "plots" / "curves.png", run.log.rows)
-    write_report(run, state, f"Classification: {run.cfg.experiment}", PICTURES)
+    summary.write_report(run, state, f"Classification: {run.cfg.experiment}", PICTURES)
 
 
 # ---------------------------------------------------------------------------------- main
@@ -324,12 +325,11 @@ def predict_all(run: Run[ClassificationConfig], tested: list[Tested], cases: lis
 def test(run: Run[ClassificationConfig], tested: list[Tested], cases: list, skipped) -> dict:
     """Predict and score the cases, to test/; return what `write_test_report` was given."""
     cfg, targets = run.cfg, tested[0].targets
-    notes = fair_test(cases, tested, cfg.allow_seen_patients)
-    notes += [problem.noted for problem in skipped]
+    notes = fair_test(cases, tested, cfg.allow_seen_patients) + [p.noted for p in skipped]
     absent = [name for name in targets.names if name not in cases[0].labels]
     notes += [f"The CSV has no column {name!r}: it is predicted, not scored" for name in absent]
-    content = {"targets": targets, "cases": cases, "images": tested[0].image}
-    content |= {"report_by": cfg.report_by, "notes": notes, "seed": cfg.seed}
+    content = {"targets": targets, "cases": cases, "about": about_tested(tested), "seed": cfg.seed}
+    content |= {"report_by": cfg.report_by, "notes": notes, "images": tested[0].image}
     with run.new_results() as folder:
         content["predictions"] = predict_all(run, tested, cases)
         content["control"] = average([one.control(cases) for one in tested])

@@ -6,6 +6,7 @@ backbone for the other stages to checkpoints/backbone.pt there. docs/pretraining
 Volumes are (B, C, X, Y, Z) in RAS+ throughout; views are stacked view-major, (views * B, ...).
 """
 
+import utils.config.help_first  # noqa: F401  # isort: skip
 import copy
 import itertools
 import math
@@ -36,9 +37,9 @@ from utils.errors import InputError, NotFinite
 from utils.memory import explained, in_parts
 from utils.report.plots import plot_crops, plot_curves, plot_feature_pca, views_of
 from utils.signals import StopSignal
-from utils.training import collapse, schedules, step
+from utils.training import collapse, schedules, step, summary
 from utils.training.loop import Epoch
-from utils.training.run import Run, exit_code, load_weights, open_log, until_stopped, write_report
+from utils.training.run import Run, exit_code, load_weights, open_log, until_stopped
 from utils.training.state import State, note_best, resume, save
 from utils.weights import load_backbone
 
@@ -160,10 +161,8 @@ def build_schedule(cfg: DinoConfig, steps_per_epoch: int) -> dict[str, np.ndarra
     d, num_steps = cfg.dino, cfg.n_epochs * steps_per_epoch
     total = cfg.batch_size * cfg.accumulate * distributed.world_size()
     lr = cfg.learning_rate * math.sqrt(total / 256)  # DINOv2's rule
-    warmup, ramp, frozen = (
-        epochs * steps_per_epoch
-        for epochs in (cfg.warmup_epochs, d.teacher_temp_warmup_epochs, d.freeze_prototypes_epochs)
-    )
+    epochs = (cfg.warmup_epochs, d.teacher_temp_warmup_epochs, d.freeze_prototypes_epochs)
+    warmup, ramp, frozen = (n * steps_per_epoch for n in epochs)
     temps = (d.teacher_temp_start, d.teacher_temp)
     return {
         "lr": schedules.cosine(lr, min(cfg.min_learning_rate, lr), num_steps, warmup),
@@ -255,7 +254,7 @@ def draw_progress(run: Run[DinoConfig], state: State, entry) -> None:
         picture = plot_crops(plots / "reconstruction.png", views)
         run.log.image("reconstruction", picture, state.step)
     plot_curves(plots / "curves.png", run.log.rows, d.out_dim, d.patch_out_dim)
-    write_report(run, state, f"DINO pre-training: {run.cfg.experiment}", PICTURES)
+    summary.write_report(run, state, f"DINO pre-training: {run.cfg.experiment}", PICTURES)
 
 
 # ---------------------------------------------------------------------------------- main

@@ -8,6 +8,7 @@ Volumes are (B, C, X, Y, Z) in RAS+ throughout. Masks hold indices: 0 background
 as in the config (of regions that overlap: their parts, see utils/classes.py), IGNORE.
 """
 
+import utils.config.help_first  # noqa: F401  # isort: skip
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -44,19 +45,21 @@ from data.views.patches import PatchDataset, PatchSettings, apply_patches, colla
 from models.backbones import facts_of, from_config
 from models.segmenter import Segmenter, loss_of, optimizer_groups, supervised
 from utils import checkpoint, distributed
-from utils.classes import IGNORE, Classes, unpaired_sides
+from utils.classes import Classes, unpaired_sides
 from utils.config.command_line import parse_command_line, value_of
 from utils.config.schema import OPTIONS
 from utils.config.segmentation import SegmentationConfig, impossible_segmentation
 from utils.errors import NotFinite
 from utils.memory import explained
 from utils.metrics.segmentation import by_class, case_dice, mean_dice
-from utils.report.plots import plot_crops, plot_curves, views_of
+from utils.report.plots import color_of, plot_crops, plot_curves, views_of
+from utils.report.plots_segmentation import color_table
 from utils.signals import Stopped, StopSignal
-from utils.training import advice, schedules, step
+from utils.training import advice, schedules, step, summary
 from utils.training.loop import Epoch
-from utils.training.run import Run, exit_code, load_weights, open_log, until_stopped, write_report
+from utils.training.run import Run, exit_code, load_weights, open_log, until_stopped
 from utils.training.state import State, note_best, resume, save
+from utils.training.tested import about_tested
 from utils.weights import load_backbone
 
 CONFIG = Path(__file__).with_name("segmentation_config.yaml")
@@ -193,15 +196,17 @@ def score_of(row: dict, select_by: str) -> float | None:
 def draw_patches(run: Run[SegmentationConfig], batch: dict) -> None:
     """Draw plots/patches.png: the patches of the first batch, and what is to be answered."""
     images, targets = apply_patches(batch, run.cfg.patches.size, run.device)
-    targets = torch.where(targets == IGNORE, 0, targets).float() / len(run.cfg.classes)
-    views = views_of(images, "image", run.cfg.data.channels) | {"target": targets.cpu().numpy()}
-    run.log.image("patches", plot_crops(run.folder / "plots" / "patches.png", views), 0)
+    classes = Classes.from_config(run.cfg.classes, run.cfg.ignore_labels)
+    colors = color_table([classes.indices_of(name) for name in classes.names])
+    views = views_of(images, "image", run.cfg.data.channels) | {"target": colors[targets.cpu()]}
+    legend = {name: color_of(k) for k, name in enumerate(classes.names, 1)}
+    run.log.image("patches", plot_crops(run.folder / "plots/patches.png", views, legend=legend), 0)
 
 
 def draw_progress(run: Run, state: State) -> None:
     """Renew plots/curves.png and report.html from what has been logged so far."""
     plot_curves(run.folder / "plots" / "curves.png", run.log.rows)
-    write_report(run, state, f"Segmentation: {run.cfg.experiment}", PICTURES)
+    summary.write_report(run, state, f"Segmentation: {run.cfg.experiment}", PICTURES)
 
 
 # ---------------------------------------------------------------------------------- main
@@ -320,7 +325,7 @@ def test(run: Run[SegmentationConfig], tested, cases: list[Case], notes: list[st
     content = {"cases": cases, "cache": first.cache, "classes": first.classes}
     with run.new_results() as folder:
         rows = test_cases(run, predict, folder=folder, **content)
-        content |= {"rows": rows, "notes": [*notes, *more]}
+        content |= {"rows": rows, "notes": [*notes, *more], "about": about_tested(tested)}
         report_test(run, folder, title, **content)
     return content
 

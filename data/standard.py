@@ -6,7 +6,7 @@ whose mean is nearly free of noise.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
@@ -16,7 +16,8 @@ from monai.transforms import Compose, MapTransform, Orientationd, Spacingd, Spat
 from scipy import ndimage
 
 from data.channels import CT_AIR, CT_RANGE, air_of, read_channels
-from data.readers import Volume, VolumeError, format_of, read_mask
+from data.masks.grid import fitted
+from data.readers import VolumeError, format_of, read_mask
 from data.values import values_of
 from data.volume import MAX_SHEAR, grid_difference, resample, shear_of, spacing_of
 
@@ -122,38 +123,11 @@ class ReadVolumed(Transform):
         out |= {name: getattr(form, name) for name in ("uneven_slices", "mask_grid", "nan_voxels")}
         if data.get("seg_path"):
             mask = read_mask(data["seg_path"], data.get("masks"))
-            if form.mask_grid == "voxels":
-                mask = _on_voxels(mask, volume, data)
+            files = [data["path"], *(data.get("masks") or [data["seg_path"]])]
+            mask = fitted(mask, volume.affine, volume.voxels.shape, form.mask_grid, files)
             out["seg"] = _meta_tensor([mask.voxels], mask.affine)
             out["notices"] += mask.notices
         return out
-
-
-def _on_voxels(mask: Volume, volume: Volume, data: dict) -> Volume:
-    """Return a mask of its image's shape with the image's affine, and a notice if its own differs;
-    any other mask as it is, and that of a DICOM image."""
-    if not all(map(format_of, (data["path"], *(data.get("masks") or [data["seg_path"]])))):
-        return mask
-    different = off_by_header(mask, volume.affine, volume.voxels.shape)
-    if not different:
-        return mask
-    what = f"mask {data['seg_path']}: taken voxel by voxel (data.mask_grid: voxels); its header "
-    notices = (*mask.notices, what + f"differs: {different}")
-    return replace(mask, affine=volume.affine, notices=notices)
-
-
-def off_by_header(mask: Volume, affine: np.ndarray, shape: tuple) -> str:
-    """Say how a mask's grid differs from its image's although it has as many voxels, or ''.
-
-    affine, shape: of the image as read. Masks that are stored in another order of axes, but lie on
-    the image's voxels, do not differ.
-    """
-    if mask.voxels.shape != tuple(shape):
-        return ""
-    empty = np.zeros(shape, np.uint8)
-    grids = {"seg": _meta_tensor([empty], mask.affine), "image": _meta_tensor([empty], affine)}
-    grids = Orientationd(("seg", "image"), axcodes="RAS", labels=None)(grids)
-    return grid_difference(grids["seg"], grids["image"])
 
 
 class CheckMaskd(Transform):
@@ -164,9 +138,9 @@ class CheckMaskd(Transform):
         if seg is not None:
             different = grid_difference(seg, image)
             if different:
-                hint = ""
+                hint = "; if it lies rightly in space, set data.mask_grid=resample"
                 if seg.shape[1:] == image.shape[1:] and format_of(data["path"]):
-                    hint = "; if it was drawn on these voxels, set data.mask_grid=voxels"
+                    hint = "; if it was drawn on these voxels, set data.mask_grid=voxels" + hint[3:]
                 what = f"mask {data['seg_path']} of {data['path']}: {different}{hint}"
                 raise VolumeError(what)
             seg.affine = image.affine  # so that both go through exactly the same geometry

@@ -57,4 +57,4 @@ def equal(one, two) -> bool:
 
 
 def without_times(row: dict) -> dict:
-    return {k: v for k, v in row.items() if k not in ("images_per_s", "data_wait")}
+    return {k: v for k, v in row.items() if k not in ("images_per_s", "data_wait", "seconds")}

@@ -29,9 +29,10 @@ from utils.memory import in_parts
 from utils.metrics.predictions import Predictions, pool, write_inputs
 from utils.report.classification import in_words, write_test_report
 from utils.report.plots import plot_crops, views_of
+from utils.report.plots_classification import writable
 from utils.training.run import Run
 from utils.training.step import autocast, refuse_not_finite
-from utils.training.tested import checkpoints_of, facts_of, refuse_unlike
+from utils.training.tested import about, checkpoints_of, facts_of, joined, refuse_unlike
 from utils.training.tested import open_tested as open_checkpoint
 
 
@@ -42,7 +43,8 @@ class Tested:
         path, cfg: its config, but with the fields OF_THE_TEST of the current config.
         cache: a cache in its standard form.
         targets: of its training. weights: of the classifier.
-        seen_patients, chosen_by, fingerprint: see `utils.training.tested.facts_of`.
+        seen_patients, chosen_by, fingerprint: see `utils.training.tested.facts_of`. about: see
+            `about` there.
     """
 
     def __init__(self, path: str, cfg):
@@ -51,6 +53,7 @@ class Tested:
         self.path, self.targets = path, Targets.from_dict(saved["classes"])
         self.cache = VolumeCache(cfg.cache_dir, standard_form(self.cfg))
         self.seen_patients, self.chosen_by, self.fingerprint = facts_of(saved)
+        self.about = about(path, saved)
         self.weights = saved["modules"]["classifier"]
         self._control = Control.from_dict(saved["control"])
 
@@ -109,6 +112,7 @@ def pooled(tests: Sequence[dict]) -> dict:
     for name in ("predictions", "control"):
         content["cases"], content[name] = pool([(t["cases"], t[name]) for t in tests])
     content["notes"] = list(dict.fromkeys(note for t in tests for note in t["notes"]))
+    content["about"] = joined([t["about"] for t in tests])
     return content
 
 
@@ -170,9 +174,16 @@ def predict(run: Run, network, loader, targets: Targets) -> dict[str, np.ndarray
 
 
 def draw_inputs(run: Run, loaders: dict) -> None:
-    """Draw plots/inputs.png: what the network sees of some train cases and some val cases."""
-    views, size = {}, run.cfg.image.size
+    """Draw plots/inputs.png: what the network sees of some cases, and their labels."""
+    views, texts, cfg = {}, {}, run.cfg
+    targets = [*cfg.cls_targets, *cfg.reg_targets]
     for name, loader in loaders.items():
         items = [loader.dataset[key] for key in loader.sampler.global_keys()[:3]]
-        views |= views_of(cut_images(collate(items), size, run.device), name, run.cfg.data.channels)
-    run.log.image("inputs", plot_crops(run.folder / "plots" / "inputs.png", views), 0)
+        images = cut_images(collate(items), cfg.image.size, run.device)
+        shown = views_of(images, name, cfg.data.channels)
+        labels = [loader.dataset.data[item["index"]].labels for item in items]
+        told = [[writable(f"{t}: {of.get(t) or '–'}") for t in targets] for of in labels]
+        texts |= dict.fromkeys(shown, ["\n".join(lines) for lines in told])
+        views |= shown
+    picture = plot_crops(run.folder / "plots" / "inputs.png", views, texts=texts)
+    run.log.image("inputs", picture, 0)

@@ -22,10 +22,10 @@ from torch import Tensor
 from data.cases import Case
 from data.entry import CacheEntry
 from data.inference.windows import air_of, fixed_view
+from data.masks.grid import fitted
 from data.nifti import is_nifti, read_nifti_header
 from data.parts import split_part
 from data.readers import Volume, VolumeError, format_of, read_mask, read_volume
-from data.standard import off_by_header
 from data.volume import MAX_SHEAR, shear_of, spacing_of
 from utils.classes import Classes
 from utils.errors import NotFinite
@@ -221,9 +221,8 @@ def read_truth(case: Case, entry: CacheEntry, classes: Classes) -> np.ndarray:
     Raises VolumeError if mask and image have different shapes.
     """
     mask, files = read_mask(case.seg_path, case.masks), case.masks or [case.seg_path]
-    if entry.mask_grid == "voxels" and all(map(format_of, (case.path, *files))):
-        if off_by_header(mask, entry.original_affine, entry.original_shape):
-            return classes.to_index(mask.voxels, case.labelled)
+    grid = entry.original_affine, entry.original_shape, entry.mask_grid
+    mask = fitted(mask, *grid, [case.path, *files])
     # the mask's axes in terms of the image's
     turn = nib.io_orientation(np.linalg.solve(entry.original_affine, mask.affine))
     voxels = nib.apply_orientation(mask.voxels, turn)

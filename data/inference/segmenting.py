@@ -1,6 +1,7 @@
 """Run a segmenter over whole cases: predict, score and draw them."""
 
 import itertools
+import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -23,14 +24,16 @@ from data.volume import voxel_sizes
 from utils import distributed
 from utils.classes import Classes
 from utils.config.segmentation import OF_THE_TEST
+from utils.files import replacing
 from utils.memory import explained
 from utils.metrics.segmentation import by_class, case_dice, case_metrics, predicted_volumes
 from utils.report.plots_segmentation import plot_overlay
 from utils.report.segmentation import describe, file_name
+from utils.report.slices import pack
 from utils.sliding_window import averaged, mirrored
 from utils.training.run import Run
 from utils.training.step import autocast, refuse_not_finite
-from utils.training.tested import checkpoints_of, facts_of, refuse_unlike
+from utils.training.tested import about, checkpoints_of, facts_of, refuse_unlike
 from utils.training.tested import open_tested as open_checkpoint
 
 
@@ -40,7 +43,8 @@ class Tested:
     Attributes:
         path, cfg: its config, but with the fields OF_THE_TEST of the current config.
         cache: a cache in its standard form. classes, weights: of the segmenter.
-        seen_patients, chosen_by, fingerprint: see `utils.training.tested.facts_of`.
+        seen_patients, chosen_by, fingerprint: see `utils.training.tested.facts_of`. about: see
+            `about` there.
     """
 
     def __init__(self, path: str, cfg):
@@ -50,6 +54,7 @@ class Tested:
         self.cache = VolumeCache(cfg.cache_dir, StandardForm.from_config(self.cfg.data))
         self.weights = saved["modules"]["segmenter"]
         self.seen_patients, self.chosen_by, self.fingerprint = facts_of(saved)
+        self.about = about(path, saved)
 
 
 def open_tested(cfg) -> list[Tested]:
@@ -156,7 +161,8 @@ def predict_and_score(
 
 
 def draw_case(path: Path, case: Case, entry, found, truth, classes: Classes) -> np.ndarray:
-    """Draw prediction and truth (indices on the file's grid) as outlines on the image."""
+    """Draw prediction and truth (indices on the file's grid) as outlines on the image; beside the
+    picture, *.json is what the report's viewer of slices is given."""
     turn = nib.io_orientation(entry.original_affine)
     image = read_shown(case, entry).voxels
     volumes = (image, found, truth)
@@ -165,4 +171,8 @@ def draw_case(path: Path, case: Case, entry, found, truth, classes: Classes) -> 
     title = f"line {case.row} of the CSV: {describe(rows)}"
     title += f"; drawn on {case.drawn}" * bool(case.drawn)
     indices = [classes.indices_of(name) for name in classes.names]
-    return plot_overlay(path, *in_ras, entry.slice_spacing, classes.names, title, indices)
+    told = (entry.slice_spacing, classes.names, title)
+    slices = pack(*in_ras, *told, {row["class"]: row["dice"] for row in rows}, indices)
+    with replacing(path.with_suffix(".json")) as file:
+        json.dump(slices, file)
+    return plot_overlay(path, *in_ras, *told, indices)

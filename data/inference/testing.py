@@ -17,8 +17,9 @@ from utils.classes import Classes
 from utils.config.command_line import save_resolved
 from utils.errors import NotFinite
 from utils.metrics.segmentation import by_class, predicted_volumes
-from utils.report.segmentation import write_predicted_report, write_test_report
+from utils.report.segmentation import in_words, write_predicted_report, write_test_report
 from utils.training.run import Run
+from utils.training.tested import joined
 
 
 def test_cases(
@@ -62,7 +63,7 @@ def report_test(
     """Write all but the predictions to `folder`, on the main rank, and print the scores.
 
     rows: of `test_cases`; `prediction` is a path from <folder>/predictions. options: by_fold,
-    num_pictures of `write_test_report`.
+    about, num_pictures of `write_test_report`.
     """
     if not distributed.is_main():
         return
@@ -75,12 +76,8 @@ def report_test(
 
     options |= {"notes": notes, "settings": cfg.model_dump(mode="json"), "classes": classes}
     content = (rows, classes.names, cfg.inference.tolerance, read)
-    summary = write_test_report(folder, title, *content, **options)
+    print(in_words(write_test_report(folder, title, *content, **options)))
     save_resolved(cfg, folder / "config.yaml")
-    means = {name: entry["mean"] for name, entry in summary["overall"].items()}
-    print(", ".join(f"{name} {mean:.4g}" for name, mean in means.items() if mean is not None))
-    if over := summary.get("over_folds", {}).get("dice"):
-        print(f"mean and sd over the folds: dice {over['mean']:.4g} +- {over['sd']:.2g}")
 
 
 def pooled(tests: Sequence[Mapping], folder: Path, places: Sequence[Path]) -> dict:
@@ -95,7 +92,8 @@ def pooled(tests: Sequence[Mapping], folder: Path, places: Sequence[Path]) -> di
             rows.append(row | {"prediction": path})
     notes = dict.fromkeys(note for found in tests for note in found["notes"])
     cases = [case for found in tests for case in found["cases"]]
-    return {**tests[0], "rows": rows, "notes": list(notes), "cases": cases}
+    about = joined([found["about"] for found in tests])
+    return {**tests[0], "rows": rows, "notes": list(notes), "cases": cases, "about": about}
 
 
 def predict_inputs(

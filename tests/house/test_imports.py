@@ -12,8 +12,8 @@ ALLOWED = {"models": {"models", "utils"}, "data": {"data", "utils"}, "utils": {"
 SCRIPTS = {"tests", *(path.stem for path in ROOT.glob("*.py"))}
 # rooms (folders, and the files that are in none) from the top down: none imports one above it
 ORDER = {
-    "data": "table probe clean inference prepare demo views loading cache entry standard channels "
-    "sources cases readers itk mgh nifti dicom parts values volume",
+    "data": "table probe clean inference prepare demo views loading cache entry standard masks "
+    "channels sources cases readers itk mgh nifti dicom parts values volume",
     "utils": "compare transfer training report metrics weights config sliding_window classes "
     "checkpoint tensor_files parallel memory cost signals distributed files errors",
 }

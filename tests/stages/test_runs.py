@@ -39,6 +39,7 @@ def test_a_run_writes_all_its_files(stage, files, plots, number, trained):
     files |= {"config.yaml", "metrics.csv", "log.jsonl", "log.txt", "report.html"}
     files |= {f"checkpoints/{name}.pt" for name in ("last", "previous", "best")}
     assert len(boards) == 1
+    files |= {f"plots/{name}.json" for name in plots if name.startswith("val_")}  # for the viewer
     assert written == boards | files | {f"plots/{name}.png" for name in plots}
     page = (trained / "report.html").read_text()
     assert page.count("data:image/png") == len(plots) and number in page

@@ -8,7 +8,7 @@ from matplotlib.ticker import MaxNLocator
 from utils.report.plots import figure, line_style, save
 
 FIRST = ("loss", "val_loss", "val_dice", "val_auc")
-NO_CURVE = ("epoch", "step", "images_per_s", "data_wait", "peak_memory_gb")
+NO_CURVE = ("epoch", "step", "images_per_s", "data_wait", "seconds", "peak_memory_gb")
 MAX_PANELS = 24
 
 
@@ -43,7 +43,7 @@ def plot_over_each_other(path: Path, runs: Mapping[str, Sequence[dict]]):
         ax.set_xlabel("epoch", fontsize=8)
         ax.tick_params(labelsize=8)
         ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        ax.grid(color="#dddddd", lw=0.6)
+        ax.grid(lw=0.6)
         ax.spines[["top", "right"]].set_visible(False)
     handles = [fig.axes[0].plot([], [], **line_style(i))[0] for i in range(len(runs))]
     fig.legend(handles, list(runs), loc="outside upper center", ncols=min(len(runs), 4), fontsize=9)

@@ -58,7 +58,7 @@ class Data(f.Section):
     percentiles: f.Percentiles
     crop_background: bool
     uneven_slices: Literal["refuse", "resample"]
-    mask_grid: Literal["header", "voxels"]
+    mask_grid: Literal["header", "voxels", "resample"]
     nan_voxels: Literal["refuse", "background"]
     max_bad_cases: f.Count
 

@@ -10,7 +10,7 @@ import numpy as np
 from utils.metrics.classification import NUM_BINS
 from utils.metrics.evaluation import evaluate, most_wrong
 from utils.metrics.predictions import Predictions, write_predictions
-from utils.report.page import Section, write_report
+from utils.report.page import Section, number, write_report
 from utils.report.plots_classification import (
     Panel,
     drawable,
@@ -84,6 +84,7 @@ def write_test_report(
     by_fold: bool = False,
     notes: Sequence[str] = (),
     seed: int = 0,
+    about: dict | None = None,
 ) -> dict:
     """Write predictions.csv, control.csv, metrics.json, report.html and plots/*.png.
 
@@ -95,6 +96,7 @@ def write_test_report(
         images: function that returns the volume of a case, (X, Y, Z) in 0..1, to draw the cases
             with the worst predictions; None: they are not drawn.
         notes: warnings at the top of the page.
+        about: {name: value} of the network, for the box on top.
     Returns:
         the content of metrics.json.
     """
@@ -116,7 +118,9 @@ def write_test_report(
         Section("Most wrong", worst),
         Section("What the numbers mean", [EXPLANATIONS + [CONTROL] * (control is not None)]),
     ]
-    write_report(folder / "report.html", title, sections)
+    rows = {"cases": f"{len(cases)}, of {len({case.patient for case in cases})} patients"}
+    headline = {**(about or {}), **rows, **_headline(metrics)}
+    write_report(folder / "report.html", title, sections, headline)
     return metrics
 
 
@@ -156,8 +160,24 @@ def _summary(found: dict, outputs: np.ndarray) -> list:
             ends = _ends(found["above_control"], name)
             better = "less is better" if name == "mae" else "more is better"
             what = f"{LABELS[name]}, network minus control, on the same resamples"
-            items.append(f"{what}: {value:+.3g} ({ends}); {better}.")
+            items.append(f"{what}: {value:+.3f} ({ends}); {better}.")
     return [*items, [f"{_label(name)}: {why}" for name, why in found["reasons"].items()]]
+
+
+def _headline(metrics: dict[str, dict]) -> dict[str, str]:
+    """What the box on top says of the scores: of each target, and of the worst of several."""
+    scores, aucs = {}, {}
+    for target, found in metrics.items():
+        name = next((n for n in ("auc", "mae") if found.get(n) is not None), None)
+        if name:
+            ends = _ends(found, name)
+            scores[target] = f"{LABELS[name]} {number(found[name])}" + (
+                f" ({ends})" if ends else ""
+            )
+        if name == "auc":
+            aucs[target] = found[name]
+    worst = min(aucs, key=aucs.get) if len(aucs) > 1 else None
+    return scores | {"worst target": worst}
 
 
 def in_words(metrics: dict[str, dict]) -> str:
@@ -168,13 +188,13 @@ def in_words(metrics: dict[str, dict]) -> str:
     lines = []
     for target, found in metrics.items():
         scores = [
-            f"{LABELS[name]} {found[name]:.3g} ({_ends(found, name)})"
+            f"{LABELS[name]} {number(found[name])} ({_ends(found, name)})"
             for name in IN_GROUPS
             if found.get(name) is not None
         ]
         text = f"{', '.join(scores) or 'no scores'}; {found['n']} rows with a label"
         over = [
-            f"{LABELS[name]} {of['mean']:.3g} +- {of['sd']:.2g}"
+            f"{LABELS[name]} {number(of['mean'])} +- {number(of['sd'])}"
             for name, of in found.get("over_folds", {}).items()
             if name in IN_GROUPS and of["sd"] is not None
         ]
@@ -227,7 +247,7 @@ def _brief(found: dict) -> dict:
 
 def _ends(found: dict, name: str) -> str | None:
     ends = found.get(f"{name}_interval")
-    return ends and f"{ends[0]:.3g} to {ends[1]:.3g}"
+    return ends and f"{number(ends[0])} to {number(ends[1])}"
 
 
 def _label(name: str) -> str:
@@ -270,10 +290,12 @@ def _draw_worst(folder: Path, targets, cases, predictions, images: Callable) -> 
             captions = []
             for row in rows:
                 p = predictions[name][row]
-                lines = [f"{classes[c]} ({p[c]:.2f})" for c in (truth[row], p.argmax())]
+                lines = [f"{classes[c]} ({number(p[c])})" for c in (truth[row], p.argmax())]
                 captions.append(f"truth {lines[0]}\npredicted {lines[1]}")
         else:
-            captions = [f"truth {truth[r]:.4g}\npredicted {predictions[name][r]:.4g}" for r in rows]
+            captions = [
+                f"truth {number(truth[r])}\npredicted {number(predictions[name][r])}" for r in rows
+            ]
         lines = [
             f"line {cases[r].row}" + f", {cases[r].drawn}" * bool(cases[r].drawn) for r in rows
         ]

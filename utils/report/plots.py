@@ -12,15 +12,28 @@ from fnmatch import fnmatch
 from itertools import product
 from math import log
 
+import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import hsv_to_rgb
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 from scipy.ndimage import zoom
 
-# Okabe and Ito: distinguishable with any colour vision. Black is kept for reference lines.
+# Pictures have no background and their text is of a gray that can be read on white and on black, so
+# that they fit into a light page and a dark one.
+INK = "#7b8088"
+matplotlib.rcParams.update({"figure.facecolor": "#ffffff00", "axes.facecolor": "none"})
+for name in "text.color axes.labelcolor axes.edgecolor xtick.color ytick.color grid.color".split():
+    matplotlib.rcParams[name] = INK
+matplotlib.rcParams.update({"grid.alpha": 0.3, "legend.frameon": False})
+
+# Okabe and Ito: distinguishable with any colour vision. INK is kept for reference lines.
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#777777"]
+OUTLINES = ["#F0E442", "#56B4E9", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#0072B2"]
+GOLDEN = 0.618  # of the colour wheel, from one class beyond OUTLINES to the next
 LINES = ["-", "--", "-.", ":"]
 
 PLANES = {  # {name: (axis across the slice, letters at the picture's left, right, top, bottom)}
@@ -57,7 +70,8 @@ PANELS = [  # (title, columns of metrics.csv); a column is drawn in the first pa
     ("images per second", ["*images_per_s*", "*images/s*"]),
 ]
 MAX_LEGEND = 12  # lines in a legend; more would hide the panel
-LEFT_OUT = ["epoch", "step", "prototypes_move", "probe_*accuracy"]  # only in metrics.csv
+PER_LINE = 4  # classes in a line of the legend of patches
+LEFT_OUT = ["epoch", "step", "seconds", "prototypes_move", "probe_*accuracy"]  # only in metrics.csv
 WITH_LN_K = {  # panels with a line at ln K, the entropy of the uniform output
     "DINO loss": "out_dim",
     "teacher entropy (nats)": "out_dim",
@@ -72,17 +86,24 @@ def slice_2d(volume: np.ndarray, plane: str, index: int) -> np.ndarray:
     return np.swapaxes(cut, 0, 1)[::-1, ::-1]  # RAS+ axes run against those of pictures
 
 
-def plot_crops(path, views: dict[str, np.ndarray], max_cases: int = 3) -> np.ndarray:
+def plot_crops(
+    path,
+    views: dict[str, np.ndarray],
+    max_cases: int = 3,
+    texts: Mapping[str, Sequence[str]] | None = None,
+    legend: Mapping[str, object] | None = None,
+) -> np.ndarray:
     """Draw the middle slices of the crops of a batch in three planes.
 
-    views: {"global 1", "local 3", ...: (N, X, Y, Z), values in 0..1}. Each view is a column, each
-    case three rows.
+    views: {"global 1", "local 3", ...: (N, X, Y, Z), or (N, X, Y, Z, 3) in colour, values in 0..1}.
+    Each view is a column, each case three rows. texts: {view: what is written on each case}.
+    legend: {name: its colour}.
     """
     views = {name: np.asarray(crops, np.float32) for name, crops in views.items()}
     num_cases = min(max_cases, min(len(crops) for crops in views.values()))
     rows, columns = 3 * num_cases, len(views)
     side = 1.45  # inches
-    width, top = max(side * columns + 0.7, 6), 0.95
+    width, top = max(side * columns + 0.7, 6), 0.95 + 0.18 * -(-len(legend or ()) // PER_LINE)
     height = side * rows + top + 0.1
     fig = figure(width, height)
     fig.suptitle("Middle slices of the crops", y=1 - 0.1 / height, va="top")
@@ -90,20 +111,32 @@ def plot_crops(path, views: dict[str, np.ndarray], max_cases: int = 3) -> np.nda
         "R L A P S I: patient's right, left, front, back, head, feet (if the crop is not flipped)"
     )
     fig.text(0.5, 1 - 0.36 / height, note, ha="center", va="top", fontsize=7)
-    titles = [f"{name}\n{'×'.join(map(str, x.shape[1:]))}" for name, x in views.items()]
+    titles = [f"{name}\n{'×'.join(map(str, x.shape[1:4]))}" for name, x in views.items()]
     cases = [f"case {i + 1}\n" for i in range(num_cases)]
     edges = {"left": 0.7 / width, "bottom": 0.1 / height, "top": 1 - top / height}
-    draw_middles(fig, zip(titles, views.values(), strict=True), cases, edges)
+    written = [(texts or {}).get(name) for name in views]
+    draw_middles(fig, zip(titles, views.values(), strict=True), cases, edges, texts=written)
+    if legend:
+        handles = [Patch(color=color) for color in legend.values()]
+        style = {"loc": "upper center", "bbox_to_anchor": (0.5, 1 - 0.5 / height), "fontsize": 7}
+        for text in fig.legend(handles, list(legend), ncols=PER_LINE, **style).get_texts():
+            text.set_parse_math(False)
     return save(fig, path)
 
 
 def draw_middles(
-    fig: Figure, columns: Iterable[tuple], cases: Sequence[str], edges: dict, title_size=8.0
+    fig: Figure,
+    columns: Iterable[tuple],
+    cases: Sequence[str],
+    edges: dict,
+    title_size=8.0,
+    texts: Sequence[Sequence[str] | None] | None = None,
 ) -> None:
     """Draw the middle slices of volumes in three planes, three rows for each case.
 
     columns: (title, volumes of the cases, (X, Y, Z) in 0..1) of each column. cases: text before the
-    name of the plane. edges: left, bottom and top of the grid, as fractions of the figure.
+    name of the plane. edges: left, bottom and top of the grid, as fractions of the figure. texts:
+    of each column, what is written on each case.
     """
     columns, space = list(columns), {"right": 0.995, "wspace": 0.04, "hspace": 0.04}
     grid = fig.add_gridspec(3 * len(cases), len(columns), **edges, **space)
@@ -112,6 +145,8 @@ def draw_middles(
             volume, (axis, sides) = volumes[case], PLANES[plane]
             ax = fig.add_subplot(grid[row, column])
             _draw_slice(ax, volume, plane, volume.shape[axis] // 2)
+            if plane == "axial" and texts and texts[column]:
+                write_on(ax, 0.03, 0.03, texts[column][case], fontsize=7, va="bottom")
             if row == 0:
                 ax.set_title(title, fontsize=title_size, parse_math=False)
             if column == 0:
@@ -149,13 +184,13 @@ def plot_curves(path, metrics, out_dim: int | None = None, patch_out_dim: int | 
             marker = "o" if len(values) <= 30 else ""
             ax.plot(epochs, values, marker=marker, ms=3, label=name, **line_style(i))
         if k := ln_k.get(WITH_LN_K.get(title)):
-            ax.axhline(log(k), color="black", lw=1, ls=":", label=f"ln K = {log(k):.2f}")
+            ax.axhline(log(k), color=INK, lw=1, ls=":", label=f"ln K = {log(k):.2f}")
         ax.set_title(title, fontsize=10)
         ax.set_xlabel("epoch", fontsize=8)
         ax.tick_params(labelsize=8)
         ax.ticklabel_format(axis="y", scilimits=(-3, 4), useOffset=False)
         ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        ax.grid(color="#dddddd", lw=0.6)
+        ax.grid(lw=0.6)
         ax.spines[["top", "right"]].set_visible(False)
         if len(names) > MAX_LEGEND:
             note = f"{len(names)} lines: see metrics.csv"
@@ -286,17 +321,31 @@ def line_style(i: int) -> dict:
     return {"color": COLORS[i % len(COLORS)], "ls": dashes, "lw": 1.5}
 
 
+def color_of(k: int) -> str | tuple:
+    """Return the colour of class index k; all classes differ. The background, 0, is black."""
+    if k <= len(OUTLINES):
+        return OUTLINES[k - 1] if k else "black"
+    turn = (k - len(OUTLINES)) * GOLDEN
+    return tuple(hsv_to_rgb((turn % 1, 0.55 + 0.35 * (k % 2), 1.0 - 0.15 * (k % 3))))
+
+
 def letters(ax, names: str) -> None:
     """Write letters at the left, right, top and bottom of a picture, as in `PLANES`."""
     places = [(0.03, 0.5), (0.97, 0.5), (0.5, 0.97), (0.5, 0.03)]
     sides = [("left", "center"), ("right", "center"), ("center", "top"), ("center", "bottom")]
-    outline = [withStroke(linewidth=2, foreground="black")]
     for letter, (x, y), (ha, va) in zip(names, places, sides, strict=True):
-        style = dict(color="#F0E442", fontsize=8, ha=ha, va=va, path_effects=outline)
-        ax.text(x, y, letter, transform=ax.transAxes, **style)
+        write_on(ax, x, y, letter, fontsize=8, ha=ha, va=va)
+
+
+def write_on(ax, x: float, y: float, text: str, **style) -> None:
+    """Write on a picture; x, y are fractions of the axes."""
+    style |= {"color": "#F0E442", "path_effects": [withStroke(linewidth=2, foreground="black")]}
+    ax.text(x, y, text, transform=ax.transAxes, parse_math=False, **style)
 
 
 def save(fig: Figure, path) -> np.ndarray:
-    """Write the PNG and return its pixels, (H, W, 3) uint8."""
+    """Write the PNG, without background, and return its pixels on white, (H, W, 3) uint8."""
     fig.savefig(path)
-    return np.asarray(fig.canvas.buffer_rgba())[..., :3].copy()
+    rgba = np.asarray(fig.canvas.buffer_rgba()).astype(np.float32) / 255
+    on_white = 1 - rgba[..., 3:] * (1 - rgba[..., :3])
+    return np.rint(255 * on_white).astype(np.uint8)

@@ -15,7 +15,8 @@ from matplotlib.ticker import MaxNLocator
 from sklearn import metrics as sk
 
 from utils.metrics.classification import NUM_BINS, bin_of, calibration
-from utils.report.plots import COLORS, draw_middles, figure, line_style, save
+from utils.report.page import number
+from utils.report.plots import COLORS, INK, draw_middles, figure, line_style, save
 
 UNIT_SQUARE = {"xlim": (-0.02, 1.02), "ylim": (-0.02, 1.02), "aspect": "equal"}
 MAX_TEXT = 24  # characters of a name
@@ -65,9 +66,9 @@ def plot_roc(ax, panel: Panel) -> str:
     """Draw the ROC curve of the positive class, or of each class against the rest."""
     for positive, score, name, style in _curves(panel):
         fp, tp, _ = sk.roc_curve(positive, score, drop_intermediate=False)
-        text = f"AUC {sk.roc_auc_score(positive, score):.2f}{_ends(panel, 'auc')}"
+        text = f"AUC {number(sk.roc_auc_score(positive, score))}{_ends(panel, 'auc')}"
         ax.plot(fp, tp, label=f"{text}  {name}", **style)
-    ax.plot([0, 1], [0, 1], color="black", lw=1, ls=":")
+    ax.plot([0, 1], [0, 1], color=INK, lw=1, ls=":")
     return _finish_curves(ax, panel, "1 - specificity", "sensitivity", "lower right")
 
 
@@ -77,7 +78,7 @@ def plot_precision_recall(ax, panel: Panel) -> str:
     for positive, score, name, style in _curves(panel):
         precision, recall, _ = sk.precision_recall_curve(positive, score)
         area = sk.average_precision_score(positive, score)
-        text = f"AP {area:.2f}{_ends(panel, 'average_precision')}"
+        text = f"AP {number(area)}{_ends(panel, 'average_precision')}"
         # steps, because average precision is the area below steps
         ax.step(recall, precision, where="post", label=f"{text}  {name}", **style)
         ax.axhline(positive.mean(), color=style["color"], lw=1, ls=":")
@@ -105,7 +106,7 @@ def plot_calibration(ax, panel: Panel) -> str:
     """Draw the fraction that is right over confidence, in the bins of the calibration error."""
     confidence, right = calibration(panel.truth, panel.outputs)
     bins = bin_of(confidence)
-    ax.plot([0, 1], [0, 1], color="black", lw=1, ls=":")
+    ax.plot([0, 1], [0, 1], color=INK, lw=1, ls=":")
     for b in np.unique(bins):
         inside = bins == b
         x, y, n = confidence[inside].mean(), right[inside].mean(), inside.sum()
@@ -114,14 +115,14 @@ def plot_calibration(ax, panel: Panel) -> str:
         ax.scatter(x, y, s=size, color=COLORS[0], alpha=0.75, zorder=3, clip_on=False)
         ax.annotate(str(n), (x, y), fontsize=7, ha="center", va="center", zorder=4)
     ax.set_xticks(np.linspace(0, 1, NUM_BINS + 1), minor=True)
-    ax.grid(axis="x", which="minor", color="#eeeeee", lw=0.6)
+    ax.grid(axis="x", which="minor", lw=0.6)
     if len(panel.classes) == 2:
         name = drawable(panel.classes, "class")[-1]
         ax.set(xlabel=f"probability of {name}", ylabel=f"fraction of {name}", **UNIT_SQUARE)
     else:
         ax.set(xlabel="probability of the predicted class", ylabel="fraction right", **UNIT_SQUARE)
     error = panel.metrics["calibration_error"]
-    return f"calibration error {error:.2f}{_ends(panel, 'calibration_error')}"
+    return f"calibration error {number(error)}{_ends(panel, 'calibration_error')}"
 
 
 @_per_target
@@ -129,12 +130,12 @@ def plot_numbers(ax, panel: Panel) -> str:
     """Draw predicted over true numbers; on the dotted line they are the same."""
     both = np.concatenate([panel.truth, panel.outputs])
     ends = [both.min(), both.max()]
-    ax.plot(ends, ends, color="black", lw=1, ls=":")
+    ax.plot(ends, ends, color=INK, lw=1, ls=":")
     ax.scatter(panel.truth, panel.outputs, s=14, color=COLORS[0], alpha=0.6)
     ax.set(xlabel="truth", ylabel="predicted", aspect="equal")
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_locator(MaxNLocator(5))
-    return f"mean absolute error {panel.metrics['mae']:.3g}{_ends(panel, 'mae')}"
+    return f"mean absolute error {number(panel.metrics['mae'])}{_ends(panel, 'mae')}"
 
 
 def plot_cases(path, volumes: Sequence[np.ndarray], captions: Sequence[str]) -> np.ndarray:
@@ -165,6 +166,12 @@ def drawable(names: Sequence[str], word: str) -> list[str]:
     return short
 
 
+def writable(text: str) -> str:
+    """Return a short text in which a dot stands for what a picture cannot show."""
+    text = "".join(c if c.isprintable() and _font_has(c) else "·" for c in text)
+    return text if len(text) <= MAX_TEXT else text[: MAX_TEXT - 1] + "…"
+
+
 @cache
 def _font_has(letter: str) -> bool:
     return get_font(findfont(FontProperties())).get_char_index(ord(letter)) != 0
@@ -186,7 +193,7 @@ def _finish_curves(ax, panel: Panel, x_label: str, y_label: str, legend: str) ->
         ax.legend(fontsize=7, loc=legend, framealpha=0.8)
     else:
         what = "undefined: all rows are of one class"
-        ax.text(0.5, 0.5, what, ha="center", va="center", fontsize=8, backgroundcolor="white")
+        ax.text(0.5, 0.5, what, ha="center", va="center", fontsize=8)
     ax.set(**UNIT_SQUARE, xlabel=x_label, ylabel=y_label)
     k = len(panel.classes)
     return f"the first {MAX_CURVES} of {k} classes" if k > MAX_CURVES else ""
@@ -197,5 +204,4 @@ def _ends(panel: Panel, metric: str) -> str:
     ends = panel.metrics.get(f"{metric}_interval")
     if ends is None or (len(panel.classes) > 2 and metric != "calibration_error"):
         return ""
-    form = ".2f" if panel.classes else ".3g"
-    return f" ({ends[0]:{form}} to {ends[1]:{form}})"
+    return f" ({number(ends[0])} to {number(ends[1])})"

@@ -8,16 +8,23 @@ from collections.abc import Mapping, Sequence
 from textwrap import wrap
 
 import numpy as np
-from matplotlib.colors import hsv_to_rgb
+from matplotlib.colors import to_rgb
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 
 from utils.classes import IGNORE
-from utils.report.plots import COLORS, PLANES, bare, figure, letters, save, slice_2d
+from utils.report.plots import (
+    COLORS,
+    PLANES,
+    bare,
+    color_of,
+    figure,
+    letters,
+    save,
+    slice_2d,
+)
 
-OUTLINES = ["#F0E442", "#56B4E9", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#0072B2"]
 MARGIN_MM = 20.0  # of image around the outlined voxels
-GOLDEN = 0.618  # of the colour wheel, from one class beyond OUTLINES to the next
 WIDTH, ROW, LINE = (
     10.5,
     4.2,
@@ -52,12 +59,12 @@ def plot_overlay(
     masks = {"truth": truth, "prediction": prediction}
     masks = {n: np.where(m == IGNORE, 0, m) for n, m in masks.items() if m is not None}
     anything = np.logical_or.reduce([m > 0 for m in masks.values()])
-    box = _box(anything, spacing_mm)
+    box = box_around(anything, spacing_mm)
     wanted = next((m > 0 for m in masks.values() if m.any()), anything)
     volumes = {"image": image, **masks}
     places, shown, size_mm = {}, {}, {}  # of each plane: index, pictures, width and height
     for plane, (axis, _) in PLANES.items():
-        places[plane] = _fullest(wanted, axis)
+        places[plane] = fullest(wanted, axis)
         cut = tuple(slice(None) if a == axis else box[a] for a in range(3))
         shown[plane] = {n: slice_2d(v[cut], plane, places[plane]) for n, v in volumes.items()}
         across, down = [a for a in range(3) if a != axis]
@@ -65,7 +72,7 @@ def plot_overlay(
         size_mm[plane] = (columns * spacing_mm[across], rows * spacing_mm[down])
     found = {int(k) for cut in shown.values() for n in masks for k in np.unique(cut[n])}
     present = [k for k, own in enumerate(indices, 1) if found & set(own)]
-    low, high = _window(image, anything, box)
+    low, high = window_of(image, anything, box)
 
     wide, tall = sum(w for w, _ in size_mm.values()), max(h for _, h in size_mm.values())
     scale = min(WIDTH / wide, ROW / tall)  # inches per mm, the same for all planes
@@ -127,17 +134,22 @@ def plot_scores(
         ax.set_xlim(-0.02, 1.02)
     ax.set_xlabel(f"{label}; bar: median over cases", fontsize=9)
     ax.tick_params(axis="x", labelsize=8)
-    ax.grid(axis="x", color="#dddddd", lw=0.6)
+    ax.grid(axis="x", lw=0.6)
     ax.spines[["top", "right"]].set_visible(False)
     return save(fig, path)
 
 
-def color_of(k: int) -> str | tuple:
-    """Return the colour of class index k, which counts from 1; all classes differ."""
-    if k <= len(OUTLINES):
-        return OUTLINES[k - 1]
-    turn = (k - len(OUTLINES)) * GOLDEN
-    return tuple(hsv_to_rgb((turn % 1, 0.55 + 0.35 * (k % 2), 1.0 - 0.15 * (k % 3))))
+def color_table(indices: Sequence[Sequence[int]]) -> np.ndarray:
+    """Return the colour of each index 0..255, (256, 3) in 0..1: of a voxel in several classes that
+    of the smallest one; black for the background, gray for IGNORE.
+
+    indices: of each class, those of its voxels.
+    """
+    table = np.zeros((256, 3))
+    for k in sorted(range(len(indices)), key=lambda k: -len(indices[k])):
+        table[list(indices[k])] = to_rgb(color_of(k + 1))
+    table[IGNORE] = 0.4
+    return table
 
 
 def _outline(ax, mask: np.ndarray, color, width: float, style: str) -> None:
@@ -151,8 +163,8 @@ def _outline(ax, mask: np.ndarray, color, width: float, style: str) -> None:
         lines.set(path_effects=HALO)
 
 
-def _box(anything: np.ndarray, spacing_mm) -> tuple[slice, ...]:
-    """The box around all outlined voxels with a margin; the whole volume if there are none."""
+def box_around(anything: np.ndarray, spacing_mm) -> tuple[slice, ...]:
+    """Return the box around all outlined voxels with a margin; the whole volume without any."""
     box = []
     for axis, n in enumerate(anything.shape):
         hit = np.flatnonzero(anything.any(axis=tuple({0, 1, 2} - {axis})))
@@ -162,9 +174,9 @@ def _box(anything: np.ndarray, spacing_mm) -> tuple[slice, ...]:
     return tuple(box)
 
 
-def _window(image: np.ndarray, anything: np.ndarray, box) -> tuple[float, float]:
-    """The values drawn black and white: the range of the outlined voxels, widened on both sides as
-    far as the picture has values there."""
+def window_of(image: np.ndarray, anything: np.ndarray, box) -> tuple[float, float]:
+    """Return the values drawn black and white: the range of the outlined voxels, widened on both
+    sides as far as the picture has values there."""
     inside = image[box][anything[box]] if anything.any() else image[box]
     low, high = np.percentile(inside, (5, 95))
     more = 0.75 * max(high - low, 1e-6)
@@ -173,8 +185,8 @@ def _window(image: np.ndarray, anything: np.ndarray, box) -> tuple[float, float]
     return float(low), float(max(high, low + 1e-6))
 
 
-def _fullest(anything: np.ndarray, axis: int) -> int:
-    """Index of the slice with the most voxels; the middle one if there are none."""
+def fullest(anything: np.ndarray, axis: int) -> int:
+    """Return the index of the slice with the most voxels; the middle one if there are none."""
     counts = anything.sum(axis=tuple({0, 1, 2} - {axis}))
     return int(counts.argmax()) if counts.any() else len(counts) // 2
 

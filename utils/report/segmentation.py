@@ -12,8 +12,9 @@ import numpy as np
 from utils.classes import Classes
 from utils.files import replacing
 from utils.metrics.segmentation import ONLY_PREDICTED, over_folds, summarize
-from utils.report.page import Section, write_report
+from utils.report.page import Section, Slices, number, write_report
 from utils.report.plots_segmentation import plot_overlay, plot_scores
+from utils.report.slices import MAX_MB, fits, pack
 
 NUM_PICTURES = 30
 COLUMNS = (
@@ -42,6 +43,11 @@ EXPLANATIONS = [
     "voxels within {tolerance:g} mm of the other surface. Volume error: predicted minus true.",
     "Cases are named by their line in the CSV; cases.csv has the PatientIDs.",
 ]
+SLICES = (
+    "Wheel, slider or arrow keys move through the slices, a click moves the other two planes, a "
+    "class jumps to where it is. For each class its worst case comes first, the worst class "
+    "leading; then the worst cases follow, {n} in all, as many as {mb:g} MB of the page hold."
+)
 
 
 def write_test_report(
@@ -57,6 +63,7 @@ def write_test_report(
     num_pictures: int = NUM_PICTURES,
     seed: int = 0,
     by_fold: bool = False,
+    about: Mapping | None = None,
 ) -> dict:
     """Write cases.csv, summary.json, plots/*.png and report.html. Only cases.csv has PatientIDs.
 
@@ -71,6 +78,7 @@ def write_test_report(
         notes: warnings at the top of the page. settings: shown at its end.
         classes: what the label values in the predictions mean is shown too.
         num_pictures: how many cases are drawn, the worst first.
+        about: {name: value} of the network, for the box on top.
         by_fold: the rows are of several folds, each of its own network; their scores come first.
     Returns:
         the content of summary.json.
@@ -92,19 +100,12 @@ def write_test_report(
     for path, metric in zip(scores, ("dice", "hd95_mm"), strict=True):
         if plot_scores(path, rows, names, metric, LABELS[metric]) is None:
             path.unlink(missing_ok=True)
-    overlays = []
-    for rank, (line, of_case) in enumerate(list(cases.items())[:num_pictures], 1):
-        path = folder / "plots" / f"overlay_{rank:03}_line{line}.png"
-        picture = read(line)
-        channel = picture.pop("channel", "")
-        caption = f"line {line} of the CSV: {describe(of_case)}"
-        caption += f"; drawn on {channel}" * bool(channel)
-        plot_overlay(path, **picture, names=names, title=caption)
-        overlays.append((path, caption))
+    overlays, packed = _draw_cases(folder, cases, read, names, num_pictures)
     left = len(cases) - len(overlays)
     counts = {"cases with a mask": summary["cases"], "patients with a mask": summary["patients"]}
     counts["cases predicted only"] = summary["predicted_only"]
     drawn = overlays + [f"{left} more cases are not drawn."] * (left > 0)
+    about_slices = SLICES.format(n=len(packed), mb=MAX_MB)
     meaning = [text.format(tolerance=tolerance_mm) for text in EXPLANATIONS]
     sections = [
         Section("Warnings", [list(notes)], warning=True),
@@ -112,13 +113,61 @@ def write_test_report(
         Section("Overall", [counts, [_table_row("all classes", summary["overall"])]]),
         Section("Classes", [_class_table(summary), *(p for p in scores if p.exists())]),
         Section("Cases, worst first", [_case_table(cases)]),
+        Section("Slices", [about_slices, Slices(packed)] if packed else []),
         Section("Pictures, worst first", drawn),
         Section("What the numbers mean", [meaning]),
         Section("Label values in the predictions", [_label_table(classes)] if classes else []),
         Section("Settings", [dict(settings or {})]),
     ]
-    write_report(folder / "report.html", title, sections)
+    write_report(folder / "report.html", title, sections, {**(about or {}), **_headline(summary)})
     return summary
+
+
+def _draw_cases(
+    folder: Path, cases: Mapping, read: Callable, names: Sequence[str], num_pictures: int
+) -> tuple[list, list[dict]]:
+    """Draw the worst cases; return (path, caption) of each, and the cases for the viewer."""
+    overlays, packed, room = [], [], True
+    drawn = list(cases)[:num_pictures]
+    for line in dict.fromkeys([*worst_of_classes(cases), *drawn] if drawn else []):
+        picture = read(line)
+        channel = picture.pop("channel", "")
+        title = f"line {line} of the CSV: {describe(cases[line])}"
+        title += f"; drawn on {channel}" * bool(channel)
+        if room:
+            dice = {row["class"]: row["dice"] for row in cases[line]}
+            one = pack(**picture, names=names, title=title, dice=dice)
+            room = fits([*packed, one])
+            packed += [one] * room
+        if line in drawn:
+            path = folder / "plots" / f"overlay_{drawn.index(line) + 1:03}_line{line}.png"
+            plot_overlay(path, **picture, names=names, title=title)
+            overlays.append((path, title))
+    return sorted(overlays), packed
+
+
+def _headline(summary: Mapping) -> dict[str, str]:
+    """What the box on top says of the scores."""
+    classes = summary["classes"]
+    scored = [name for name in classes if classes[name]["dice"]["mean"] is not None]
+    found = {"cases": f"{summary['cases']} with a mask, of {summary['patients']} patients"}
+    if not scored:
+        return found
+    worst = min(scored, key=lambda name: classes[name]["dice"]["mean"])
+    missed, counted = classes[worst]["missed"], classes[worst]["dice"]["counted"]
+    told = f"{worst}: {number(classes[worst]['dice']['mean'])}"
+    found["mean Dice"] = _table_row("", summary["overall"])[LABELS["dice"]]
+    found["worst class, Dice"] = told + f", missed in {missed} of {counted}" * (missed > 0)
+    return found
+
+
+def in_words(summary: Mapping) -> str:
+    """Return the overall scores of a test for the terminal. summary: of `summarize`."""
+    means = {name: entry["mean"] for name, entry in summary["overall"].items()}
+    text = ", ".join(f"{name} {number(mean)}" for name, mean in means.items() if mean is not None)
+    if over := summary.get("over_folds", {}).get("dice"):
+        text += f"\nmean and sd over the folds: dice {number(over['mean'])} +- {number(over['sd'])}"
+    return text
 
 
 FOLDS = (
@@ -155,8 +204,8 @@ def write_predicted_report(
     """
     (folder / "plots").mkdir(exist_ok=True)
     drawn = []
-    for number, row in enumerate(rows[:NUM_PICTURES], 1):
-        path, picture = folder / "plots" / f"overlay_{number:03}.png", read(row["name"])
+    for n, row in enumerate(rows[:NUM_PICTURES], 1):
+        path, picture = folder / "plots" / f"overlay_{n:03}.png", read(row["name"])
         channel = picture.pop("channel", "")
         caption = row["name"] + f"; drawn on {channel}" * bool(channel)
         plot_overlay(path, **picture, names=names, title=caption)
@@ -195,6 +244,20 @@ def worst_first(rows: Sequence[Mapping]) -> dict[int, list[Mapping]]:
     return {line: cases[line] for line in sorted(cases, key=order)}
 
 
+def worst_of_classes(cases: Mapping[int, Sequence[Mapping]]) -> list[int]:
+    """Return for each class the CSV line with its lowest Dice, those of the worst class first.
+
+    cases: of `worst_first`.
+    """
+    found: dict[str, list[tuple]] = {}
+    for line, rows in cases.items():
+        for row in rows:
+            if row["dice"] is not None:
+                found.setdefault(row["class"], []).append((row["dice"], line))
+    worst = sorted(found.values(), key=lambda pairs: np.mean([dice for dice, _ in pairs]))
+    return [min(pairs, key=lambda pair: pair[0])[1] for pairs in worst]
+
+
 def mean_of(rows: Sequence[Mapping], metric: str) -> float | None:
     """Return the mean of a metric over the classes that count in one case; None if none does."""
     values = [row[metric] for row in rows if row[metric] is not None]
@@ -207,8 +270,8 @@ def describe(rows: Sequence[Mapping], num: int = 3) -> str:
     if not scored:
         only_predicted = rows[0].get("note") == ONLY_PREDICTED
         return "predicted only" if only_predicted else "nothing to find or found"
-    worst = ", ".join(f"{r['class']} {r['dice']:.3f}" for r in scored[:num])
-    return f"mean Dice {mean_of(scored, 'dice'):.3f}; {'worst: ' * (len(scored) > num)}{worst}"
+    worst = ", ".join(f"{r['class']} {number(r['dice'])}" for r in scored[:num])
+    return f"mean Dice {number(mean_of(scored, 'dice'))}; {'worst: ' * (len(scored) > num)}{worst}"
 
 
 def _table_row(name: str, entries: Mapping) -> dict:
@@ -216,9 +279,9 @@ def _table_row(name: str, entries: Mapping) -> dict:
     row = {"class": name}
     for metric, label in LABELS.items():
         entry = entries[metric]
-        row[label] = None if entry["mean"] is None else _number(entry["mean"])
+        row[label] = None if entry["mean"] is None else number(entry["mean"])
         if entry["interval"]:
-            row[label] += f" [{', '.join(map(_number, entry['interval']))}]"
+            row[label] += f" [{', '.join(map(number, entry['interval']))}]"
     return row
 
 
@@ -247,7 +310,3 @@ def _case_table(cases: Mapping[int, Sequence[Mapping]]) -> list[dict]:
         row |= {"Dice": worst, "notes": "; ".join(notes) or describe(rows) * (not worst)}
         table.append(row)
     return table
-
-
-def _number(value: float) -> str:
-    return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"

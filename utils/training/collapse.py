@@ -2,6 +2,7 @@
 
 import math
 from collections import defaultdict
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -99,3 +100,44 @@ def collapse_warnings(
             "scans get nearly the same features (collapse)"
         )
     return found
+
+
+def history(rows: Sequence[dict], first: dict | None, cfg) -> list[dict]:
+    """Return each warning of all epochs, {warning, epochs}, in the words of its last epoch.
+
+    rows: of metrics.csv. first: metrics of the first epoch. cfg: a DinoConfig.
+    """
+    texts, epochs = {}, defaultdict(list)
+    for row in (row for row in rows if row["epoch"] > 0):
+        known = {name: value for name, value in row.items() if value is not None}
+        sizes = (cfg.dino.out_dim, cfg.dino.patch_out_dim, cfg.warmup_epochs)
+        for kind, text in collapse_warnings(known, first or {}, *sizes).items():
+            texts[kind] = text
+            epochs[kind].append(row["epoch"])
+    return [{"warning": text, "epochs": _ranges(epochs[kind])} for kind, text in texts.items()]
+
+
+def verdict(rows: Sequence[dict], first: dict | None, cfg) -> str | None:
+    """Return in a few words whether the criteria of collapse are met in any epoch, and at the end.
+
+    rows, first, cfg: see `history`.
+    """
+    trained = [row for row in rows if row["epoch"] > 0]
+    if not trained:
+        return None
+    bad = [row["epoch"] for row in trained if history([row], first, cfg)]
+    if not bad:
+        return f"passed in all {len(trained)} epochs"
+    now = "NOT passed" if bad[-1] == trained[-1]["epoch"] else "passed at the end, but not"
+    return f"{now} in epoch{'s' * (len(bad) > 1)} {_ranges(bad)}"
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Ascending whole numbers as text: 1-3, 7."""
+    runs: list[list[int]] = []
+    for n in numbers:
+        if runs and n == runs[-1][-1] + 1:
+            runs[-1].append(n)
+        else:
+            runs.append([n])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

@@ -19,7 +19,6 @@ from utils import checkpoint, distributed
 from utils.config.command_line import save_resolved
 from utils.errors import InputError, RunError
 from utils.files import refuse_file
-from utils.report.page import write_training_report
 from utils.signals import Stopped, StopSignal, end_workers
 from utils.training.folders import Lock, lock_training, new_results, refuse_taken
 from utils.training.forecast import Forecast
@@ -41,8 +40,9 @@ class Run(Generic[Config]):
 
     cfg: the config. device: the device of this process. stop: the signals that end the run early.
     started_from: the checkpoint from which the run goes on, if any.
-    log, lock: opened by `open_log` when training begins. exit_code: that of training, 0 or
-        EXIT_STOPPED. forecast: None once it has been said.
+    log, lock: opened by `open_log` when training begins, which fills counts: {"train", "val":
+        cases; "parameters"}. exit_code: that of training, 0 or EXIT_STOPPED.
+    forecast: None once it has been said.
     """
 
     cfg: Config
@@ -50,6 +50,7 @@ class Run(Generic[Config]):
     stop: StopSignal
     started_from: Path | None = None
     log: RunLog | None = None
+    counts: dict[str, int] = field(default_factory=dict)
     lock: Lock | None = None
     exit_code: int = 0
     forecast: Forecast | None = field(default_factory=Forecast)
@@ -133,6 +134,8 @@ def open_log(run: Run, state: State, network: nn.Module, cases: dict, skipped) -
     run.lock = lock_training(run.folder)
     track = partial(open_tracker, run.cfg, run.folder, bool(run.started_from))
     log = run.log = RunLog(run.folder, state.step, state.epoch, skipped, run.cfg.n_epochs, track)
+    run.counts = {name: len(cases[name]) for name in ("train", "val")}
+    run.counts["parameters"] = sum(p.numel() for p in network.parameters())
     report = LoadReport(**state.weights) if state.weights else None
     if distributed.is_main():
         (log.folder / "plots").mkdir(exist_ok=True)
@@ -142,9 +145,9 @@ def open_log(run: Run, state: State, network: nn.Module, cases: dict, skipped) -
     if not run.started_from:
         log.message(str(report) if report else "weights: random")
     log.message(
-        f"{', '.join(f'{len(cases[name])} {name}' for name in ('train', 'val'))} cases, "
+        f"{', '.join(f'{run.counts[name]} {name}' for name in ('train', 'val'))} cases, "
         f"{sum(not p.is_notice for p in skipped)} problems; {run.cfg.backbone}, "
-        f"{sum(p.numel() for p in network.parameters()) / 1e6:.1f} M parameters, on "
+        f"{run.counts['parameters'] / 1e6:.1f} M parameters, on "
         f"{distributed.world_size()} x {run.device.type}; {state.steps_per_epoch} steps per "
         f"epoch, from step {state.step}"
     )
@@ -169,14 +172,6 @@ def until_stopped(run: Run, state: State) -> Iterator[None]:
     finally:
         run.log.close()
         run.lock.release()
-
-
-def write_report(run: Run, state: State, title: str, pictures: dict[str, str]) -> None:
-    """Write report.html from what was logged so far. pictures: {file in plots/: caption}."""
-    report = LoadReport(**state.weights) if state.weights else None
-    warnings = [*(report.warnings if report else []), *state.warnings.values()]
-    settings, weights = run.cfg.model_dump(mode="json"), report.rows() if report else None
-    write_training_report(run.log, title, pictures, warnings, settings, weights)
 
 
 def exit_code(main: Callable[[list[str]], int]) -> int:

@@ -74,9 +74,12 @@ class RunLog:
         """Write a row of metrics.csv and a line. best_epoch: the best so far, 0 if not known."""
         if self.board is None:
             return
+        now = time.time()
+        row = {**row, "seconds": round(now - self.last, 1)}
+        self.last = now
         self.rows.append(row)
         self._write_metrics()
-        self.message(self._told(row, best_epoch))
+        self.message(self._told(row, best_epoch, now))
         self._numbers("epoch", {k: v for k, v in row.items() if k not in ("epoch", "step")}, step)
         self.board.flush()
 
@@ -88,14 +91,13 @@ class RunLog:
         if self.tracker:
             self.tracker.numbers({k: v for k, v in known.items() if math.isfinite(v)}, step)
 
-    def _told(self, row: dict[str, float | None], best_epoch: int) -> str:
+    def _told(self, row: dict[str, float | None], best_epoch: int, now: float) -> str:
         """Return an epoch in a line: what was reached, how long it took, when the run will end."""
-        now, epoch, total = time.time(), row["epoch"], self.num_epochs
+        epoch, total = row["epoch"], self.num_epochs
         values = [f"{name} {row[name]:.4g}" for name in SHOWN if row.get(name) is not None]
         text = f"epoch {epoch}/{total}" if total else f"epoch {epoch}"
         values += [f"best {best_epoch}"] if best_epoch else []
-        text = f"{' '.join([text, *values])}, {now - self.last:.0f} s"
-        self.last = now
+        text = f"{' '.join([text, *values])}, {row['seconds']:.0f} s"
         if total and self.first < epoch < total:
             ends = now + (now - self.began) / (epoch - self.first) * (total - epoch)
             day = "" if ends < now + 12 * 3600 else "%Y-%m-%d "

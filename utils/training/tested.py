@@ -102,3 +102,25 @@ def refuse_unlike(paths: Sequence[str], parts: Sequence[Mapping]) -> None:
         if different := ", ".join(name for name in part if part[name] != parts[0][name]):
             what = f"differs from {paths[0]} in {different}: they cannot be averaged"
             raise CheckpointError(f"{path}: {what}")
+
+
+def about(path: str, saved: Mapping) -> dict[str, str]:
+    """Return what a checkpoint says of itself, {name: value}, for the box on top of a report."""
+    weights, seen = saved.get("weights") or {}, len(saved["seen_patients"])
+    before = ", with those of the weights it started from" * bool(weights.get("seen_patients"))
+    return {
+        "network": saved["config"]["backbone"],
+        "checkpoint": f"{path}, of epoch {saved['progress']['epoch']}",
+        "started from": weights.get("file") or "random weights",
+        "trained on": f"{seen} patients{before}",
+    }
+
+
+def joined(abouts: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """Return what several checkpoints say of themselves as one."""
+    return {k: "; ".join(dict.fromkeys(one[k] for one in abouts)) for k in abouts[0]}
+
+
+def about_tested(tested: Sequence) -> dict[str, str]:
+    """Return `about` of an ensemble of checkpoints."""
+    return joined([one.about for one in tested])

@@ -9,7 +9,7 @@ import numpy as np
 from utils.config.transfer import TransferConfig
 from utils.files import replacing
 from utils.report.page import Section, write_report
-from utils.report.plots import figure, line_style, save
+from utils.report.plots import INK, figure, line_style, save
 from utils.transfer import plan, tables
 
 METHODS = {"fine_tune": "Fine-tuned", "probe": "Frozen encoder, ridge regression"}
@@ -157,7 +157,7 @@ def plot_steps(path: Path, rows, arms: Sequence[str], baseline: str, score: str)
     if final := tables.mean_by_draw(rows, arm=baseline, steps=longest):
         target = tables.SHARE * float(np.mean([*final.values()]))
         label = f"{tables.SHARE:.0%} of {baseline}'s final score"
-        ax.axhline(target, color="black", lw=1, ls=":", label=label)
+        ax.axhline(target, color=INK, lw=1, ls=":", label=label)
     ax.set(xlabel="optimizer steps, each with a whole schedule", ylabel=score)
     ax.legend(fontsize=8)
     return save(fig, path)
@@ -177,5 +177,5 @@ def draw_arms(ax, rows: Sequence[dict], x: str, arms: Sequence[str]) -> None:
     ax.set_xscale("log")
     ax.set_xticks(values, [str(v) for v in values], minor=False)
     ax.set_xticks([], minor=True)
-    ax.grid(color="#dddddd", lw=0.6)
+    ax.grid(lw=0.6)
     ax.spines[["top", "right"]].set_visible(False)

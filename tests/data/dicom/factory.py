@@ -16,6 +16,9 @@ from pydicom.uid import (
     ExplicitVRBigEndian,
     ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
+    JPEGLSLossless,
+    JPEGLSNearLossless,
+    RLELossless,
     generate_uid,
 )
 
@@ -110,6 +113,9 @@ def set_stored(ds: Dataset, stored: np.ndarray) -> None:
     ds["PixelData"].VR = "OW"
 
 
+ENCODERS = {RLELossless: "pydicom", JPEGLSLossless: "pyjpegls", JPEGLSNearLossless: "pyjpegls"}
+
+
 def save(ds: Dataset, path: Path, syntax=ExplicitVRLittleEndian, preamble=True) -> Path:
     """Write one file; compresses where the syntax says so."""
     ds = copy.deepcopy(ds)
@@ -123,7 +129,8 @@ def save(ds: Dataset, path: Path, syntax=ExplicitVRLittleEndian, preamble=True) 
     ds.file_meta.MediaStorageSOPInstanceUID = ds.SOPInstanceUID or "1.2.3"
     if syntax.is_encapsulated:
         ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-        ds.compress(syntax, generate_instance_uid=False)
+        plugin = ENCODERS.get(syntax, "pylibjpeg")  # gdcm's RLE encoder aborts the process
+        ds.compress(syntax, encoding_plugin=plugin, generate_instance_uid=False)
     elif syntax == ExplicitVRBigEndian:
         ds.PixelData = (
             np.frombuffer(ds.PixelData, f"<u{ds.BitsAllocated // 8}").byteswap().tobytes()

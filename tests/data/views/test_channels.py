@@ -26,6 +26,8 @@ SIZE = (16, 14, 12)
 class Several(FakeEntry):
     """The same voxels in each channel but those that are missing, with a mask of one label."""
 
+    labelled = None  # as of a case: all classes
+
     def __init__(self, channels, seed=0, shape=(40, 36, 30)):
         voxels = np.random.default_rng(seed).integers(-1000, 1000, shape, dtype=np.int16)
         super().__init__(voxels)

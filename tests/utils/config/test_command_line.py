@@ -1,6 +1,7 @@
 """Config: the YAML's traps, every problem at once, overrides, help, and keys that code reads."""
 
 import ast
+import subprocess
 import sys
 from functools import partial
 from typing import Annotated, Literal
@@ -415,3 +416,17 @@ def test_resolved_config_without_git(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     save_resolved(parse(), tmp_path / "config.yaml")
     assert "# git commit: 'unknown'" in (tmp_path / "config.yaml").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("stage", ["dino", "classification", "segmentation"])
+def test_help_does_not_wait_for_torch(stage):
+    """The same text as `parse_command_line` prints, before torch and MONAI are imported."""
+    code = "import sys, runpy; sys.argv = sys.argv[1:]\n"
+    code += "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    code += "except SystemExit as end: print(end.code, 'torch' in sys.modules)"
+    command = [sys.executable, "-c", code, f"{stage}.py", "--help"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    text, last = run.stdout[: run.stdout.rindex("0 ")], run.stdout.splitlines()[-1]
+    assert last == "0 False", run.stderr
+    assert f"usage: python {stage}.py" in text and "test_ckpt=null" in text
+    assert ("[--cv]" in text) == (stage != "dino")

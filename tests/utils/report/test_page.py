@@ -5,9 +5,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from utils.report.page import Section, write_report
+from utils.report.page import Section, number, text_of, write_report
 from utils.report.plots import plot_curves
 
+NAN = float("nan")
 NASTY = "<script>alert('x & \"y\"')</script>"
 
 
@@ -41,7 +42,10 @@ def page(tmp_path):
         Section(
             f"Config {NASTY}", [{"csv_path": NASTY, "data": {"spacing": [1, 1, 1], NASTY: None}}]
         ),
-        Section("Metrics", [[{"epoch": 0, "loss": 1.23456}, {"epoch": 1, "auc": float("nan")}]]),
+        Section(
+            "Metrics", [[{"epoch": 0, "loss": 1.23456, "none": None}, {"epoch": 1, "none": NAN}]]
+        ),
+        Section("No metrics", [[{"epoch": 0, "loss": None}], [], {}]),
         Section("Table", [pd.DataFrame({"a": [1], NASTY: ["µ ± é 肝"]})]),
         Section(
             "Pictures", [tmp_path / "curves & more.png", (tmp_path / "curves & more.png", NASTY)]
@@ -71,9 +75,24 @@ def test_page_is_self_contained(page):
 def test_tables_and_empty_sections(page):
     texts = [t.strip() for t in Page(page).texts if t.strip()]
     assert "data.spacing" in texts and "[1, 1, 1]" in texts
-    assert "1.235" in texts and texts.count("–") == 4  # None, NaN and the absent cells
+    assert "1.235" in texts and texts.count("–") == 2  # None in a dict, and the absent cell
     assert "µ ± é 肝" in texts
-    assert not any(t.startswith("Nothing skipped") for t in texts)
+    assert not any(t.startswith(("Nothing skipped", "No metrics", "none")) for t in texts)
+
+
+def test_digits():
+    values = [0.0, 0.86812, -0.0312, 9.9999, 12.345, 1234.5, 0.00123, 3.14e-5, float("inf")]
+    texts = "0.000 0.868 -0.031 10.0 12.3 1234 0.0012 3.1e-05 inf".split()
+    assert [number(x) for x in values] == texts
+    assert text_of(np.float32(0.5)) == "0.500" and text_of(3) == "3" and text_of(NAN) == "–"
+
+
+def test_the_headline_stands_above_all_else(tmp_path):
+    headline = {"network": NASTY, "mean Dice": 0.86812, "absent": None}
+    write_report(tmp_path / "r.html", "run", [Section("a", ["b"])], headline)
+    texts = [t.strip() for t in Page((tmp_path / "r.html").read_text()).texts if t.strip()]
+    assert texts[texts.index("network") :][:4] == ["network", NASTY, "mean Dice", "0.868"]
+    assert texts.index("network") < texts.index("a") and "absent" not in texts
 
 
 def test_unknown_items_and_missing_pictures_are_errors(tmp_path):

@@ -1,15 +1,14 @@
 import numpy as np
 import pandas as pd
 import pytest
-from matplotlib.image import imread
 
+from tests.utils.report.pictures import on_white
 from utils.report.plots import pca_rgb, plot_crops, plot_curves, plot_feature_pca, slice_2d
 
 
 def _same_picture(path, rgb):
     assert rgb.dtype == np.uint8 and rgb.ndim == 3 and rgb.shape[2] == 3
-    saved = np.rint(imread(path)[..., :3] * 255).astype(np.uint8)
-    return saved.shape == rgb.shape and (saved == rgb).all()
+    return np.array_equal(on_white(path), rgb)
 
 
 @pytest.mark.parametrize("plane", ["axial", "coronal", "sagittal"])
@@ -31,6 +30,19 @@ def test_crops(tmp_path):
     assert _same_picture(tmp_path / "crops.png", plot_crops(tmp_path / "crops.png", views))
     one = plot_crops(tmp_path / "one.png", {"global 1": views["global 1"][:1]})
     assert _same_picture(tmp_path / "one.png", one)
+
+
+def test_colours_texts_and_a_legend(tmp_path):
+    views = {"image": np.zeros((2, 8, 8, 8)), "target": np.zeros((2, 8, 8, 8, 3))}
+    views["target"][0] = (0, 0, 1)
+    plain = plot_crops(tmp_path / "a.png", views)
+    blue = (plain == (0, 0, 255)).all(axis=-1).sum()
+    assert blue > 1000  # the first case of two
+    told = {"image": ["$y_: 1", "b"]}
+    rich = plot_crops(tmp_path / "a.png", views, texts=told, legend={"kidney": "red"})
+    assert _same_picture(tmp_path / "a.png", rich)
+    assert len(rich) > len(plain) and ((rich == (255, 0, 0)).all(axis=-1)).sum() > 10
+    assert (rich[-900:] != plain[-900:]).any()  # what is written on the first view
 
 
 def test_curves_take_dicts_and_tables_and_skip_what_is_absent(tmp_path):

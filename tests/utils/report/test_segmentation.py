@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 
 import numpy as np
 import pytest
@@ -82,6 +83,10 @@ def test_pictures_worst_first_and_no_names(written):
     page = (folder / "report.html").read_text()
     assert "DOE^" not in page and "DOE^" not in (folder / "summary.json").read_text()
     assert page.count("<img") == 4 + 2 and "something to know" in page
+    viewed = json.loads(re.search(r'<script type="application/json">(.*?)</script>', page)[1])
+    assert [one["title"].split()[1] for one in viewed] == ["2", "5", "9", "7"]
+    assert [one["has_truth"] for one in viewed] == [True, True, True, False]
+    assert '<dl class="headline">' in page and "worst class, Dice" in page
     captions = [part.partition("<")[0] for part in page.split("<figcaption>")[1:]]
     assert [text.split()[1] for text in captions] == ["2", "5", "9", "7"]
     assert "predicted only" in captions[-1]
