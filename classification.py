@@ -20,9 +20,8 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from data.cache import VolumeCache
-from data.cases import CasesError, format_problems, print_check
+from data.cases import CasesError, format_problems
 from data.inference.control import Control, control_features_of
-from data.inference.fingerprint import fingerprint_of
 from data.inference.predicting import (
     Tested,
     average,
@@ -35,6 +34,8 @@ from data.inference.predicting import (
     report_test,
 )
 from data.loading import EpochSampler, make_loader
+from data.prepare.describe import show_check
+from data.prepare.fingerprint import fingerprint_of
 from data.prepare.load import fair_test, load_to_train, rotations, split
 from data.prepare.targets import Targets, balance_weights, label_tensors
 from data.table.inputs import load_inputs, results_of
@@ -385,8 +386,7 @@ def main(argv: list[str]) -> int:
     else:
         cases, skipped = load_to_train(cfg, [f.cfg for f in folds], cache, check_only, seen)
     if check_only:
-        print_check(cfg.csv_path, cases, skipped)
-        return 0
+        return show_check(run, cases, cache, from_config, skipped)
     if tested:
         print(format_problems(skipped))
         test(run, tested, cases["test"], skipped)

@@ -20,13 +20,13 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from data.cache import VolumeCache
-from data.cases import print_check
 from data.inference.probing import feature_maps, probe, probe_score, write_embeddings
 from data.loading import EpochSampler, make_loader
+from data.prepare.describe import show_check
 from data.prepare.load import PATH_COLUMNS, load_cases
 from data.standard import StandardForm
 from data.views.crops import NUM_GLOBAL, RegionDataset, ViewSettings, apply_views
-from models.backbones import facts_of
+from models.backbones import facts_of, from_config
 from models.common import parameter_groups
 from models.dino import build_network, reconstruct, sample_masks, update_teacher
 from models.losses import TeacherTargets, dino_loss, koleo_loss, patch_loss, reconstruction_loss
@@ -387,8 +387,7 @@ def main(argv: list[str]) -> int:
     cache = VolumeCache(cfg.cache_dir, StandardForm.from_config(cfg.data))
     cases, skipped = load_cases(cfg, cache, cfg.probe_targets, PATH_COLUMNS, check_only)
     if check_only:
-        print_check(cfg.csv_path, cases, skipped)
-        return 0
+        return show_check(run, cases, cache, from_config, skipped)
     if cfg.test_ckpt:
         test(run, cache, cases)
         return 0

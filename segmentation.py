@@ -22,8 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from data.cache import VolumeCache
-from data.cases import Case, format_problems, print_check
-from data.inference.fingerprint import fingerprint_of
+from data.cases import Case, format_problems
 from data.inference.restore import read_truth
 from data.inference.segmenting import (
     Tested,
@@ -37,6 +36,8 @@ from data.inference.segmenting import (
 )
 from data.inference.testing import pooled, predict_inputs, report_test, test_cases
 from data.loading import EpochSampler, make_loader
+from data.prepare.describe import show_check
+from data.prepare.fingerprint import fingerprint_of
 from data.prepare.load import fair_test, load_masks, rotations, split
 from data.standard import StandardForm
 from data.table.inputs import load_inputs, results_of
@@ -385,8 +386,7 @@ def main(argv: list[str]) -> int:
     runs = [fold.cfg for fold in folds]
     cases, skipped, notices = load_masks(own, runs, cache, classes, check_only, seen)
     if check_only:
-        print_check(cfg.csv_path, cases, skipped, notices)
-        return 0
+        return show_check(run, cases, cache, from_config, skipped, notices)
     if tested:
         print(format_problems([*skipped, *notices]))
         test(run, tested, cases["test"], [problem.noted for problem in skipped])

@@ -281,7 +281,7 @@ class CropToBodyd(MapTransform):
         out, bodies = dict(data), data["bodies"]
         body = np.logical_or.reduce([found for found in bodies if found is not None])
         pairs = zip(data["image"], bodies, strict=True)
-        out["body_samples"] = [b is not None and _sample_body(x, b) for x, b in pairs]
+        out["body_samples"] = [b is not None and sample_body(x, b) for x, b in pairs]
         if self.crop:
             keep = body
             if "seg" in data:
@@ -304,6 +304,16 @@ class CropToBodyd(MapTransform):
         )
         out["body"] = np.rint(fraction[0].numpy() * 255).astype(np.uint8)
         return out
+
+
+def body_of(image: torch.Tensor, kinds: Sequence[str]) -> tuple[np.ndarray, list]:
+    """Return where any channel of an image (C, X, Y, Z) shows body, in blocks of 4^3 voxels, and
+    the box around it, (start, stop) in voxels along each axis."""
+    channels = zip(image.as_tensor().split(1), kinds, strict=True)
+    found = [find_body(x, kind) for x, kind in channels if kind != "missing"]
+    body = np.logical_or.reduce(found)
+    pairs = zip(_box_around(body), image.shape[1:], strict=True)
+    return body, [(low * BLOCK, min(high * BLOCK, n)) for (low, high), n in pairs]
 
 
 def _pooled(pool: Callable, x: torch.Tensor, size: int, **options) -> torch.Tensor:
@@ -403,7 +413,7 @@ def find_body(image: torch.Tensor, kind: str) -> np.ndarray:
     return body & near
 
 
-def _sample_body(image: torch.Tensor, body: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def sample_body(image: torch.Tensor, body: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return intensities in the body and in the air, from at most about MAX_SAMPLES voxels."""
     step = max(1, round((image.numel() / MAX_SAMPLES) ** (1 / 3)))
     values = image.as_tensor()[::step, ::step, ::step].numpy()

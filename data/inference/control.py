@@ -4,7 +4,7 @@ A network that is no better than this may have learnt how the scans were acquire
 nothing of their content.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -15,12 +15,9 @@ from sklearn.preprocessing import StandardScaler
 
 from data.cache import VolumeCache
 from data.cases import Case
-from data.entry import CHUNK
+from data.prepare.fingerprint import body_values
 from data.prepare.targets import Targets
-from data.views.geometry import BODY_BLOCK
 from utils import distributed
-
-MAX_CHUNKS = 8  # chunks of 64³ voxels that are read for a volume's intensities
 
 
 def control_features(entry) -> np.ndarray:
@@ -44,23 +41,6 @@ def control_features(entry) -> np.ndarray:
     # rounded, as spacings that differ by less than 0.1 % differ only in the file's last digits
     lengths = np.log([*voxels, *entry.slice_spacing]).round(3)
     return np.array([*lengths, *(stored * scale + offset)])
-
-
-def body_values(entry) -> Iterator[np.ndarray]:
-    """Yield stored values (C, n) of the body, from a few chunks spread evenly over it."""
-    chunks = []
-    for index in np.ndindex(*[-(-n // CHUNK) for n in entry.shape]):
-        start = np.multiply(index, CHUNK)
-        low, high = start // BODY_BLOCK, (start + CHUNK) // BODY_BLOCK
-        inside = entry.body[tuple(map(slice, low, high))] >= 128  # more body than air
-        if inside.any():
-            chunks.append((start, inside))
-    few = np.linspace(0, len(chunks) - 1, min(MAX_CHUNKS, len(chunks))).round().astype(int)
-    for start, inside in (chunks[i] for i in few):
-        values = entry.read_region(start, [CHUNK] * 3)
-        for axis in range(3):
-            inside = inside.repeat(BODY_BLOCK, axis)
-        yield values[:, inside[tuple(map(slice, values.shape[1:]))]]
 
 
 def control_features_of(cases: Sequence[Case], cache: VolumeCache) -> np.ndarray:

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from data.cache import VolumeCache, hash_series
 from data.cases import NOTICE, Case, Problem
+from data.prepare.fingerprint import look, look_at
 from data.readers import VolumeError, format_of
 from data.sources import append_line, portable, read_lines, with_paths
 from data.standard import CheckMaskd, ReadVolumed, StandardForm
@@ -22,11 +23,13 @@ from data.values import FEWEST_ROWS, hu_notices, nothing_to_see, unlike_others
 from data.volume import MIN_VOXELS, SPACING_MM, spacing_of
 from utils.parallel import in_processes
 
-VERSION = 5  # of the remembered facts: raise it when the readers refuse more than before
+VERSION = 6  # of the remembered facts: raise it when the readers refuse more, or they say more
 MEMORY = "checked.jsonl"  # in the cache's folder
 FEW_VOXELS = 8  # fewer are noticed: the network sees mostly padding there
 # {"shape": of the (first) file, "spacing": mm, "series": hash of SeriesInstanceUID or None,
-#  "labels": label values of the mask except 0, "notices": of the readers, "values": `values_of`}
+#  "labels": label values of the mask except 0, "volumes": mL of each, "notices": of the readers,
+#  "values": `values_of`, "look": `fingerprint.look`}. Of a volume in the cache "volumes" and "look"
+#  are left out (see `looks`).
 Facts = dict
 
 
@@ -126,6 +129,22 @@ def volume_notices(cases: Sequence[Case], cache: VolumeCache) -> list[Problem]:
     return sorted(found, key=lambda notice: notice.row)
 
 
+def looks(cases: Sequence[Case], cache: VolumeCache) -> list[Facts]:
+    """Return look, labels and volumes (see `Facts`) of cases that `check_volumes` found good."""
+    known, found = _recall(cache), []
+    for case in cases:
+        facts = known.get(_source_key(case, cache))
+        if facts is None:
+            entry = cache.get(case)
+            facts = {"look": look(entry), "labels": [], "volumes": []}
+            if entry.has_seg:
+                whole = entry.read_seg((0, 0, 0), entry.shape)
+                of_mask = _volumes(whole, np.prod(entry.spacing) / 1000)
+                facts |= dict(zip(("labels", "volumes"), of_mask, strict=True))
+        found.append(facts)
+    return found
+
+
 def _lacks_modality(case: Case, default_modality: str | tuple[str, ...]) -> bool:
     paths = [path for path in case.channels.values() if path] or [case.path]
     return default_modality == "auto" and case.modality is None and any(map(format_of, paths))
@@ -190,14 +209,20 @@ def _read(case: Case, default_modality, form: StandardForm) -> Facts | VolumeErr
             if source and voxels.min() == voxels.max():
                 raise VolumeError(f"{source}: every voxel is {voxels.min():g}")
         keys = ["image", "seg"] if case.seg_path else ["image"]
-        CheckMaskd()(Orientationd(keys, axcodes="RAS", labels=None)(item))
+        item = CheckMaskd()(Orientationd(keys, axcodes="RAS", labels=None)(item))
+        labels, volumes = [], []
+        if case.seg_path:
+            voxel_ml = abs(np.linalg.det(item["original_affine"][:3, :3])) / 1000
+            labels, volumes = _volumes(item["seg"][0].numpy(), voxel_ml)
         return {
             "shape": list(item["original_shape"]),
             "spacing": spacing_of(item["original_affine"]).tolist(),
             "series": hash_series(item["series_uid"]),
-            "labels": _label_values(item["seg"].numpy()) if case.seg_path else [],
+            "labels": labels,
+            "volumes": volumes,
             "notices": portable(item["notices"], case),
             "values": item["values"],
+            "look": look_at(item, form.percentiles, form.crop_background),
         }
     except VolumeError as e:
         return e
@@ -216,12 +241,15 @@ def _facts_of_entry(entry) -> Facts:
     }
 
 
-def _label_values(mask: np.ndarray) -> list[int]:
-    """Return the values of a mask (1, X, Y, Z) int16 except 0, ascending; none is negative."""
-    seen = np.zeros(2**15, bool)
-    for plane in mask[0]:  # plane by plane, as indexing makes an int64 copy of its argument
-        seen[plane] = True
-    return (np.flatnonzero(seen[1:]) + 1).tolist()
+def _volumes(mask: np.ndarray, voxel_ml: float) -> tuple[list[int], list[float]]:
+    """Return the values of a mask (X, Y, Z) int16 except 0, ascending, none of them negative; and
+    the mL of each."""
+    counts = np.zeros(2**15, np.int64)
+    for plane in mask:  # plane by plane, as bincount makes an int64 copy of its argument
+        found = np.bincount(plane.ravel())
+        counts[: len(found)] += found
+    labels = np.flatnonzero(counts[1:]) + 1
+    return labels.tolist(), (counts[labels] * voxel_ml).round(4).tolist()
 
 
 def _source_key(case: Case, cache: VolumeCache) -> str | None:
@@ -234,6 +262,7 @@ def _source_key(case: Case, cache: VolumeCache) -> str | None:
     form = cache.form
     facts = [VERSION, sources, case.series_uid, case.modality, form.modality]
     facts += [form.uneven_slices, form.mask_grid, form.nan_voxels]
+    facts += [form.percentiles, form.crop_background]  # of the look
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
 
 

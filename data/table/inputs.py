@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from data.cases import NOTICE, Case, CasesError, Problem, column_of, format_problems
-from data.inference.fingerprint import look, unlike_training
 from data.parts import split_part
 from data.prepare.check import check_volumes, volume_notices
+from data.prepare.fingerprint import look, unlike_training
 from data.readers import format_of
 from data.table import dicom, names, nifti
 from data.table.found import LeftOut, Scan, walk, without_repeats

@@ -15,7 +15,7 @@ ORDER = {
     "data": "table probe clean inference prepare demo views loading cache entry standard masks "
     "channels sources cases readers itk mgh nifti dicom parts values volume",
     "utils": "compare transfer training report metrics weights config sliding_window classes "
-    "checkpoint tensor_files parallel memory signals distributed files errors",
+    "checkpoint tensor_files parallel memory cost signals distributed files errors",
 }
 
 

@@ -63,6 +63,8 @@ class Epoch:
         if state.step % cfg.log_every == 0:
             run.log.step(state.step, numbers | self.values)
         waiting = f"waiting for data {self.watch.share('data'):.0%}"
+        if run.forecast:
+            run.forecast.note(run, state, self.watch)
         self.bar.set_postfix_str(f"loss {numbers['loss']:.3f}, {waiting}")
         state.step, state.averages = state.step + 1, self.averages.state
         run.stop.raise_if_received()

@@ -21,6 +21,7 @@ from utils.errors import InputError, RunError
 from utils.files import refuse_file
 from utils.signals import Stopped, StopSignal, end_workers
 from utils.training.folders import Lock, lock_training, new_results, refuse_taken
+from utils.training.forecast import Forecast
 from utils.training.runlog import RunLog
 from utils.training.state import State, check_space, save
 from utils.training.step import is_emulated
@@ -41,6 +42,7 @@ class Run(Generic[Config]):
     started_from: the checkpoint from which the run goes on, if any.
     log, lock: opened by `open_log` when training begins, which fills counts: {"train", "val":
         cases; "parameters"}. exit_code: that of training, 0 or EXIT_STOPPED.
+    forecast: None once it has been said.
     """
 
     cfg: Config
@@ -51,6 +53,7 @@ class Run(Generic[Config]):
     counts: dict[str, int] = field(default_factory=dict)
     lock: Lock | None = None
     exit_code: int = 0
+    forecast: Forecast | None = field(default_factory=Forecast)
 
     @classmethod
     def begin(cls, cfg: Config, device: torch.device, stop: StopSignal) -> Self:

@@ -118,6 +118,8 @@ def test_good_volumes_are_remembered_until_they_change(tmp_path, count_reads):
             "labels",
             "notices",
             "values",
+            "volumes",
+            "look",
         }
     assert "p2" not in memory.read_text() and "nii" not in memory.read_text()
 

@@ -4,18 +4,22 @@ A checkpoint holds them: modality, spacing, extent and intensities, over the tra
 nobody, and no scan can be made from them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
 from data.cache import VolumeCache
 from data.cases import Case
-from data.inference.control import body_values
+from data.entry import CHUNK
+from data.standard import body_of, sample_body
+from data.views.geometry import BODY_BLOCK
+from data.volume import spacing_of
 from utils import distributed
 
 MAX_CASES = 200  # that are looked at, evenly spaced
 PERCENTILES = (5, 50, 95)  # of the body's intensities
 MAX_VALUES = 200_000  # from which they are computed
+MAX_CHUNKS = 8  # chunks of 64³ voxels that are read for a volume's intensities
 # How far beyond all train cases is unlike them, or further where those differ much among
 # themselves (1.5 of their interquartile ranges): factors of mm, HU, and shares of the range that
 # data.percentiles maps to 0..1.
@@ -48,6 +52,47 @@ def look(entry) -> dict:
     }
 
 
+def look_at(item: Mapping, percentiles: Sequence[float], crop: bool) -> dict:
+    """Return what `look` returns, but of a scan as it was read, before any resampling.
+
+    item: of `data.standard.ReadVolumed`, with axes in RAS+ order. percentiles, crop: of the form.
+    """
+    spacing = spacing_of(np.asarray(item["image"].affine))
+    body, box = body_of(item["image"], item["kinds"])
+    size = np.ptp(np.array(box), axis=1) if crop else item["image"].shape[1:]
+    intensity = []
+    for voxels, kind in zip(item["image"], item["kinds"], strict=True):
+        values = np.zeros(1) if kind == "missing" else sample_body(voxels, body)[0]
+        low, high = np.percentile(values, percentiles) if kind == "other" else (0.0, 1.0)
+        shares = (np.percentile(values, PERCENTILES) - low) / max(high - low, 1e-12)
+        intensity.append(shares.round(4).tolist())
+    pairs = zip(item["modalities"], item["kinds"], strict=True)
+    return {
+        "modality": [None if kind == "missing" else modality for modality, kind in pairs],
+        "kind": list(item["kinds"]),
+        "spacing": np.round(spacing, 3).tolist(),
+        "size": (size * spacing).round(1).tolist(),
+        "intensity": intensity,
+    }
+
+
+def body_values(entry) -> Iterator[np.ndarray]:
+    """Yield stored values (C, n) of the body, from a few chunks spread evenly over it."""
+    chunks = []
+    for index in np.ndindex(*[-(-n // CHUNK) for n in entry.shape]):
+        start = np.multiply(index, CHUNK)
+        low, high = start // BODY_BLOCK, (start + CHUNK) // BODY_BLOCK
+        inside = entry.body[tuple(map(slice, low, high))] >= 128  # more body than air
+        if inside.any():
+            chunks.append((start, inside))
+    few = np.linspace(0, len(chunks) - 1, min(MAX_CHUNKS, len(chunks))).round().astype(int)
+    for start, inside in (chunks[i] for i in few):
+        values = entry.read_region(start, [CHUNK] * 3)
+        for axis in range(3):
+            inside = inside.repeat(BODY_BLOCK, axis)
+        yield values[:, inside[tuple(map(slice, values.shape[1:]))]]
+
+
 def fingerprint_of(cases: Sequence[Case], cache: VolumeCache) -> dict:
     """Return the fingerprint of the train cases, as JSON; equal on all ranks.
 
@@ -56,9 +101,19 @@ def fingerprint_of(cases: Sequence[Case], cache: VolumeCache) -> dict:
         spacing, size, and intensity (a list over channels): {low, quartiles, high}, each a list
         over axes or PERCENTILES; None of a channel that is always missing.
     """
+    few = some_of(cases)
+    own = [look(cache.get(case)) for case in few[distributed.rank() :: distributed.world_size()]]
+    return summary([one for part in distributed.gather_objects(own) for one in part])
+
+
+def some_of(cases: Sequence[Case]) -> list[Case]:
+    """Return at most MAX_CASES, evenly spaced."""
     few = np.linspace(0, len(cases) - 1, min(MAX_CASES, len(cases))).round().astype(int)
-    own = [look(cache.get(cases[i])) for i in few[distributed.rank() :: distributed.world_size()]]
-    seen = [one for part in distributed.gather_objects(own) for one in part]
+    return [cases[i] for i in few]
+
+
+def summary(seen: Sequence[Mapping]) -> dict:
+    """Return the fingerprint of what `look` returned of the train cases."""
     channels = range(len(seen[0]["kind"]))
     known = [[one for one in seen if one["kind"][c] != "missing"] for c in channels]
     return {

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from data.entry import Channel
-from data.inference.fingerprint import fingerprint_of, look, unlike_training
+from data.prepare.fingerprint import fingerprint_of, look, unlike_training
 
 SHAPE = (16, 24, 32)
 
