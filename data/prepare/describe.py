@@ -25,6 +25,7 @@ MANY = 3  # nnU-Net: an axis with voxels this many times larger, and fewer, is a
 DEEPEST = 4  # nnU-Net: voxels along an axis of the deepest map, at least
 COVERED = 0.05  # nnU-Net: of all voxels, that a batch may hold
 FEWEST, MOST = 2, 32  # cases or patches in a batch
+FEWEST_OF_DINO = 8  # smaller ones were not tried, and collapse the sooner (docs/experiments.md)
 OF_MEMORY, OVERHEAD = 0.8, 1.3  # of a GPU, that is planned with; over what is counted
 MOST_MEMORY = 24e9  # bytes for two windows, beyond which a larger batch does more (nnU-Net's L)
 ON_CPU = 64**3  # voxels of a window on a CPU, at most
@@ -169,22 +170,25 @@ def settings_for(cfg, facts, number: int, cost: Cost, memory: float | None):
         room = OF_MEMORY * memory - cost.parameters * (16 if len(windows) == 1 else 20)
     each = OVERHEAD * cost.kept * (4 if cfg.precision == "fp32" else 2) * views  # bytes per voxel
     each /= 4 if cfg.grad_checkpointing else 1
-    most = max(min(room, MOST_MEMORY), 0) / FEWEST / each if memory else ON_CPU
+    fewest = FEWEST_OF_DINO if hasattr(cfg, "dino") else FEWEST
+    most = max(min(room, MOST_MEMORY), 0) / fewest / each if memory else ON_CPU
     size = window_for(median, stride, most)
-    limit = "memory" if memory else f"{round(ON_CPU ** (1 / 3))}³ voxels, as on a CPU time counts"
-    small = f", no more than {limit} allow" if np.prod(size) < np.prod(np.ceil(median)) else ""
+    limit = "memory allows" if memory else f"{round(ON_CPU ** (1 / 3))}³ voxels (a CPU is slow)"
+    small = f", no more than {limit}" if np.prod(size) < np.prod(np.ceil(median)) else ""
     why = f"about the median volume{small}, divisible by {stride} (nnU-Net)"
     found += [(f"{window.key}={_list(size)}", why) for window in windows]
     if hasattr(cfg, "crops"):
         region = [-(-n * 4 // 3) for n in size]
         found.append((f"crops.region_size={_list(region)}", "4/3 of the crops, for their zoom"))
-    batch, why = FEWEST, "the least (nnU-Net): on a CPU more cost time"
+    batch, why = fewest, "the least: on a CPU more cost time"
     if memory:
         fits = max(int(room / each / np.prod(size)), 1)
         covered = COVERED * number * np.prod(median) / np.prod(size)
         covered = round(covered) if hasattr(cfg, "patches") else number // 4
-        batch = min(fits, max(covered, FEWEST), MOST)
-        share = "5 % of all voxels (nnU-Net)" if hasattr(cfg, "patches") else "a quarter of them"
+        batch = min(fits, max(covered, fewest), MOST)
+        share = (
+            "5 % of all voxels (nnU-Net)" if hasattr(cfg, "patches") else "a quarter of the cases"
+        )
         why = f"memory takes about {fits}; {share} are {covered}; at most {MOST}"
     return [*found, (f"batch_size={batch}", why)]
 
