@@ -275,7 +275,7 @@ def test_predictions_of_dicom_lie_on_dcm2niix_voxel_for_voxel(folder, tmp_path, 
     schema = (segmentation.CONFIG, SegmentationConfig, impossible)
     config = parse_command_line(arguments, *schema)[0]
     saved = {"settings": {"stage": "segmentation"}, "config": config.model_dump(mode="json")}
-    saved |= {"modules": {"segmenter": {}}, "seen_patients": []}
+    saved |= {"modules": {"segmenter": {}}, "seen_patients": [], "progress": {"epoch": 1}}
     saved["classes"] = Classes.from_config(config.classes).to_dict()
     checkpoint.save(tmp_path / "best.pt", saved)
     monkeypatch.setattr(segmentation, "build", lambda *args: BrightIsTwo())
