@@ -252,7 +252,7 @@ def _read_only(stage: str, folder: Path, subject) -> Outcome:
     """A results_dir that cannot be written to is an error before training."""
     (folder / "x").write_text("")
     code, said, steps = run_script(stage, folder, None, subject())
-    ok = code == 2 and "cannot be written to" in said and "Traceback" not in said
+    ok = code == 2 and "x is a file; set results_dir" in said and "Traceback" not in said
     return Outcome(NAMED if ok and not len(steps) else WRONG, f"exit code {code}: {said[-300:]}")
 
 

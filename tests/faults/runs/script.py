@@ -58,7 +58,7 @@ def draw_nothing() -> None:
     from data.inference import segmenting
     from utils.report import plots, plots_segmentation
 
-    def plot(path: Path, *args) -> np.ndarray:
+    def plot(path: Path, *args, **options) -> np.ndarray:
         black = np.zeros((1, 1, 3), np.uint8)
         Image.fromarray(black).save(path)
         return black
