@@ -112,10 +112,10 @@ def kill_at_write(folder: str, write: int) -> None:
     """SIGKILL before the write-th time that a file below `folder` is opened for writing, renamed or
     removed; one that is emptied by opening it, after that.
 
-    Pictures and messages do not count: nothing is restored from them, and how many there are must
-    not decide which write of a checkpoint or table is cut short.
+    Pictures, messages and locks do not count: nothing is restored from them, and how many there are
+    must not decide which write of a checkpoint or table is cut short.
     """
-    passed = ("/plots/", "/tensor", "/log.txt")
+    passed = ("/plots/", "/tensor", "/log.txt", ".lock")
     count, own = [], os.getpid()
 
     def hook(event: str, args: tuple) -> None:
