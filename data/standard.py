@@ -42,8 +42,7 @@ class StandardForm:
     size: voxels along x, y, z to which the whole (cropped) volume is resized, at any resulting
         spacing; None keeps each volume's own.
     uneven_slices: "resample" interpolates DICOM slices at uneven distances; "refuse".
-    mask_grid: "voxels" takes a mask of the scan's shape voxel by voxel where its header says
-        otherwise; "header" refuses it.
+    mask_grid: how a mask lies on its scan where their headers disagree, see `data.masks.grid`.
     nan_voxels: "background" takes voxels that are NaN for air; "refuse".
     """
 

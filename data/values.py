@@ -49,10 +49,8 @@ def hu_notices(facts: Mapping, path: str) -> list[str]:
     elif low >= NO_AIR:
         what = f"no voxel is below {NO_AIR} HU: no air, lung or fat, or not HU"
     elif facts["tissue"] < LITTLE:
-        what = (
-            f"only {facts['tissue']:.1%} of the voxels are from {TISSUE[0]} to {TISSUE[1]} HU, as "
-        )
-        what += "soft tissue is: shifted by about 1024, it seems"
+        what = f"only {facts['tissue']:.1%} of the voxels are from {TISSUE[0]} to {TISSUE[1]} HU, "
+        what += "as soft tissue is: shifted by about 1024, it seems"
     else:
         return []
     return [f"{path}: {what}"]
