@@ -42,7 +42,7 @@ demo: $(VENV)/.installed
 	@echo "Reports: results/demo_*/report.html, results/demo_*/test/report.html"
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 faults: $(VENV)/.installed
 	$(BIN)/python -m tests.faults --long

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 
 from data.cache import VolumeCache
 from data.cases import Case, format_problems
+from data.inference.frozen import start_outputs
 from data.inference.restore import read_truth
 from data.inference.segmenting import (
     Tested,
@@ -246,16 +247,9 @@ def train(run: Run[SegmentationConfig], cache, cases: dict, skipped, notices) ->
     loader = make_train_loader(run, cases["train"], cache, classes)
 
     # ---- model
-    segmenter = build(cfg, classes)
-    if not run.started_from:
-        segmenter.start_from(loader.dataset.class_shares(), classes.overlap)
+    segmenter = build(cfg, classes).to(device)
     weights = load_weights(run, segmenter.backbone)
     optimizer = build_optimizer(segmenter, cfg)
-    if cfg.compile:
-        for name in ("encode", "decode_all"):
-            part = torch.compile(getattr(segmenter.backbone, name), dynamic=False)
-            setattr(segmenter.backbone, name, part)
-    segmenter.to(device)
 
     # ---- optimization
     steps_per_epoch = max(loader.sampler.num_batches // cfg.accumulate, 1)
@@ -279,6 +273,11 @@ def train(run: Run[SegmentationConfig], cache, cases: dict, skipped, notices) ->
         run.say(f"about the masks:\n{format_problems(notices)}")
     for warning in state.warnings.values():
         run.say(f"WARNING: {warning}")
+    start_outputs(run, segmenter, loader.dataset)
+    if cfg.compile:
+        for name in ("encode", "decode_all"):
+            part = torch.compile(getattr(segmenter.backbone, name), dynamic=False)
+            setattr(segmenter.backbone, name, part)
 
     # ---- train
     with until_stopped(run, state):

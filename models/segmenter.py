@@ -1,6 +1,6 @@
 """The segmenter, a backbone with its decoder and output layers; its loss."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import numpy as np
@@ -19,6 +19,9 @@ dice_loss = DiceLoss(
     include_background=False, to_onehot_y=True, softmax=True, batch=False, ignore_index=IGNORE
 )
 dice_of_each = DiceLoss(batch=False, reduction="none")  # of probabilities, (B, K, 1, 1, 1)
+
+FIT_VOXELS = 32_768  # of each patch to which outputs are fitted, all of 32^3
+FIT_PENALTY = 1e-3  # on the square of weights for maps with standard deviation 1
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # as `dice_ce`
 
@@ -55,6 +58,33 @@ class Segmenter(nn.Module):
         for output in self.outputs:
             output.bias.copy_(shares.logit() if overlap else shares.log())
 
+    def fit_outputs(
+        self, patches: Iterable[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], classes: Classes
+    ) -> tuple[float, float]:
+        """Fit all outputs to the maps that the backbone gives as it is, by the loss of training.
+
+        Linear probing before fine-tuning (Kumar et al. 2022, arXiv 2202.10054): gradients through
+        random outputs would first undo what the backbone has learned.
+
+        Args:
+            patches: images (1, C, X, Y, Z) in 0..1, target (1, X, Y, Z) uint8, known (1, K) bool.
+        Returns:
+            the loss of the finest output before and after.
+        """
+        levels, known = [[] for _ in self.outputs], []
+        with torch.no_grad():
+            for image, target, labelled in patches:
+                known.append(labelled)
+                for level, maps in zip(levels, self._maps(image), strict=True):
+                    level.append(_some_voxels(maps, thinned(target, maps)))
+        loss = loss_of(classes, torch.cat(known))
+        with torch.autocast(self.outputs[0].weight.device.type, enabled=False):
+            losses = [
+                _fit(output, *map(torch.cat, zip(*level, strict=True)), loss)
+                for output, level in zip(self.outputs, levels, strict=True)
+            ]
+        return losses[0]
+
     def encoder(self) -> list[nn.Module]:
         """Return the parts of the backbone that `encode` needs."""
         parts = self.backbone.named_children()
@@ -85,12 +115,46 @@ class Segmenter(nn.Module):
         return logits if self.training and len(self.outputs) > 1 else logits[0]
 
     def _logits(self, x: torch.Tensor) -> list[torch.Tensor]:
+        return [output(m) for output, m in zip(self.outputs, self._maps(x), strict=False)]
+
+    def _maps(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """Return the maps of the decoder that have an output, finest first; in eval mode one."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             features = self.backbone.encode(x)
         if not self.training:
-            return [self.outputs[0](self.backbone.decode(x, features))]
-        maps = self.backbone.decode_all(x, features)
-        return [output(m) for output, m in zip(self.outputs, maps, strict=False)]
+            return [self.backbone.decode(x, features)]
+        return self.backbone.decode_all(x, features)[: len(self.outputs)]
+
+
+def _some_voxels(maps: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw FIT_VOXELS of a patch, or take all: (1, C, n, 1, 1) float32 and (1, n, 1, 1)."""
+    maps, target = maps.float().flatten(2), target.flatten(1)
+    if target.shape[1] > FIT_VOXELS:
+        some = torch.randperm(target.shape[1], generator=torch.Generator().manual_seed(0))
+        some = some[:FIT_VOXELS].to(target.device)
+        maps, target = maps[..., some], target[:, some]
+    return maps[..., None, None], target[..., None, None]
+
+
+def _fit(output: nn.Conv3d, maps: torch.Tensor, target: torch.Tensor, loss: Loss):
+    """Minimize the loss over an output's weights; return it before and after."""
+    mean, std = maps.mean((0, 2, 3, 4)), maps.std((0, 2, 3, 4)) + 1e-4
+    x = (maps - mean.view(-1, 1, 1, 1)) / std.view(-1, 1, 1, 1)  # no channel outweighs another
+    weight = torch.zeros_like(output.weight, requires_grad=True)
+    bias = output.bias.detach().clone().requires_grad_()
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=50, line_search_fn="strong_wolfe")
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        value = loss(F.conv3d(x, weight, bias), target).sum() + FIT_PENALTY * weight.square().sum()
+        value.backward()
+        return value
+
+    before = optimizer.step(closure).item()
+    with torch.no_grad():
+        output.weight.copy_(weight / std.view(-1, 1, 1, 1))
+        output.bias.copy_(bias - (output.weight.flatten(1) @ mean))
+    return before, closure().item()
 
 
 def dice_ce(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -191,10 +255,14 @@ def supervised(
     outputs = [outputs] if isinstance(outputs, torch.Tensor) else outputs
     total = 0.0
     for level, logits in enumerate(outputs):
-        step = target.shape[1] // logits.shape[2]
-        picked = (slice(step // 2, None, step),) * 3
-        total = total + 0.5**level * loss(logits, target[(slice(None), *picked)])
+        total = total + 0.5**level * loss(logits, thinned(target, logits))
     return total / sum(0.5**level for level in range(len(outputs)))
+
+
+def thinned(target: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
+    """Return the voxels of a target (B, X, Y, Z) in the middle of those of coarser maps."""
+    step = target.shape[1] // maps.shape[2]
+    return target[(slice(None), *(slice(step // 2, None, step),) * 3)]
 
 
 def optimizer_groups(segmenter: Segmenter, encoder_lr: float) -> list[dict]:

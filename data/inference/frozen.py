@@ -1,7 +1,8 @@
-"""Probes of a frozen encoder on few labels: ridge regression from its features to masks or labels.
+"""What a frozen network says of few labels: probes, and output layers to start from.
 
-What a probe chooses, the penalty and the thresholds of the classes, it chooses on patients that are
-left out of the fit, one after the other; it never sees a val or test case.
+Probes are ridge regressions from the features of an encoder to masks or labels. What a probe
+chooses, the penalty and the thresholds of the classes, it chooses on patients that are left out of
+the fit, one after the other; it never sees a val or test case.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,22 +17,44 @@ from data.inference.windows import fixed_view, window_starts
 from data.loading import EpochSampler, make_loader
 from data.prepare.targets import Targets
 from data.views.images import PLAIN, ImageDataset, ImageSettings, collate, cut_images
+from data.views.patches import PatchDataset, first_patches
 from utils.classes import IGNORE, Classes
 from utils.errors import NotFinite
 from utils.metrics.predictions import Predictions
 from utils.metrics.probes import PENALTY, THRESHOLDS, DenseProbe, Ridge, dice
 from utils.training.run import Run
-from utils.training.step import autocast
+from utils.training.step import autocast, remember_buffers
 
 PENALTIES = (PENALTY, 1e-4, 1e-3, 1e-1, 1.0)  # of equally good ones the first is taken
 GROUPS = 10  # parts of the patients, of which one is left out
 VOXELS = 20_000  # drawn from each case
+FIT_PATCHES = 32  # to which output layers are fitted
 
 
 def groups_of(cases: Sequence[Case]) -> list[int]:
     """Return the number of each case's group; a patient is in one group only."""
     patients = list(dict.fromkeys(case.patient for case in cases))
     return [patients.index(case.patient) % GROUPS for case in cases]
+
+
+def start_outputs(run: Run, segmenter: nn.Module, dataset: PatchDataset) -> None:
+    """Start the output layers at the classes' shares in patches; with finetune.fit_outputs, fit
+    them to what the backbone's maps say of patches. A run that goes on has its outputs already.
+
+    run: with a SegmentationConfig. segmenter: on run.device, in train mode.
+    """
+    if run.started_from:
+        return
+    segmenter.start_from(dataset.class_shares(), dataset.classes.overlap)
+    if not run.cfg.finetune.fit_outputs:
+        return
+    patches, buffers = first_patches(dataset, FIT_PATCHES, run.device), remember_buffers(segmenter)
+    with autocast(run.device, run.cfg.precision):
+        before, after = segmenter.fit_outputs(patches, dataset.classes)
+    for buffer, before_fit in buffers:
+        buffer.copy_(before_fit)
+    what = f"output layers fitted to {FIT_PATCHES} patches, all else as it was"
+    run.say(f"{what}: loss {before:.3f} -> {after:.3f}")
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ the scanner's field of view. Axes and coordinates are those of `data.views.geome
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -343,6 +343,18 @@ class PatchDataset(Dataset):
             mean[0] = max(1 - mean[1:].sum(), mean.min())
             mean /= mean.sum()
         return mean
+
+
+def first_patches(
+    dataset: PatchDataset, num: int, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield images, targets (see `apply_patches`) and known of patches of all cases, one by one.
+
+    They are a function of data and seed alone, the same on all ranks.
+    """
+    for key in EpochSampler(len(dataset), num, dataset.seed, batches=1):
+        batch = collate_patches([dataset[key]])
+        yield *apply_patches(batch, dataset.settings.patch_size, device), batch["known"]
 
 
 def collate_patches(items: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -119,7 +119,8 @@ def main(argv: list[str]) -> None:
         values |= dict(argument.split("=", 1) for argument in argv[split + 1 :])
         code = dino.main([f"{key}={value}" for key, value in values.items()])
         assert code == 0, code
-        show(name, Path("results") / values["experiment"] / "metrics.csv", values)
+        results = Path(values.get("results_dir", "results"))
+        show(name, results / values["experiment"] / "metrics.csv", values)
 
 
 def write_csv(path: Path, name: str) -> None:

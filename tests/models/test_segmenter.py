@@ -5,6 +5,7 @@ import pytest
 import torch
 from monai.losses import DeepSupervisionLoss, DiceCELoss, DiceLoss
 
+import models.segmenter
 from models.backbones import build_backbone
 from models.segmenter import (
     Segmenter,
@@ -79,6 +80,40 @@ def test_the_first_answers_are_near_the_shares_of_the_classes(name):
         assert torch.equal(output.weight, weight)
         found = logits.softmax(1).mean(dim=(0, 2, 3, 4))
         assert 0.9 < found[0] < 0.99
+
+
+@pytest.mark.parametrize(
+    ("name", "deep", "overlap"),
+    [("resunet", True, False), ("unet", False, False), ("segresnet", True, True)],
+)
+def test_fitted_outputs_are_where_their_loss_is_least_and_all_else_stays(
+    name, deep, overlap, monkeypatch
+):
+    """Steepest descent finds nothing better, nor does a fit from elsewhere; on some voxels too."""
+    monkeypatch.setattr(models.segmenter, "FIT_VOXELS", 2000)
+    names = {"a": [1, 2], "b": [2]} if overlap else {"a": 1, "b": 2}
+    classes = Classes.from_config(names)
+    network = segmenter(name, classes.num_outputs, deep)
+    known = torch.ones(1, classes.num_outputs, dtype=torch.bool)
+    target = some(size=SIZES[name][0])[1]
+    images = torch.rand(2, 1, *SIZES[name]) + target[:, None]
+    patches = [(x[None], t[None], known) for x, t in zip(images, target, strict=True)]
+    before = {k: v.clone() for k, v in network.state_dict().items()}
+    first, least = network.fit_outputs(patches, classes)
+    assert least < first
+    for key, value in network.state_dict().items():
+        assert torch.equal(value, before[key]) != key.startswith("outputs."), key
+
+    with torch.no_grad():
+        for output in network.outputs:
+            output.bias.add_(1.0)
+    assert network.fit_outputs(patches, classes)[1] == pytest.approx(least, abs=0.02)
+    logits = network(images)
+    logits = logits[0] if deep else logits
+    loss = loss_of(classes, known.expand(2, -1))(logits, target).sum()
+    assert loss.item() == pytest.approx(least, abs=0.1)  # of all voxels, without the penalty
+    grads = torch.autograd.grad(loss, [network.outputs[0].bias])
+    assert torch.cat(grads).norm() < 0.1
 
 
 @pytest.mark.parametrize("name", ["resunet", "unet", "segresnet"])

@@ -68,6 +68,7 @@ SEGMENTATION = settings(
     COMMON,
     f"classes={{ball: {BALL}, shell: [{SHELL}, {OTHER_SHELL}]}} learning_rate=0.02 val_every=1",
     "patches.size=[16,16,16] patches.per_case=1 inference.overlap=0.25",
+    "finetune.fit_outputs=false",
 )
 DS = "backbone=segresnet segresnet.variant=ds segresnet.feature_size=8 segresnet.blocks=[1,1,1]"
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from functools import partial
 from pathlib import Path
 
@@ -64,6 +65,25 @@ def test_the_first_answers_are_near_the_shares_of_the_classes(run, folder, monke
     assert equal(*biases) and 0.02 < biases[0][1] < 0.04 and 0.15 < biases[0][2] < 0.25
     entropy = -(biases[0] * biases[0].log()).sum().item()
     assert step["ce_loss"] == pytest.approx(entropy, abs=0.15) and entropy < 0.7  # not log(3)
+
+
+@pytest.mark.parametrize("more", ["", f"{small.DS} precision=bf16"])
+def test_outputs_are_fitted_before_the_first_step_and_change_no_backbone(more, run, folder):
+    """DS has running statistics, which the fit must not move either."""
+    settings = f"val_folds=[] n_epochs=1 learning_rate=1e-12 min_learning_rate=0 {more}"
+    states, losses = [], []
+    for fit in ("false", "true"):
+        assert run(f"{settings} finetune.fit_outputs={fit} experiment=x-{fit}") == 0
+        states.append(small.load(folder.parent / f"x-{fit}")["modules"]["segmenter"])
+        losses.append(small.steps(folder.parent / f"x-{fit}")[0]["loss"])
+    for name, value in states[0].items():
+        if not name.startswith("outputs."):
+            torch.testing.assert_close(value, states[1][name])
+    said = re.search(
+        r"all else as it was: loss (.*) -> (.*)", small.log_of(folder.parent / "x-true")
+    )
+    before, after = map(float, said.groups())
+    assert after < before and losses[1] < losses[0]
 
 
 def test_a_resumed_run_keeps_its_biases(run, monkeypatch):

@@ -61,6 +61,7 @@ class Loss(f.Section):
 class Finetune(f.Section):
     freeze_epochs: f.Count
     encoder_lr: f.AboveZero
+    fit_outputs: bool
 
 
 class Inference(f.Section):
