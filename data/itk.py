@@ -158,9 +158,9 @@ def _meta(data: bytes, path: Path) -> Header:
 
 
 def _nrrd(data: bytes, path: Path) -> Header:
-    """Parse a NRRD header: lines "field: value", up to an empty one."""
+    """Parse a NRRD header: lines "field: value", up to an empty one or the end of the file."""
     head, _, _ = data.replace(b"\r\n", b"\n").partition(b"\n\n")
-    first, *lines = head.split(b"\n")
+    first, *lines = head.removesuffix(b"\n").split(b"\n")
     if not NRRD_MAGIC.match(first):
         raise VolumeError(f"{path}: not a NRRD file of version 1 to 5")
     fields = {}

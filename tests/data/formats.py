@@ -71,8 +71,11 @@ def _text(between: str, header: dict) -> bytes:
     return "".join(lines).encode()
 
 
-def write_format(path: Path, voxels: np.ndarray, affine: np.ndarray, **options) -> Path:
-    """Write a file of the format its name says; of .mhd and .nhdr the voxels lie beside it."""
+def write_format(path: Path, voxels: np.ndarray, affine: np.ndarray, end="", **options) -> Path:
+    """Write a file of the format its name says; of .mhd and .nhdr the voxels lie beside it.
+
+    end "as ITK": of .nhdr, without the empty line that ends a header.
+    """
     suffix = path.suffix
     if suffix in (".mgz", ".mgh"):
         nib.save(nib.MGHImage(voxels, affine), path)
@@ -81,7 +84,7 @@ def write_format(path: Path, voxels: np.ndarray, affine: np.ndarray, **options) 
     make = meta if suffix in (".mha", ".mhd") else nrrd
     header, stored = make(voxels, affine, **beside.get(suffix, {}), **options)
     if suffix in beside:
-        path.write_bytes(header)
+        path.write_bytes(header.removesuffix(b"\n") if end == "as ITK" else header)
         path.with_suffix(".raw").write_bytes(stored)
     else:
         path.write_bytes(header + stored)

@@ -24,6 +24,7 @@ WAYS = [
     ("a.nrrd", {"encoding": "gzip", "space": "RAS"}),
     ("a.nrrd", {"encoding": "bzip2", "space": "LAS", "order": ">"}),
     ("a.nhdr", {"encoding": "gzip"}),
+    ("a.nhdr", {"end": "as ITK"}),
     ("a.mgz", {}),
     ("a.mgh", {}),
 ]
