@@ -5,7 +5,7 @@ import io
 import os
 import re
 import unicodedata
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -315,7 +315,8 @@ def _read_case(
 
 
 def _check_folds(present: list[str], folds: Mapping[str, Sequence[str]]) -> list[Problem]:
-    """Find folds of the config that no row has."""
+    """Find folds of the config that no row has, and rows left out by another spelling of one."""
+    num_rows = Counter(present)
     present = sorted(set(present) - {""})
     shown = ", ".join(present[:20]) + ", ..." * (len(present) > 20)
     problems = []
@@ -326,6 +327,13 @@ def _check_folds(present: list[str], folds: Mapping[str, Sequence[str]]) -> list
                 hint = f"nearest: {near}; " if near else ""
                 what = f"{name}_folds: no row has fold {fold!r}; {hint}the CSV has {shown}"
                 problems.append(Problem(0, "", what, "folds"))
+    named = {fold.casefold(): fold for wanted in folds.values() for fold in wanted}
+    for fold in present:
+        meant = named.get(fold.casefold(), fold)
+        if meant != fold and fold not in named.values():
+            rows = f"{num_rows[fold]} row" + "s" * (num_rows[fold] != 1)
+            what = f"fold {fold!r} ({rows}) is in none of the lists of folds, which have {meant!r}"
+            problems.append(Problem(0, "", what, NOTICE))
     return problems
 
 

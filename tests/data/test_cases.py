@@ -146,6 +146,19 @@ def test_folds_that_no_row_has(folder):
     assert found[1].startswith("0: test_folds: no row has fold 'test'")
 
 
+def test_a_fold_in_another_spelling_is_noticed(folder):
+    folds = {"train": ["train", "0"], "val": [], "test": []}
+    write(folder, "PatientID,path,fold\n1,a.nii,train\n2,b.nii,Train\n3,c.nii,TRAIN\n4,d.nii,0\n")
+    for name in "abcd":
+        (folder / f"{name}.nii").touch()
+    found = read_cases(folder / "cases.csv", folds)[1]
+    assert [p.what for p in found] == [
+        f"fold {fold!r} (1 row) is in none of the lists of folds, which have 'train'"
+        for fold in ("TRAIN", "Train")
+    ]
+    assert all(p.is_notice for p in found)
+
+
 def test_patient_in_two_parts_even_if_a_file_is_missing(folder):
     folds = {"train": ["0", "1"], "val": ["2"], "test": ["3"]}
     text = "PatientID,path,fold\np1,a.nii,0\np1,b.nii,1\np2,c.nii,2\np1,none.nii,3\np2,c.nii,9\n"
