@@ -148,6 +148,8 @@ def find_images(folder: Path, read: Callable[[Path], Image | None] = read_header
             raise VolumeError(f"{path}: damaged: named like a DICOM file, but is none")
     if not images:
         hint = f"; give one of its {subfolders} subfolders" if subfolders else ""
+        if others:
+            hint += f"; if {min(others)[0].name} in it is the scan, name the file"
         raise VolumeError(f"{folder}: no DICOM images in this folder{hint}")
     return images
 

@@ -31,6 +31,12 @@ def test_unknown_format(tmp_path, content):
     assert str(path) in str(caught.value)
 
 
+def test_a_folder_without_dicom_says_which_file_it_holds(tmp_path):
+    (tmp_path / "t1.nii.gz").write_bytes(b"nothing")
+    with pytest.raises(VolumeError, match="no DICOM images .*; if t1.nii.gz in it is the scan"):
+        read_volume(tmp_path)
+
+
 @pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may read everything")
 def test_forbidden(tmp_path):
     folder = save_series(make_series(), tmp_path / "scan")
