@@ -197,7 +197,7 @@ def read_rows(text: str) -> tuple[list[str], list[tuple[int, dict[str, str]]], l
 
 
 def _in_one_spelling(rows: list[tuple[int, dict[str, str]]], columns: Sequence[str]) -> None:
-    """Write 0.0 as 0 in columns of numbers, and TRUE as True in columns of truth values.
+    """Write 0.0 as 0 in columns of numbers, and TRUE as True in others.
 
     Cells without a digit, such as those that mean a missing value, make no difference.
     """
@@ -205,12 +205,10 @@ def _in_one_spelling(rows: list[tuple[int, dict[str, str]]], columns: Sequence[s
         if name not in rows[0][1]:
             continue
         texts = {cells[name] for _, cells in rows}
+        # NA, -1, ... may stand beside truth values
+        spelled = {t: t.capitalize() for t in texts if t.casefold() in ("true", "false")}
         if all(NUMBER.fullmatch(text) for text in texts if any(map(str.isdigit, text))):
-            spelled = {text: found[1] for text in texts if (found := WHOLE.fullmatch(text))}
-        else:
-            spelled = {}
-        if {text.casefold() for text in texts} - {""} <= {"true", "false"}:
-            spelled = {text: text.capitalize() for text in texts}
+            spelled |= {text: found[1] for text in texts if (found := WHOLE.fullmatch(text))}
         for _, cells in rows if spelled else ():
             cells[name] = spelled.get(cells[name], cells[name])
 
@@ -260,6 +258,7 @@ def _read_paths(
             what = f"{name} {paths[name]}: {e.strerror}"
             if "\\" in text and os.sep == "/":
                 what += "; it has backslashes, as paths of Windows have: write / for them"
+            what += _several_files(name, text, folder)
             problems.append((what, "paths"))
         except ValueError as e:
             hint = "; data.missing_channels=zero allows it" if len(images) > 1 and not text else ""
@@ -271,6 +270,17 @@ def _read_paths(
         problems.append((what, "CSV"))
     patient = cells.get("PatientID", "")
     return paths, [Problem(line, patient, *problem) for problem in problems]
+
+
+def _several_files(name: str, text: str, folder: Path) -> str:
+    """Say what helps where a cell holds several paths, or return ''."""
+    parts = [part.strip() for part in re.split(r"[;,|]", text)]
+    if len(parts) < 2 or not any(os.path.exists(os.path.join(folder, p)) for p in parts if p):
+        return ""
+    where = "named in data.channels, for several sequences"
+    if name == "seg_path":
+        where = "named in classes, such as {liver: liver_path}, for a mask file of each structure"
+    return f"; a cell holds one path: write a column for each, {where}"
 
 
 def _read_case(

@@ -11,11 +11,13 @@ import numpy as np
 
 from data import itk, mgh, nifti
 from data.dicom.elements import NotDicom
+from data.dicom.seg import Onto, read_seg
+from data.dicom.seg_header import seg_file
 from data.dicom.series import read_dicom
 from data.parts import split_part
 from data.volume import GRID_TOL, Volume, VolumeError, corner_gap, spacing_of, whole_labels
 
-__all__ = ["Volume", "VolumeError", "format_of", "read_mask", "read_volume", "source_files"]
+__all__ = ["Onto", "Volume", "VolumeError", "format_of", "read_mask", "read_volume", "source_files"]
 
 
 class Format(NamedTuple):
@@ -93,24 +95,36 @@ def read_volume(
         raise VolumeError(f"{path}: does not fit into memory") from None
 
 
-def read_mask(path: str | os.PathLike, files: Mapping[str, int] | None = None) -> Volume:
+def read_mask(
+    path: str | os.PathLike,
+    files: Mapping[str, int] | None = None,
+    onto: Onto | None = None,
+) -> Volume:
     """Read a mask; its voxels are labels, int16. Raises VolumeError as `read_volume`, and for other
     values.
 
-    files: {path: label value} in place of the path: a file for each structure, see `draw_over`.
+    files: {path: label value} in place of the path: a file for each structure, see `draw_over`, or
+        segments of one DICOM SEG, whose path ends with a part such as :SegmentNumber=2.
+    onto: the scan, on whose slices the frames of a DICOM SEG are placed.
     """
+    named = [(*split_part(file), value) for file, value in (files or {path: None}).items()]
+    if len({name for name, _, _ in named}) == 1 and (not files or named[0][1] is not None):
+        name = named[0][0]
+        if not format_of(name) and (seg := seg_file(name)):
+            return read_seg(seg, [(part or {}, value) for _, part, value in named], onto)
     if files:
-        return draw_over(files)
+        return draw_over(files, onto)
     volume = read_volume(path)
     labels, notices = whole_labels(volume.voxels, str(path))
     return replace(volume, voxels=labels, notices=volume.notices + notices)
 
 
-def draw_over(files: Mapping[str, int]) -> Volume:
+def draw_over(files: Mapping[str, int], onto: Onto | None = None) -> Volume:
     """Read masks of one structure each and draw them over each other, later over earlier.
 
     Args:
         files: {path: label value of its structure, which is where the file is not 0}.
+        onto: as of `read_mask`.
     Returns:
         the label map; its notices count the voxels that two files share.
     Raises:
@@ -118,7 +132,7 @@ def draw_over(files: Mapping[str, int]) -> Volume:
     """
     first, notices, whose = None, (), {}  # number of a file -> its path
     for number, (path, value) in enumerate(files.items(), 1):
-        mask = read_mask(path)
+        mask = read_mask(path, onto=onto)
         held = np.unique(mask.voxels[mask.voxels != 0])
         if len(held) > 1:
             shown = ", ".join(map(str, held[:5]))

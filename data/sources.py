@@ -77,10 +77,12 @@ class Contents:
     def facts(self, case: Case) -> list:
         """Return what tells the files of a case from those of others: contents and parts, and of
         the mask of a structure its label."""
-        return [
-            [self.of(path), case.masks.get(path, split_part(path or "")[1])]
-            for path in paths_of(case)
-        ]
+        found = []
+        for path in paths_of(case):
+            part, label = split_part(path or "")[1], case.masks.get(path)
+            of_mask = [label, part] if part else label
+            found.append([self.of(path), part if label is None else of_mask])
+        return found
 
     def _recall(self) -> None:
         """Read the file if it has grown; lines that a crash cut short are passed over."""

@@ -17,7 +17,7 @@ from scipy import ndimage
 
 from data.channels import CT_AIR, CT_RANGE, air_of, read_channels
 from data.masks.grid import fitted
-from data.readers import VolumeError, format_of, read_mask
+from data.readers import Onto, VolumeError, format_of, read_mask
 from data.values import values_of
 from data.volume import MAX_SHEAR, grid_difference, resample, shear_of, spacing_of
 
@@ -121,7 +121,9 @@ class ReadVolumed(Transform):
         out["values"] = [values_of(channel.voxels, channel.kind) for channel in there]
         out |= {name: getattr(form, name) for name in ("uneven_slices", "mask_grid", "nan_voxels")}
         if data.get("seg_path"):
-            mask = read_mask(data["seg_path"], data.get("masks"))
+            of_scan = (volume.series_uid, volume.patient, volume.frame)
+            onto = Onto(volume.affine, volume.voxels.shape, *of_scan)
+            mask = read_mask(data["seg_path"], data.get("masks"), onto)
             files = [data["path"], *(data.get("masks") or [data["seg_path"]])]
             mask = fitted(mask, volume.affine, volume.voxels.shape, form.mask_grid, files)
             out["seg"] = _meta_tensor([mask.voxels], mask.affine)

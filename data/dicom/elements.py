@@ -212,7 +212,7 @@ def _fragments_complete(file, position: int) -> bool:
 
 def _read_with_pydicom(path: Path) -> Elements:
     """Read the elements with pydicom, which knows every encoding."""
-    _check_inflated(path)
+    check_inflated(path)
     wanted = list(WANTED)
     dataset = pydicom.dcmread(path, defer_size=DEFER_SIZE, force=True, specific_tags=wanted)
     syntax = str(dataset.file_meta.get("TransferSyntaxUID", "")) or _found_syntax(dataset)
@@ -240,7 +240,7 @@ def _read_with_pydicom(path: Path) -> Elements:
     return Elements(syntax, values, pixels, dataset if enhanced else None)
 
 
-def _check_inflated(path: Path) -> None:
+def check_inflated(path: Path) -> None:
     """Refuse a deflated file that would grow out of all proportion: pydicom has no limit."""
     with open(path, "rb") as file:
         data = file.read(FIRST_READ)

@@ -1,5 +1,6 @@
 """The header of a DICOM file: facts about its image, and where its frames lie in space."""
 
+import hashlib
 import math
 import re
 from dataclasses import dataclass, field
@@ -165,6 +166,11 @@ def _frame(image: Image, index: int, sources: list[dict[str, bytes]]) -> Frame:
 def shown(uid: str) -> str:
     """Return a UID for an error; hide anything else, as a damaged header may put a name here."""
     return uid if _is_uid(uid) else "(no UID)"
+
+
+def hashed(value: bytes) -> str | None:
+    """Return what tells two IDs apart without telling them, or None for an empty one."""
+    return hashlib.sha256(value).hexdigest()[:16] if value else None
 
 
 def _is_uid(text: str) -> bool:

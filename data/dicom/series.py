@@ -1,6 +1,5 @@
 """Read a DICOM series as a volume: find its files in a folder and put their frames in order."""
 
-import hashlib
 import os
 import re
 import warnings
@@ -14,7 +13,7 @@ import numpy as np
 
 from data.dicom.elements import NotDicom
 from data.dicom.geometry import between_slices, describe_gaps, stack_frames
-from data.dicom.header import Frame, Image, read_header, shown
+from data.dicom.header import Frame, Image, hashed, read_header, shown
 from data.dicom.parts import stack_part
 from data.dicom.pixels import PLAIN, check_pixels, read_frames, same_values
 from data.volume import MAX_SHEAR, TILTED, Volume, VolumeError, check_expansion, shear_of
@@ -62,15 +61,11 @@ def read_dicom(
         affine=affine,
         modality=next((image.modality for image in series if image.modality), None),
         series_uid=series[0].series_uid or None,
-        patient=_hashed(next((image.patient for image in series if image.patient), "").encode()),
+        patient=hashed(next((image.patient for image in series if image.patient), "").encode()),
         rescaled=any(frame.slope or frame.intercept for frame in frames),
-        frame=_hashed(frames[0].phase.get("FrameOfReferenceUID", b"").strip(b" \0")),
+        frame=hashed(frames[0].phase.get("FrameOfReferenceUID", b"").strip(b" \0")),
         notices=tuple(notices),
     )
-
-
-def _hashed(value: bytes) -> str | None:
-    return hashlib.sha256(value).hexdigest()[:16] if value else None
 
 
 def stack_series(

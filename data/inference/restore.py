@@ -25,7 +25,7 @@ from data.inference.windows import air_of, fixed_view
 from data.masks.grid import fitted
 from data.nifti import is_nifti, read_nifti_header
 from data.parts import split_part
-from data.readers import Volume, VolumeError, format_of, read_mask, read_volume
+from data.readers import Onto, Volume, VolumeError, format_of, read_mask, read_volume
 from data.volume import MAX_SHEAR, shear_of, spacing_of
 from utils.classes import Classes
 from utils.errors import NotFinite
@@ -220,7 +220,8 @@ def read_truth(case: Case, entry: CacheEntry, classes: Classes) -> np.ndarray:
 
     Raises VolumeError if mask and image have different shapes.
     """
-    mask, files = read_mask(case.seg_path, case.masks), case.masks or [case.seg_path]
+    onto = Onto(entry.original_affine, entry.original_shape)
+    mask, files = read_mask(case.seg_path, case.masks, onto), case.masks or [case.seg_path]
     grid = entry.original_affine, entry.original_shape, entry.mask_grid
     mask = fitted(mask, *grid, [case.path, *files])
     # the mask's axes in terms of the image's

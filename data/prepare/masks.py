@@ -6,7 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from data.cases import LABELLED, NOTICE, Case, Problem
-from data.readers import format_of
+from data.parts import split_part
+from data.prepare.segments import by_label, differing, draw_segments, find_segments
+from data.readers import VolumeError, format_of
 from utils.classes import IGNORE, Classes
 from utils.errors import InputError, nearest
 from utils.files import expand_path
@@ -30,12 +32,11 @@ def find_masks(
     Returns:
         the cases; problems and notices by row.
     """
-    found, problems = [], []
+    found, problems, numbered = [], [], {}
     for case in cases:
         names = tuple(filter(None, map(str.strip, case.labels.get(LABELLED, "").split(";"))))
-        of_files = _is_folder_of_files(case.seg_path)
         if classes is None:
-            if case.seg_path and (names or of_files):
+            if case.seg_path and (names or _is_folder_of_files(case.seg_path)):
                 what = f"{LABELLED} is {'; '.join(names)}" if names else "a folder of masks"
                 what = f"seg_path: not used here, where masks are label maps of all classes: {what}"
                 problems.append(Problem(case.row, case.patient, what, NOTICE))
@@ -47,30 +48,49 @@ def find_masks(
         problems += [Problem(case.row, case.patient, what) for what in unknown]
         labelled = tuple(name for name in classes.names if name in names)
         partly = 0 < len(labelled) < len(classes.names)
-        case, masks, wrong = replace(case, labelled=labelled if partly else None), {}, []
-        columns = [name for name, _ in classes.files if case.labels.get(name)]
-        if columns and case.seg_path:
-            wrong = [f"masks in seg_path and in {', '.join(columns)}: leave one of them empty"]
-        elif columns or (of_files and classes.files):
-            masks, wrong = _files_of(case, classes, folder if columns else None)
-        elif of_files:
-            wrong.append(
-                f"{case.seg_path}: a folder of NIfTI files; name those that are masks in classes, "
-                "such as classes: {liver: liver.nii.gz}"
-            )
-        elif case.seg_path:
-            shown = zip(classes.names, classes.values, strict=True)
-            lacking = [n for n, values in shown if {*values} <= {*classes.only_files}]
-            wrong += _lacking(case, lacking, "a label map, but has no label value")
-        if masks:
-            case = replace(case, seg_path=case.seg_path or next(iter(masks)), masks=masks)
-        if columns and not wrong:  # absolute, as those of a case are
-            paths = {n: os.path.join(folder, expand_path(case.labels[n])) for n in columns}
-            case = replace(case, labels=case.labels | paths)
+        case, notices = replace(case, labelled=labelled if partly else None), []
+        try:
+            of_files = _is_folder_of_files(case.seg_path)
+            seg = None if of_files else find_segments(case.seg_path)
+            if seg and not any(case.labels.get(name) for name, _ in classes.files):
+                masks, wrong, notices = draw_segments(case, *seg, classes)
+                case = replace(case, masks=masks)
+                numbered |= {} if by_label(case, classes) else {case.row: seg[1]}
+            else:
+                case, wrong = _with_files(case, classes, folder)
+        except VolumeError as error:
+            wrong = [str(error)]
         problems += [Problem(case.row, case.patient, what, "masks") for what in wrong]
+        problems += [Problem(case.row, case.patient, what, NOTICE) for what in notices]
         if not (unknown or wrong):
             found.append(case)
-    return found, problems
+    return found, problems + differing(numbered, classes)
+
+
+def _with_files(case: Case, classes: Classes, folder: Path) -> tuple[Case, list[str]]:
+    """Return a case with the files of its structures, if it has such, and what is wrong."""
+    masks, wrong = {}, []
+    columns = [name for name, _ in classes.files if case.labels.get(name)]
+    of_files = _is_folder_of_files(case.seg_path)
+    if columns and case.seg_path:
+        wrong = [f"masks in seg_path and in {', '.join(columns)}: leave one of them empty"]
+    elif columns or (of_files and classes.files):
+        masks, wrong = _files_of(case, classes, folder if columns else None)
+    elif of_files:
+        wrong.append(
+            f"{case.seg_path}: a folder of NIfTI files; name those that are masks in classes, "
+            "such as classes: {liver: liver.nii.gz}"
+        )
+    elif case.seg_path:
+        shown = zip(classes.names, classes.values, strict=True)
+        lacking = [n for n, values in shown if {*values} <= {*classes.only_files}]
+        wrong += _lacking(case, lacking, "a label map, but has no label value")
+    if masks:
+        case = replace(case, seg_path=case.seg_path or next(iter(masks)), masks=masks)
+    if columns and not wrong:  # absolute, as those of a case are
+        paths = {n: os.path.join(folder, expand_path(case.labels[n])) for n in columns}
+        case = replace(case, labels=case.labels | paths)
+    return case, wrong
 
 
 def _is_folder_of_files(path: str | None) -> bool:
@@ -113,7 +133,7 @@ def _files_of(
             wrong.append(f"{name} {case.labels[name]!r}: {error}")
             continue
         path = os.path.join(folder or case.seg_path, text if folder else name)
-        if needed and not os.path.isfile(path):
+        if needed and not os.path.isfile(split_part(path)[0]):
             missing = path if text or not folder else name
             wrong += _lacking(case, needed[:1], f"no file {missing}")
         elif needed:

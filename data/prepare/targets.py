@@ -223,8 +223,9 @@ def _check_classes(name: str, cases: Sequence[Case], counts: Counter) -> list[Pr
 
 def minus_one(name: str, cases: Sequence[Case]) -> list[Problem]:
     """Return a notice if -1 is the only negative number of a column: often it means "unknown"."""
-    values = {number(text) for text in _texts(cases, name)} - {None}
-    if -1 not in values or len(values) < 2 or sorted(values)[1] < 0:
+    texts = {text for text in _texts(cases, name) if not is_missing_number(text)}
+    values = sorted({number(text) for text in texts} - {None})
+    if -1 not in values or len(texts) < 2 or (len(values) > 1 and values[1] < 0):
         return []
     rows = [case for case in cases if number(case.labels.get(name, "")) == -1]
     what = f"{name}: -1, in {len(rows)} of the train rows, is taken as a value; leave the cell "

@@ -62,16 +62,19 @@ def find_scans(args: argparse.Namespace) -> Table:
     table = Table(args.folder, left=left)
     of_nifti = nifti.nifti_of(files)
     headers = dicom.read_headers(sorted(set(files) - set(of_nifti)), args.workers, progress)
-    for path, found in headers.items():
-        if found is None or isinstance(found, NotDicom):
-            what = "no scan: " + ("DICOM without an image" if found is None else path.suffix)
-            table.left.append(LeftOut(path, what))
     layouts = nifti.find_layouts(files)
     if len({str(layout.classes) for layout in layouts}) > 1:
         named = " and ".join(str(layout.folder) for layout in layouts[:2])
         raise InputError(f"{named}: dataset.json of other labels: make a table of each by itself")
     table.classes = layouts[0].classes if layouts else {}
     table.keep(dicom.dicom_scans(headers, args.uneven_slices))
+    others = [path for path, found in headers.items() if found is None and not args.no_masks]
+    segs, left = masks.pair_segs(table.scans, others)
+    table.left += left
+    for path, found in headers.items():
+        if path not in segs and (found is None or isinstance(found, NotDicom)):
+            what = "no scan: " + ("DICOM without an image" if found is None else path.suffix)
+            table.left.append(LeftOut(path, what))
     scans, found, left = nifti.nifti_scans(args.folder, of_nifti, layouts, args.workers, progress)
     table.keep((table.scans + scans, left))
     if not args.no_masks:

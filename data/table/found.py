@@ -39,7 +39,7 @@ class Scan:
     study: str = ""
     derived: bool = False
     seg_path: Path | None = None
-    labels: tuple[int, ...] = ()  # label values of the mask
+    labels: tuple[int | str, ...] = ()  # values of the mask, or labels of a DICOM SEG's segments
     channels: dict[str, Path] = field(default_factory=dict)
     fold: str = ""
 

@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import numpy as np
 from tqdm import tqdm
 
-from data.readers import read_mask
+from data.dicom.seg_header import references_of, seg_file, segments_of
+from data.readers import format_of, read_mask
 from data.table import names
 from data.table.found import Grid, LeftOut, Scan, in_ras_order
 from data.volume import VolumeError, grid_difference
@@ -61,6 +62,34 @@ def pair(root: Path, scans: Sequence[Scan], masks: Mapping[Path, Grid]) -> list[
     return list(dict.fromkeys(left))
 
 
+def pair_segs(scans: Sequence[Scan], files: Sequence[Path]) -> tuple[list[Path], list[LeftOut]]:
+    """Set `seg_path` of the series on which one DICOM SEG was drawn; return the SEGs among files,
+    and those that were not used."""
+    segs, left, found = [], [], defaultdict(list)
+    for path in files:
+        try:
+            if not seg_file(path):
+                continue
+            segs.append(path)
+            drawn_on = references_of(path)
+        except (VolumeError, OSError) as error:
+            segs.append(path)
+            left.append(LeftOut(path, f"a DICOM SEG that cannot be read: {error}"))
+            continue
+        same = [scan for scan in scans if scan.series_uid in drawn_on]
+        for scan in same:
+            found[id(scan)].append(path)
+        if not same:
+            left.append(LeftOut(path, "a DICOM SEG of none of these series"))
+    for scan in scans:
+        paths = found[id(scan)]
+        if len(paths) == 1:
+            scan.seg_path = paths[0]
+        why = f"several DICOM SEGs of one series: {len(paths)} of {scan.path}; name one as seg_path"
+        left += [LeftOut(path, why) for path in paths if len(paths) > 1]
+    return segs, left
+
+
 def _nearest(mask: Path, series: Sequence[Scan]) -> list[Scan]:
     """Return the series that share most folders with a mask."""
     shared = [len(Path(os.path.commonpath([mask, scan.path])).parts) for scan in series]
@@ -91,10 +120,13 @@ def read_labels(scans: Sequence[Scan], n_workers: int, progress: bool) -> list[L
     return left
 
 
-def _labels(path: Path) -> tuple[int, ...] | str:
-    """Return the label values of a mask except 0, or what is wrong with it."""
+def _labels(path: Path) -> tuple[int | str, ...] | str:
+    """Return the label values of a mask except 0, of a DICOM SEG the labels of its segments, or
+    what is wrong with it."""
     try:
         values = np.unique(read_mask(path).voxels)
+        segments = {} if format_of(path) else segments_of(path)
     except VolumeError as error:
         return str(error).removeprefix(f"{path}: ")
-    return tuple(int(value) for value in values if value)
+    values = [int(value) for value in values if value]
+    return tuple(segments[v].label or v for v in values) if segments else tuple(values)

@@ -14,7 +14,7 @@ from data.cases import CasesError, read_cases
 from data.prepare.targets import is_missing_number, number
 from data.table.folds import MANY_VALUES, UNLABELLED
 from data.table.found import LeftOut, Scan, Table, unfit_path
-from data.table.nifti import TEST
+from data.table.nifti import NO_WORD, TEST
 from utils.errors import InputError
 from utils.files import replacing
 
@@ -172,12 +172,16 @@ def settings(table: Table, out: Path, more: dict[str, str]) -> str:
     return "\n".join(lines)
 
 
-def _classes(table: Table) -> dict[str, int]:
-    """Return the classes that masks of the train folds hold; those without a name get one."""
+def _classes(table: Table) -> dict[str, int | str]:
+    """Return the classes that masks of the train folds hold; those without a name get one, and
+    segments of DICOM SEGs are named by their labels."""
     train = _parts(table)["train"]
     values = {v for scan in table.scans if scan.fold in train for v in scan.labels}
     names = {value: name for name, value in table.classes.items()}
-    return {names.get(value, f"label_{value}"): value for value in sorted(values)}
+    numbers = sorted(value for value in values if isinstance(value, int))
+    labels = sorted(values - {*numbers})
+    found = {names.get(value, f"label_{value}"): value for value in numbers}
+    return found | {NO_WORD.sub("_", label): label for label in labels}
 
 
 def _targets(table: Table) -> tuple[list[str], list[str]]:

@@ -54,6 +54,23 @@ def test_text_stays_text(folder):
     assert cases[1] == Case("1e5", str(folder / "c.nii"), "1", 3, labels={"grade": ""})
 
 
+@pytest.mark.parametrize("others", [["NA", ""], ["-1", "-1"], ["unknown", "?"]])
+def test_truth_values_are_one_class_each_whatever_stands_beside_them(others, folder):
+    texts = ["TRUE", "true", "False", "FALSE", *others]
+    lines = [f"p{i},a.nii,0,{text}\n" for i, text in enumerate(texts)]
+    text = "PatientID,path,fold,y\n" + "".join(lines)
+    cases, _ = read_cases(write(folder, text), {"train": ["0"]}, label_columns=["y"])
+    assert [c.labels["y"] for c in cases] == ["True", "True", "False", "False", *others]
+
+
+@pytest.mark.parametrize("cell", ["a.nii;b.nii", "a.nii, b.nii"])
+def test_several_files_in_a_cell(cell, folder):
+    text = f'PatientID,path,seg_path,fold\np1,"{cell}","{cell}",0\np2,c.nii,,1\n'
+    image, mask = problems(folder, text)
+    assert "write a column for each, named in data.channels" in image
+    assert "write a column for each, named in classes, such as {liver: liver_path}" in mask
+
+
 def test_lines_are_those_of_the_file(folder):
     text = 'PatientID,path,fold,note\np1,a.nii,0,"two\nlines"\n\np2,none.nii,1,\np3,b.nii,1\n'
     found = problems(folder, text)

@@ -179,8 +179,9 @@ def test_json_round_trip():
     assert [again.encode(c) for c in cases] == [targets.encode(c) for c in cases]
 
 
-def test_minus_one_among_other_numbers_is_noticed():
+def test_minus_one_among_other_values_is_noticed():
+    assert minus_one("y", cases_of("True", "False", "-1"))
     (notice,) = minus_one("y", cases_of("0", "-1", "1", "-1", ""))
     assert notice.is_notice and "-1, in 2 of the train rows, is" in notice.what and notice.row == 3
-    for texts in (["-1", "-2", "1"], ["-1", ""], ["0", "1"], ["low", "-1"]):
+    for texts in (["-1", "-2", "1"], ["-1", ""], ["0", "1"], ["low", "True"]):
         assert not minus_one("y", cases_of(*texts))

@@ -9,7 +9,8 @@ import pytest
 
 from data.readers import read_volume
 from data.table import dicom
-from tests.data.dicom.factory import CORONAL, make_enhanced, make_series, save
+from tests.data.dicom.factory import CORONAL, make_enhanced, make_series, save, save_series
+from tests.data.dicom.segs import ball, make_seg, save_seg
 from tests.data.table.making import column, make, series
 from utils.errors import InputError
 
@@ -51,6 +52,33 @@ def test_series_in_one_folder_are_told_apart_by_their_uid(tmp_path, capsys):
         ("1", "flat", "1.2.1"),
         ("2", "flat", "1.2.2"),
     ]
+
+
+def test_a_dicom_seg_is_the_mask_of_the_series_that_it_names(tmp_path, capsys):
+    tree = tmp_path / "tree"
+    inside = {"Left kidney": ball(0, 0, 0)}
+    for name, uid in (("a", "1.5.1"), ("b", "1.5.2"), ("c", "1.5.3")):
+        slices = make_series(slices=6, rows=6, columns=7, series_uid=uid)
+        for ds in slices:
+            ds.PatientID, ds.StudyInstanceUID = name, f"{uid}.1"
+        save_series(slices, tree / name / "scan")
+        save_seg(make_seg(slices, inside), tree / name / "seg" / "1.dcm")
+        if name == "b":
+            save_seg(make_seg(slices, inside), tree / name / "seg" / "2.dcm")
+    (tree / "c" / "seg" / "1.dcm").rename(tree / "c" / "scan" / "1.dcm")  # beside its slices
+    stray = make_seg(make_series(), inside)
+    save_seg(stray, tree / "stray.dcm")
+    rows, said = make(capsys, tree, *ALL)
+    assert column(rows, "PatientID", "seg_path", "fold") == [
+        ("a", "tree/a/seg/1.dcm", "0"),
+        ("b", "", "unlabelled"),
+        ("c", "tree/c/scan/1.dcm", "0"),
+    ]
+    assert "2 several DICOM SEGs of one series" in said
+    assert "1 a DICOM SEG of none of these series\n             stray.dcm" in said
+    assert "classes: {Left_kidney: Left kidney}" in said and "DICOM without an image" not in said
+    rows, said = make(capsys, tree, *ALL, "--no-masks")
+    assert len(rows) == 3 and "5 no scan\n" in said
 
 
 def test_slices_with_a_series_each_are_said_once(tmp_path, capsys):
