@@ -43,11 +43,15 @@ EXPLANATIONS = [
     "voxels within {tolerance:g} mm of the other surface. Volume error: predicted minus true.",
     "Cases are named by their line in the CSV; cases.csv has the PatientIDs.",
 ]
-SLICES = (
+MOVES = (
     "Wheel, slider or arrow keys move through the slices, a click moves the other two planes, a "
-    "class jumps to where it is. For each class its worst case comes first, the worst class "
+    "class jumps to where it is. "
+)
+SLICES = MOVES + (
+    "For each class its worst case comes first, the worst class "
     "leading; then the worst cases follow, {n} in all, as many as {mb:g} MB of the page hold."
 )
+PREDICTED_SLICES = MOVES + "{n} of {all} scans, those that are unlike training first."
 
 
 def write_test_report(
@@ -203,18 +207,25 @@ def write_predicted_report(
         unlike: in what cases are unlike the train cases. notices: what else should be known.
     """
     (folder / "plots").mkdir(exist_ok=True)
-    drawn = []
-    for n, row in enumerate(rows[:NUM_PICTURES], 1):
+    drawn, packed, room = [], [], True
+    first = sorted(rows, key=lambda row: not row.get("unlike_training"))[:NUM_PICTURES]
+    for n, row in enumerate(first, 1):
         path, picture = folder / "plots" / f"overlay_{n:03}.png", read(row["name"])
         channel = picture.pop("channel", "")
         caption = row["name"] + f"; drawn on {channel}" * bool(channel)
+        if room:
+            one = pack(**picture, names=names, title=caption, dice={})
+            room = fits([*packed, one])
+            packed += [one] * room
         plot_overlay(path, **picture, names=names, title=caption)
         drawn.append((path, caption))
+    about_slices = PREDICTED_SLICES.format(n=len(packed), all=len(rows))
     left = len(rows) - len(drawn)
     shown = [{k: v for k, v in row.items() if k not in ("path", "series_uid")} for row in rows]
     sections = [
         Section("Unlike the scans it was trained on", [list(unlike)], warning=True),
         Section("Volumes", [shown]),
+        Section("Slices", [about_slices, Slices(packed)]),
         Section("Pictures", drawn + [f"{left} more cases are not drawn."] * (left > 0)),
         Section("Worth a look", [list(notices)]),
     ]

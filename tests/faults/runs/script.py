@@ -55,7 +55,7 @@ def draw_nothing() -> None:
     import numpy as np
     from PIL import Image
 
-    from data.inference import segmenting
+    from data.inference import pictures, segmenting
     from utils.report import plots, plots_segmentation
 
     def plot(path: Path, *args, **options) -> np.ndarray:
@@ -63,8 +63,9 @@ def draw_nothing() -> None:
         Image.fromarray(black).save(path)
         return black
 
-    for name in ("plot_crops", "plot_curves", "plot_feature_pca"):
+    for name in ("plot_crops", "plot_curves"):
         setattr(plots, name, plot)
+    pictures.plot_feature_pca = pictures.plot_neighbours = plot
     plots_segmentation.plot_overlay = segmenting.plot_overlay = plot
 
 
