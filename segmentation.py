@@ -357,7 +357,7 @@ def predict_path(run: Run[SegmentationConfig], tested, path: str, check: bool) -
     predict, _ = build_tested(run, tested)
     with run.new_results(results_of(path)) as folder:
         content = (predict, cases, first.cache, first.classes, folder, notices, unlike)
-        predict_inputs(run, *content)
+        predict_inputs(run, *content, about_tested(tested))
     return 0
 
 

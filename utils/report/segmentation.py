@@ -198,6 +198,7 @@ def write_predicted_report(
     read: Callable[[str], dict],
     unlike: Sequence[str] = (),
     notices: Sequence[str] = (),
+    about: Mapping | None = None,
 ) -> None:
     """Write report.html, with pictures of the first cases, of predictions without a truth.
 
@@ -205,6 +206,7 @@ def write_predicted_report(
         rows: of the table of volumes; "name" tells them apart. names, read: see
             `write_test_report`; `read` gets the name.
         unlike: in what cases are unlike the train cases. notices: what else should be known.
+        about: {name: value} of the network, for the box on top.
     """
     (folder / "plots").mkdir(exist_ok=True)
     drawn, packed, room = [], [], True
@@ -229,7 +231,9 @@ def write_predicted_report(
         Section("Pictures", drawn + [f"{left} more cases are not drawn."] * (left > 0)),
         Section("Worth a look", [list(notices)]),
     ]
-    write_report(folder / "report.html", title, sections)
+    headline = {**(about or {}), "scans": len(rows)}
+    headline |= {"unlike those of training": len(unlike)} if unlike else {}
+    write_report(folder / "report.html", title, sections, headline)
 
 
 def file_name(patient: str, row: int) -> str:

@@ -146,5 +146,6 @@ def device_in_words(run: Run) -> str:
     if run.device.type == "cuda":
         name = torch.cuda.get_device_name(run.device)
     else:
-        name = f"{run.device.type.upper()}, {torch.get_num_threads()} threads"
+        threads = torch.get_num_threads()
+        name = f"{run.device.type.upper()}, {threads} thread" + "s" * (threads != 1)
     return f"{distributed.world_size()} × {name}"

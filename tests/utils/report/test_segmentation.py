@@ -118,8 +118,9 @@ def test_predictions_without_a_truth(written):
     rows[1]["unlike_training"] = "spacing"
     texts = {"unlike": ["two: spacing"], "notices": ["one: thin"]}
     content = ("Predictions", rows, NAMES, lambda name: dict(picture))
-    write_predicted_report(folder, *content, **texts)
+    write_predicted_report(folder, *content, **texts, about={"network": "resunet"})
     page = (folder / "report.html").read_text()
+    assert "<dd>resunet</dd>" in page and "unlike those of training" in page
     assert page.count("<img") == 2 and "a/one" in page and "/DOE" not in page
     assert page.index("two: spacing") < page.index("far_ml") < page.index("one: thin")
     viewed = json.loads(re.search(r'<script type="application/json">(.*?)</script>', page)[1])
