@@ -34,6 +34,8 @@ def look(page: Path, folder: Path, actions: str = "", width: int = 500) -> dict:
     """
     text, copy = page.read_text(encoding="utf-8"), folder / f"{page.stem}_watched.html"
     copy.write_text(text.replace("<h1>", f"{WATCH % actions}<h1>", 1), encoding="utf-8")
+    # the browser does not tell of a file that is absent
+    assert not re.search(r"""(src|href)=["'](?!data:|#)|@import|url\(""", text)
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
     command += [f"--user-data-dir={folder / 'profile'}", f"--window-size={width},900"]
     command += ["--virtual-time-budget=10000", "--dump-dom", copy.as_uri()]
