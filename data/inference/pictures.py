@@ -57,7 +57,7 @@ def draw_neighbours(run: Run, network, cache: VolumeCache, cases: dict, step: in
         order, cosines = nearest(np.array(features[len(queries) :]), features[n])
         row = [(query, f"val, line {query.row}")]
         for i, cosine in zip(order, cosines, strict=True):
-            row.append((train[i], f"line {train[i].row}, {cosine:.2f}"))
+            row.append((train[i], f"line {train[i].row}, {cosine:z.2f}"))
         rows.append([(_label(run, case) + text, *_middles(run, cache, case)) for case, text in row])
     picture = plot_neighbours(run.folder / "plots" / "neighbours.png", rows)
     run.log.image("neighbours", picture, step)
