@@ -20,9 +20,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from data.cache import VolumeCache
-from data.inference.probing import feature_maps, probe, probe_score, write_embeddings
+from data.inference.pictures import draw_features, draw_neighbours
+from data.inference.probing import probe, probe_score, write_embeddings
 from data.loading import EpochSampler, make_loader
 from data.prepare.describe import show_check
+from data.prepare.fingerprint import fingerprint_of
 from data.prepare.load import PATH_COLUMNS, load_cases
 from data.standard import StandardForm
 from data.views.crops import NUM_GLOBAL, RegionDataset, ViewSettings, apply_views
@@ -35,7 +37,7 @@ from utils.config.command_line import parse_command_line
 from utils.config.dino import DinoConfig, impossible_dino
 from utils.errors import InputError, NotFinite
 from utils.memory import explained, in_parts
-from utils.report.plots import plot_crops, plot_curves, plot_feature_pca, views_of
+from utils.report.plots import plot_crops, plot_curves, views_of
 from utils.signals import StopSignal
 from utils.training import collapse, schedules, step, summary
 from utils.training.loop import Epoch
@@ -50,6 +52,7 @@ PICTURES = {
     "crops.png": "Crops of the first batch.",
     "reconstruction.png": "A case, what the student sees of it, and what it makes of that.",
     "features.png": "Principal components of the teacher's feature maps as colours.",
+    "neighbours.png": "Val cases and the train cases whose features are most like theirs.",
 }
 
 
@@ -242,13 +245,11 @@ def draw_crops(run: Run[DinoConfig], batch: dict) -> None:
     run.log.image("crops", plot_crops(run.folder / "plots" / "crops.png", views), 0)
 
 
-def draw_progress(run: Run[DinoConfig], state: State, entry) -> None:
-    """Renew plots/features.png, plots/curves.png and report.html."""
+def draw_progress(run: Run[DinoConfig], state: State, cache: VolumeCache, cases: dict) -> None:
+    """Renew the pictures of features, plots/curves.png and report.html."""
     plots, teacher, d = run.folder / "plots", state.modules["teacher"], run.cfg.dino
-    volumes, maps = feature_maps(run, teacher, entry)
-    names = [f"stride {stride}" for stride in teacher.backbone.strides]
-    picture = plot_feature_pca(plots / "features.png", volumes, maps, names)
-    run.log.image("features", picture, state.step)
+    volumes = draw_features(run, teacher, cache, cases, state.step)
+    draw_neighbours(run, teacher, cache, cases, state.step)
     if d.recon_weight > 0:
         views = reconstruct(state.bare("student"), volumes, run.cfg)
         picture = plot_crops(plots / "reconstruction.png", views)
@@ -318,6 +319,7 @@ def train(run: Run[DinoConfig], cache: VolumeCache, cases: dict, skipped) -> int
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.precision == "fp16")
     schedule = build_schedule(cfg, steps_per_epoch)
     about = checkpoint.describe(cfg, settings_to_match(cfg), cases)
+    about["fingerprint"] = fingerprint_of(cases["train"], cache)
     if cfg.probe.choose:
         dense = cfg.probe.dense_cases > 0 and any(case.seg_path for case in cases["train"])
         about["chosen_by"] = [*cfg.probe_targets, *["seg_path"] * dense]
@@ -354,9 +356,9 @@ def train(run: Run[DinoConfig], cache: VolumeCache, cases: dict, skipped) -> int
             chosen = not cfg.probe.choose or note_best(state, probe_score(row), state.epoch)
             save(state, run.checkpoints, {"backbone": teacher.backbone} if chosen else None)
             if probing and distributed.is_main():
-                draw_progress(run, state, cache.get((cases["val"] or cases["train"])[0]))
+                draw_progress(run, state, cache, cases)
         if run.report_is_old():
-            draw_progress(run, state, cache.get((cases["val"] or cases["train"])[0]))
+            draw_progress(run, state, cache, cases)
         run.say(f"done: {run.checkpoints / 'backbone.pt'}, {run.folder / 'report.html'}")
     return run.exit_code
 

@@ -39,7 +39,7 @@ from data.inference.testing import pooled, predict_inputs, report_test, test_cas
 from data.loading import EpochSampler, make_loader
 from data.prepare.describe import show_check
 from data.prepare.fingerprint import fingerprint_of
-from data.prepare.load import fair_test, load_masks, rotations, split
+from data.prepare.load import fair_test, fold_notices, load_masks, rotations, split
 from data.standard import StandardForm
 from data.table.inputs import load_inputs, results_of
 from data.views.patches import PatchDataset, PatchSettings, apply_patches, collate_patches
@@ -329,13 +329,13 @@ def test(run: Run[SegmentationConfig], tested, cases: list[Case], notes: list[st
     return content
 
 
-def cross_validate(run: Run, folds: list[Run], cache, cases: list, skipped, notices) -> int:
+def cross_validate(run: Run, folds: list[Run], cache, cases: list, skipped) -> int:
     """Train and test each fold, then report all tests as one; return the exit code."""
     tests = []
     for number, fold in enumerate(folds, 1):
         run.tell(f"fold {number} of {len(folds)}: {fold.folder}")
         parts = split(cases, fold.cfg)
-        if code := train(fold, cache, parts, skipped, notices):
+        if code := train(fold, cache, parts, skipped, fold_notices(fold.cfg, parts, cache)):
             return code
         fold = fold.to_test()
         tests.append(test(fold, open_tested(fold.cfg), parts["test"], []))
@@ -356,7 +356,7 @@ def predict_path(run: Run[SegmentationConfig], tested, path: str, check: bool) -
     predict, _ = build_tested(run, tested)
     with run.new_results(results_of(path)) as folder:
         content = (predict, cases, first.cache, first.classes, folder, notices, unlike)
-        predict_inputs(run, *content)
+        predict_inputs(run, *content, about_tested(tested))
     return 0
 
 
@@ -391,7 +391,7 @@ def main(argv: list[str]) -> int:
         test(run, tested, cases["test"], [problem.noted for problem in skipped])
         return 0
     if cv:
-        return cross_validate(run, folds, cache, cases["train"], skipped, notices)
+        return cross_validate(run, folds, cache, cases["train"], skipped)
     return train(run, cache, cases, skipped, notices)
 
 

@@ -83,7 +83,7 @@ def _write(folder, n_patients, seed):
         path, seg_path = f"dicom/{name}", f"masks/{name}.nii.gz"
         sex = "M" if male else "F"
         write_series(folder / path, hu, spacing, origin, name, sex, seed)
-        _write_mask(folder / seg_path, labels, spacing, origin)
+        write_mask(folder / seg_path, labels, spacing, origin)
         rows.append([name, path, fold, int(lesion), sex, seg_path])
     table = pd.DataFrame(rows, columns=["PatientID", "path", "fold", "lesion", "sex", "seg_path"])
     table.to_csv(folder / "demo.csv", index=False, lineterminator="\n")
@@ -156,7 +156,7 @@ def write_series(folder, hu, spacing_mm, origin_mm, patient, sex, seed):
         ds.save_as(folder / f"{name}.dcm", enforce_file_format=True)
 
 
-def _write_mask(path, labels, spacing_mm, origin_mm):
+def write_mask(path, labels, spacing_mm, origin_mm):
     """Write a NIfTI mask with rows that run from back to front, as dcm2niix writes them."""
     rows = labels.shape[1]
     affine = np.diag([-spacing_mm[0], spacing_mm[1], spacing_mm[2], 1.0])

@@ -42,18 +42,28 @@ def windows(entry, size, limit: int, coords=None) -> list[tuple[int, int, int]]:
     return starts if len(starts) <= limit else sorted(starts, key=content, reverse=True)[:limit]
 
 
-@torch.no_grad()
 def embed(run: Run, network, cache, cases, limit=10**9) -> np.ndarray:
     """Return pooled features (N, D), means over windows that tile a volume; split over ranks."""
-    cfg, device, size = run.cfg, run.device, run.cfg.crops.global_size
-    rank, world, own = distributed.rank(), distributed.world_size(), []
+    rank, world = distributed.rank(), distributed.world_size()
+    share = cases[rank::world]
+    own = pooled_features(run, network, cache, share, limit)
+    run.stop.raise_if_received()
+    pairs = zip(share, own, strict=True)
+    refuse_not_finite([case.patient for case, x in pairs if not np.isfinite(x).all()])
+    parts = distributed.gather_objects(own)
+    return np.stack([parts[i % world][i // world] for i in range(len(cases))])
+
+
+@torch.no_grad()
+def pooled_features(run: Run, network, cache, cases, limit: int) -> list[np.ndarray]:
+    """Return the pooled features (D,) of the cases until a signal comes, on this rank alone."""
+    cfg, device, size, found = run.cfg, run.device, run.cfg.crops.global_size, []
 
     def look(x: torch.Tensor) -> torch.Tensor:
         with autocast(device, cfg.precision):
             return network.pool(network.backbone.encode(x.to(device))[-1]).float()
 
-    share = cases[rank::world]
-    for case in tqdm(share, "embedding", leave=False, disable=distributed.no_bar()):
+    for case in tqdm(cases, "embedding", leave=False, disable=distributed.no_bar()):
         if run.stop:
             break
         entry, pooled = cache.get(case), 0.0
@@ -65,12 +75,8 @@ def embed(run: Run, network, cache, cases, limit=10**9) -> np.ndarray:
         )
         for _, features in in_parts(look, batches, run.say):
             pooled = pooled + features.sum(dim=0).cpu()
-        own.append((pooled / len(starts)).numpy())
-    run.stop.raise_if_received()
-    pairs = zip(share, own, strict=True)
-    refuse_not_finite([case.patient for case, x in pairs if not np.isfinite(x).all()])
-    parts = distributed.gather_objects(own)
-    return np.stack([parts[i % world][i // world] for i in range(len(cases))])
+        found.append((pooled / len(starts)).numpy())
+    return found
 
 
 @torch.no_grad()

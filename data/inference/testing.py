@@ -105,11 +105,12 @@ def predict_inputs(
     folder: Path,
     notices: Sequence[Problem],
     unlike: Mapping[int, Sequence[str]],
+    about: Mapping,
 ) -> None:
     """Write a mask of each case into `folder`, named as its `patient` says; the volumes of all to
     volumes.csv, and pictures to report.html.
 
-    notices, unlike: of `data.table.inputs.load_inputs`.
+    notices, unlike: of `data.table.inputs.load_inputs`. about: of the network.
     """
 
     def one(case: Case) -> list[dict]:
@@ -141,5 +142,5 @@ def predict_inputs(
     unlike = [f"{row['name']}: {row['unlike_training']}" for row in rows if row["unlike_training"]]
     told = [f"{problem.patient}: " * bool(problem.patient) + problem.what for problem in notices]
     title = f"Predictions of {run.cfg.experiment}"
-    write_predicted_report(folder, title, rows, classes.names, read, unlike, told)
+    write_predicted_report(folder, title, rows, classes.names, read, unlike, told, about)
     save_resolved(run.cfg, folder / "config.yaml")

@@ -200,6 +200,12 @@ def load_masks(
     return cases, skipped, mask_notices(cases, labels, classes)
 
 
+def fold_notices(cfg, parts: Parts, cache: VolumeCache) -> list[Problem]:
+    """Return the notices of the masks of one run of a cross-validation. cfg: of that run."""
+    classes = Classes.from_config(cfg.classes, cfg.ignore_labels)
+    return mask_notices(parts, mask_labels(list(chain(*parts.values())), cache), classes)
+
+
 def rotations(cfg) -> list:
     """Return a config for each run of a cross-validation over all folds that the config lists.
 

@@ -43,6 +43,14 @@ def test_metrics_begin_before_training_and_hold_the_probes(trained):
     assert [line["step"] for line in small.steps(trained)] == list(range(8))
 
 
+def test_the_report_shows_the_nearest_cases_and_what_was_trained_on(trained):
+    page = (trained / "report.html").read_text()
+    assert (trained / "plots" / "neighbours.png").exists() and dino.PICTURES[
+        "neighbours.png"
+    ] in page
+    assert "<h2>Train cases" in page and "size of the body" in page and CANARY not in page
+
+
 def test_the_backbone_file_is_the_last_teachers(trained):
     last, backbone = small.load(trained, "last"), small.load(trained, "backbone")
     assert equal(backbone["backbone"], small.backbone(last["modules"]["teacher"]))

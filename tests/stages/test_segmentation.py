@@ -215,9 +215,15 @@ def test_a_test_on_the_fold_that_chose_the_epoch_is_named(best, run, folder, cap
 
 @pytest.fixture(scope="module")
 def cross(scans_of, tmp_path_factory):
-    """The folder of a cross-validation over three folds of the cases with masks."""
+    """The folder of a cross-validation over three folds of the cases with masks; of one of fold 2
+    only the ball is labelled."""
     scans, results = scans_of("segmentation"), tmp_path_factory.mktemp("crossed")
-    folds = "train_folds=[0] val_folds=[1] test_folds=[2]"
+    rows = read_cases(scans / "cases.csv")
+    for i, row in enumerate(rows):
+        paths = {name: scans / row[name] for name in ("img_path", "seg_path") if row[name]}
+        rows[i] = row | paths | {"labelled_classes": "ball" * (i == 2)}
+    write_cases(results / "cases.csv", rows)
+    folds = f"train_folds=[0] val_folds=[1] test_folds=[2] csv_path={results / 'cases.csv'}"
     settings = f"--cv experiment=cv n_epochs=3 val_every=3 {folds}"
     assert small.run("segmentation", scans, results, settings) == 0
     return results / "cv"
@@ -241,6 +247,14 @@ def test_each_fold_is_tested_once_by_a_segmenter_that_has_not_seen_it(cross, sca
     summary = json.loads((cross / "test" / "summary.json").read_text())
     dice = [summary["folds"][fold]["dice"] for fold in "012"]
     assert summary["over_folds"]["dice"]["mean"] == pytest.approx(np.mean(dice))
+
+
+def test_masks_are_counted_by_fold(cross):
+    said = ["test_folds", "val_folds", "train_folds"]  # what fold 2 is in each run, the last first
+    for fold, part in zip((2, 1, 0), said, strict=True):
+        what = f"classes.shell: labelled in 1 of 2 masks of {part}"
+        log = small.log_of(cross / f"fold_{fold}")
+        assert what in log and log.count("labelled in") == 1
 
 
 def test_a_folder_stands_for_all_folds_as_an_ensemble(cross, run, folder, capsys):

@@ -15,7 +15,7 @@ from utils.compare.plots import plot_over_each_other
 from utils.compare.runs import Row, differing_settings, overview, paired, read_run
 from utils.errors import InputError
 from utils.files import expand_path
-from utils.report.page import Section, write_report
+from utils.report.page import Section, number, write_report
 from utils.training.run import exit_code
 
 MAX_RUNS = 7  # colours that can be told apart
@@ -69,8 +69,8 @@ def main(argv: Sequence[str]) -> int:
 def short_names(folders: Sequence[Path]) -> list[str]:
     """Return the last parts of the paths, as many as tell them apart."""
     parts = [Path(os.path.abspath(folder)).parts for folder in folders]
-    for number in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(part[-number:]) for part in parts]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-length:]) for part in parts]
         if len(set(names)) == len(names):
             return names
     raise InputError("two of the runs are one folder")
@@ -79,7 +79,9 @@ def short_names(folders: Sequence[Path]) -> list[str]:
 def _readable(row: Row) -> Row:
     """Return a row with its interval as text."""
     ends = row.get("95 %")
-    text = f"{ends[0]:+.3g} to {ends[1]:+.3g}" if isinstance(ends, list) else "not defined"
+    text = "not defined"
+    if isinstance(ends, list):
+        text = " to ".join("+" * (end > 0) + number(end) for end in ends)
     return {k: text if k == "95 %" else v for k, v in row.items()}
 
 

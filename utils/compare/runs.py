@@ -15,6 +15,7 @@ from utils.errors import InputError
 from utils.files import read_text
 from utils.metrics.classification import above_control
 from utils.metrics.segmentation import dice_difference
+from utils.report.page import number
 from utils.training.runlog import read_metrics
 
 BEST_BY = {"val_dice": max, "val_auc": max, "val_loss": min}  # the first that a run has
@@ -137,8 +138,8 @@ def overview(runs: Sequence[Run]) -> list[Row]:
         if best := run.best:
             row |= {"best epoch": best[1], f"{best[0]} there": best[2]}
         for name, (mean, ends) in run.scores.items():
-            interval = f" ({ends[0]:.3g} to {ends[1]:.3g})" if ends else ""
-            row[f"test {name}"] = f"{mean:.3g}{interval}"
+            interval = f" ({' to '.join(map(number, ends))})" if ends else ""
+            row[f"test {name}"] = f"{number(mean)}{interval}"
         table.append(row)
     return table
 

@@ -104,7 +104,8 @@ def _item(item) -> tuple[str, object]:
         item = item.to_dict("records")
     if isinstance(item, list) and all(isinstance(x, dict) for x in item):
         columns = list(dict.fromkeys(name for row in item for name in row))
-        full = [c for c in columns[1:] if not all(_is_empty(row.get(c)) for row in item)]
+        blank = [{c for c in columns if _is_empty(row.get(c)) or row[c] == ""} for row in item]
+        full = [c for c in columns[1:] if not all(c in empty for empty in blank)]
         shown = columns[:1] + full
         rows = [[row.get(c) for c in shown] for row in item] if full or len(columns) == 1 else []
         return _table(shown, rows)

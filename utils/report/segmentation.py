@@ -43,11 +43,15 @@ EXPLANATIONS = [
     "voxels within {tolerance:g} mm of the other surface. Volume error: predicted minus true.",
     "Cases are named by their line in the CSV; cases.csv has the PatientIDs.",
 ]
-SLICES = (
+MOVES = (
     "Wheel, slider or arrow keys move through the slices, a click moves the other two planes, a "
-    "class jumps to where it is. For each class its worst case comes first, the worst class "
+    "class jumps to where it is. "
+)
+SLICES = MOVES + (
+    "For each class its worst case comes first, the worst class "
     "leading; then the worst cases follow, {n} in all, as many as {mb:g} MB of the page hold."
 )
+PREDICTED_SLICES = MOVES + "{n} of {all} scans, those that are unlike training first."
 
 
 def write_test_report(
@@ -194,6 +198,7 @@ def write_predicted_report(
     read: Callable[[str], dict],
     unlike: Sequence[str] = (),
     notices: Sequence[str] = (),
+    about: Mapping | None = None,
 ) -> None:
     """Write report.html, with pictures of the first cases, of predictions without a truth.
 
@@ -201,24 +206,34 @@ def write_predicted_report(
         rows: of the table of volumes; "name" tells them apart. names, read: see
             `write_test_report`; `read` gets the name.
         unlike: in what cases are unlike the train cases. notices: what else should be known.
+        about: {name: value} of the network, for the box on top.
     """
     (folder / "plots").mkdir(exist_ok=True)
-    drawn = []
-    for n, row in enumerate(rows[:NUM_PICTURES], 1):
+    drawn, packed, room = [], [], True
+    first = sorted(rows, key=lambda row: not row.get("unlike_training"))[:NUM_PICTURES]
+    for n, row in enumerate(first, 1):
         path, picture = folder / "plots" / f"overlay_{n:03}.png", read(row["name"])
         channel = picture.pop("channel", "")
         caption = row["name"] + f"; drawn on {channel}" * bool(channel)
+        if room:
+            one = pack(**picture, names=names, title=caption, dice={})
+            room = fits([*packed, one])
+            packed += [one] * room
         plot_overlay(path, **picture, names=names, title=caption)
         drawn.append((path, caption))
+    about_slices = PREDICTED_SLICES.format(n=len(packed), all=len(rows))
     left = len(rows) - len(drawn)
     shown = [{k: v for k, v in row.items() if k not in ("path", "series_uid")} for row in rows]
     sections = [
         Section("Unlike the scans it was trained on", [list(unlike)], warning=True),
         Section("Volumes", [shown]),
+        Section("Slices", [about_slices, Slices(packed)]),
         Section("Pictures", drawn + [f"{left} more cases are not drawn."] * (left > 0)),
         Section("Worth a look", [list(notices)]),
     ]
-    write_report(folder / "report.html", title, sections)
+    headline = {**(about or {}), "scans": len(rows)}
+    headline |= {"unlike those of training": len(unlike)} if unlike else {}
+    write_report(folder / "report.html", title, sections, headline)
 
 
 def file_name(patient: str, row: int) -> str:

@@ -13,6 +13,8 @@ from utils.training.run import Run
 from utils.training.state import State
 from utils.weights import LoadReport
 
+FINGERPRINT = "What is kept of them in the checkpoint, to tell scans that are unlike them."
+
 
 def write_report(run: Run, state: State, title: str, pictures: dict[str, str]) -> None:
     """Write report.html from what was logged so far.
@@ -34,6 +36,7 @@ def write_report(run: Run, state: State, title: str, pictures: dict[str, str]) -
         Section("Last epoch", [log.rows[-1:]]),
         Section("Val cases at the last validation", [Slices(slices)]),
         Section("Pictures", [item for item in found if item[0].exists()]),
+        Section("Train cases", train_cases(state.about.get("fingerprint"))),
         Section("Signs of collapse, and in which epochs", [history]),
         Section("Epochs", [log.rows]),
         Section("Weights it started from", [report.rows() if report else {}]),
@@ -72,6 +75,28 @@ def headline(run: Run, state: State) -> dict[str, str]:
     found["training took"] = in_words(sum(row.get("seconds") or 0 for row in run.log.rows))
     found["device"] = device_in_words(run)
     return {name: value for name, value in found.items() if value}
+
+
+def train_cases(fingerprint: dict | None) -> list:
+    """Return what the report says of a `data.prepare.fingerprint.fingerprint_of` the train cases;
+    nothing without one."""
+    if not fingerprint:
+        return []
+    rows = {"spacing x, y, z, mm": fingerprint["spacing"]}
+    rows["size of the body x, y, z, mm"] = fingerprint["size"]
+    channels = zip(fingerprint["modality"], fingerprint["intensity"], strict=True)
+    for n, (modalities, spread) in enumerate(channels, 1):
+        if spread:
+            name = f"channel {n}, " * (len(fingerprint["modality"]) > 1) + " and ".join(modalities)
+            unit = "HU" if modalities == ["CT"] else "of the range of data.percentiles (CT: HU)"
+            rows[f"{name}: 5, 50 and 95 % of the body are below, {unit}"] = spread
+    heads = ("lowest", "25 %", "median", "75 %", "highest")
+    table = []
+    for what, spread in rows.items():
+        values = (spread["low"], *spread["quartiles"], spread["high"])
+        cells = (", ".join(map(number, value)) for value in values)
+        table.append({"of each case": what} | dict(zip(heads, cells, strict=True)))
+    return [f"{FINGERPRINT} Of {fingerprint['cases']} cases, each number by itself:", table]
 
 
 def why_chosen(run: Run, state: State) -> str:
@@ -121,5 +146,6 @@ def device_in_words(run: Run) -> str:
     if run.device.type == "cuda":
         name = torch.cuda.get_device_name(run.device)
     else:
-        name = f"{run.device.type.upper()}, {torch.get_num_threads()} threads"
+        threads = torch.get_num_threads()
+        name = f"{run.device.type.upper()}, {threads} thread" + "s" * (threads != 1)
     return f"{distributed.world_size()} × {name}"

@@ -52,7 +52,8 @@ def scans(stage: str) -> Path:
 
 
 def arguments(stage: str, folder: Path, **overrides) -> list[str]:
-    """Command line of a small run in <folder>/x; it builds its own cache."""
+    """Command line of a small run in <folder>/x; it builds its own cache. An override without a
+    value, None, is an option."""
     values = SETTINGS[stage] | {
         "csv_path": scans(stage) / "cases.csv",
         "cache_dir": folder / "cache",
@@ -60,7 +61,8 @@ def arguments(stage: str, folder: Path, **overrides) -> list[str]:
         "experiment": "x",
         "resume_training_from": "auto",
     }
-    return [f"{key}={value}" for key, value in (values | overrides).items()]
+    values |= overrides
+    return [key if value is None else f"{key}={value}" for key, value in values.items()]
 
 
 class Run:

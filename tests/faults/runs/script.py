@@ -45,7 +45,7 @@ def be_script(
     if at:
         act_at(**at)
     if write:
-        values = dict(text.split("=", 1) for text in arguments)
+        values = dict(text.split("=", 1) for text in arguments if "=" in text)
         kill_at_write(f"{values['results_dir']}/{values['experiment']}/", write)
     runpy.run_path(str(ROOT / f"{stage}.py"), run_name="__main__")
 
@@ -55,17 +55,20 @@ def draw_nothing() -> None:
     import numpy as np
     from PIL import Image
 
-    from data.inference import segmenting
-    from utils.report import plots, plots_segmentation
+    from data.inference import pictures, segmenting
+    from utils.report import classification, plots, plots_segmentation, segmentation
 
     def plot(path: Path, *args, **options) -> np.ndarray:
         black = np.zeros((1, 1, 3), np.uint8)
         Image.fromarray(black).save(path)
         return black
 
-    for name in ("plot_crops", "plot_curves", "plot_feature_pca"):
+    for name in ("plot_crops", "plot_curves"):
         setattr(plots, name, plot)
+    pictures.plot_feature_pca = pictures.plot_neighbours = plot
     plots_segmentation.plot_overlay = segmenting.plot_overlay = plot
+    segmentation.plot_overlay = segmentation.plot_scores = plot
+    classification._draw_curves = classification._draw_worst = lambda *args: []
 
 
 def act_at(

@@ -52,8 +52,8 @@ def test_two_segmentations(tmp_path, capsys):
     said = capsys.readouterr().out
     assert re.search(r"one +resunet +2 +2 +0\.6 ", said)
     assert re.search(r"learning_rate +0\.01 +0\.02", said) and "experiment" not in said
-    assert re.search(r"two minus one +Dice +dice +0\.15 +\+0\.15 to \+0\.15 +12 +6", said)
-    assert re.search(r"two minus one +Dice b +dice +0\.2 +\+0\.2 to \+0\.2 +11 +6", said)
+    assert re.search(r"two minus one +Dice +dice +0\.15 +\+0\.150 to \+0\.150 +12 +6", said)
+    assert re.search(r"two minus one +Dice b +dice +0\.2 +\+0\.200 to \+0\.200 +11 +6", said)
     page = (tmp_path / "out" / "report.html").read_text()
     assert "Settings that differ" in page and page.count("<img") == 1
 

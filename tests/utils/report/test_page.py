@@ -43,7 +43,13 @@ def page(tmp_path):
             f"Config {NASTY}", [{"csv_path": NASTY, "data": {"spacing": [1, 1, 1], NASTY: None}}]
         ),
         Section(
-            "Metrics", [[{"epoch": 0, "loss": 1.23456, "none": None}, {"epoch": 1, "none": NAN}]]
+            "Metrics",
+            [
+                [
+                    {"epoch": 0, "loss": 1.23456, "none": None, "no words": "", "zeros": 0},
+                    {"epoch": 1, "none": NAN, "no words": "", "zeros": 0},
+                ]
+            ],
         ),
         Section("No metrics", [[{"epoch": 0, "loss": None}], [], {}]),
         Section("Table", [pd.DataFrame({"a": [1], NASTY: ["µ ± é 肝"]})]),
@@ -77,7 +83,8 @@ def test_tables_and_empty_sections(page):
     assert "data.spacing" in texts and "[1, 1, 1]" in texts
     assert "1.235" in texts and texts.count("–") == 2  # None in a dict, and the absent cell
     assert "µ ± é 肝" in texts
-    assert not any(t.startswith(("Nothing skipped", "No metrics", "none")) for t in texts)
+    left_out = ("Nothing skipped", "No metrics", "none", "no words")
+    assert not any(t.startswith(left_out) for t in texts) and "zeros" in texts
 
 
 def test_digits():

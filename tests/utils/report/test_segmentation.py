@@ -115,12 +115,17 @@ def test_predictions_without_a_truth(written):
     prediction, _ = case(0)
     picture = {"image": prediction, "prediction": prediction, "truth": None, "spacing_mm": SPACING}
     rows = [{"name": name, "path": "/DOE", "far_ml": 1.5} for name in ("a/one", "two")]
+    rows[1]["unlike_training"] = "spacing"
     texts = {"unlike": ["two: spacing"], "notices": ["one: thin"]}
     content = ("Predictions", rows, NAMES, lambda name: dict(picture))
-    write_predicted_report(folder, *content, **texts)
+    write_predicted_report(folder, *content, **texts, about={"network": "resunet"})
     page = (folder / "report.html").read_text()
+    assert "<dd>resunet</dd>" in page and "unlike those of training" in page
     assert page.count("<img") == 2 and "a/one" in page and "/DOE" not in page
     assert page.index("two: spacing") < page.index("far_ml") < page.index("one: thin")
+    viewed = json.loads(re.search(r'<script type="application/json">(.*?)</script>', page)[1])
+    told = [(one["title"], one["has_truth"], len(one["classes"])) for one in viewed]
+    assert told == [("two", False, 2), ("a/one", False, 2)], "what is unlike training comes first"
 
 
 def test_a_limit_on_pictures(written):

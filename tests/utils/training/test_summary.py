@@ -75,5 +75,19 @@ def test_warnings_of_all_epochs_and_the_verdict():
     assert collapse.verdict(rows[:1], WELL, cfg) is None
 
 
+def test_train_cases_in_a_table():
+    def spread(*middle):
+        return {"low": [0.5] * 3, "quartiles": [[1] * 3, [*middle], [3] * 3], "high": [4] * 3}
+
+    seen = {"cases": 14, "spacing": spread(2, 2, 5), "size": spread(300, 200, 250)}
+    seen |= {"modality": [["CT"], []], "intensity": [spread(-100, 40, 1200), None]}
+    text, table = summary.train_cases(seen)
+    assert "Of 14 cases" in text and len(table) == 3
+    assert table[0]["median"] == "2.000, 2.000, 5.000" and table[0]["lowest"].startswith("0.500")
+    assert table[2]["of each case"].startswith("channel 1, CT: 5, 50 and 95 %")
+    assert table[2]["of each case"].endswith("HU") and table[2]["median"] == "-100.0, 40.0, 1200"
+    assert summary.train_cases(None) == []
+
+
 def test_durations_in_words():
     assert [summary.in_words(s) for s in (9.4, 150, 8000)] == ["9 s", "2 min", "2 h 13 min"]

@@ -83,8 +83,13 @@ function showSlices(root) {
     g.textAlign = "center";
     g.textBaseline = "middle";
     const rim = 9 * devicePixelRatio;
+    g.lineWidth = 2 * devicePixelRatio;
+    g.strokeStyle = "black";
     [[rim, side / 2], [side - rim, side / 2], [side / 2, rim], [side / 2, side - rim]]
-      .forEach((place, n) => g.fillText(letters[n], ...place));
+      .forEach((place, n) => {
+        g.strokeText(letters[n], ...place);
+        g.fillText(letters[n], ...place);
+      });
     const slider = find(`input[data-plane=${canvas.dataset.plane}]`);
     slider.max = now.size[across] - 1;
     slider.value = at[across];
