@@ -1,11 +1,15 @@
-"""Time of reading a DICOM series: read_volume against MONAI's PydicomReader.
+"""Time of reading a DICOM series: read_volume against MONAI's PydicomReader, and dcm2niix.
 
     python -m tests.benchmarks.readers [number of slices] [repetitions]
 
 300 uncompressed slices of 512 x 512 int16 with a header of common length, from a warm disk, in a
-single process; the two readers take turns. Prints the medians and their ratio.
+single process; the readers take turns. Prints the medians and their ratios. dcm2niix takes part
+where it is installed (pip install dcm2niix, into an environment of your own): a program, which has
+to write the file (uncompressed) that we need not.
 """
 
+import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -47,6 +51,12 @@ def read_with_monai(folder: Path) -> np.ndarray:
     return reader.get_data(reader.read(str(folder)))[0]
 
 
+def convert(folder: Path) -> None:
+    with tempfile.TemporaryDirectory() as out:
+        command = ["dcm2niix", "-z", "n", "-b", "n", "-o", out, str(folder)]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+
 def main(num_slices: int = 300, repetitions: int = 7) -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_series(Path(folder), num_slices)
@@ -54,14 +64,18 @@ def main(num_slices: int = 300, repetitions: int = 7) -> None:
         assert np.array_equal(ours, theirs)
         del ours, theirs
         times = {read_volume: [], read_with_monai: []}
+        if shutil.which("dcm2niix"):
+            times[convert] = []
         for _ in range(repetitions):
             for read, taken in times.items():
                 start = time.perf_counter()
                 read(Path(folder))
                 taken.append(time.perf_counter() - start)
-    ours, theirs = (1000 * median(taken) for taken in times.values())
-    print(f"{num_slices} slices, median of {repetitions}: read_volume {ours:.0f} ms, ", end="")
-    print(f"PydicomReader {theirs:.0f} ms, ratio {theirs / ours:.1f}")
+    ours, *others = (1000 * median(taken) for taken in times.values())
+    print(f"{num_slices} slices, median of {repetitions}: read_volume {ours:.0f} ms", end="")
+    for name, theirs in zip(("PydicomReader", "dcm2niix"), others, strict=False):
+        print(f"; {name} {theirs:.0f} ms, {theirs / ours:.1f} times as long", end="")
+    print()
 
 
 if __name__ == "__main__":
