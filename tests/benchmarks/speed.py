@@ -23,7 +23,6 @@ both arms run in bf16, with larger crops and batches; all rows take some minutes
 import argparse
 import contextlib
 import copy
-import resource
 import statistics
 import subprocess
 import sys
@@ -265,13 +264,20 @@ def memory(size: int = 96) -> None:
         subprocess.run(command, check=True)
 
 
+def most_memory() -> int:
+    """Return the most that this program held so far, in KiB. (Of getrusage's ru_maxrss a new
+    program begins with what its parent held.)"""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0])
+
+
 def peak(arm: str, size: int) -> None:
     ours, monai = swin_pair(decoder=False)
     network = ours.encode if arm == "ours" else monai.swinViT
     forward_backward(network, cube(32, 1))()  # gradients and caches are there
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = most_memory()
     forward_backward(network, cube(size, 1))()
-    mib = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    mib = (most_memory() - before) / 1024
     if DEVICE.type == "cuda":
         mib = torch.cuda.max_memory_allocated() / 2**20
     print(f"swinunetr's encoder, {size}^3, peak memory of {arm}: {mib:,.0f} MiB")
