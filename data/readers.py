@@ -114,7 +114,12 @@ def read_mask(
             return read_seg(seg, [(part or {}, value) for _, part, value in named], onto)
     if files:
         return draw_over(files, onto)
-    volume = read_volume(path)
+    try:
+        volume = read_volume(path)
+    except VolumeError as error:
+        what, four_d, _ = str(error).partition(", or take all as channels")
+        hint = "; of a volume for each class, write columns of such cells, named in classes"
+        raise VolumeError(what + hint * bool(four_d)) from None
     labels, notices = whole_labels(volume.voxels, str(path))
     return replace(volume, voxels=labels, notices=volume.notices + notices)
 

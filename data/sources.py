@@ -80,7 +80,7 @@ class Contents:
         found = []
         for path in paths_of(case):
             part, label = split_part(path or "")[1], case.masks.get(path)
-            of_mask = [label, part] if part else label
+            of_mask = label if part is None else [label, part]
             found.append([self.of(path), part if label is None else of_mask])
         return found
 

@@ -5,6 +5,7 @@ the liver of one patient and the spleen of another. So numbers are compared acro
 """
 
 import os
+import re
 from collections import defaultdict
 from collections.abc import Mapping
 
@@ -51,7 +52,8 @@ def draw_segments(
     for name, value in names:
         own = [n for n, segment in segments.items() if plain(segment.label) == plain(name)]
         found |= dict.fromkeys(own, value)
-        if not own:
+        of = [n for n, held in zip(classes.names, classes.values, strict=True) if value in held]
+        if not own and (case.labelled is None or {*of} & {*case.labelled}):
             notices.append(f"no segment {name!r}; it has {listed(segments)}")
     if not names:
         of = {n: sum(n in values for values in classes.values) for n in segments}
@@ -91,10 +93,9 @@ def differing(rows: Mapping[int, Mapping[int, Segment]], classes: Classes | None
             continue
         found = [of_rows[0] for of_rows in of_label.values()]
         shown = [f"{segment.shown!r} in line {row}" for row, segment in found[:MAX_ROWS]]
-        name = next(n for n, v in zip(classes.names, classes.values, strict=True) if number in v)
         what = f"DICOM SEG: segment {number} is {', '.join(shown)}" + ", ..." * (len(found) > 5)
         kinds = {segment.kind for _, segment in found}
-        cure = BY_LABEL.format(name, found[0][1].shown)
+        cure = BY_LABEL.format(re.sub(r"\W+", "_", next(iter(of_label))), found[0][1].shown)
         if len(kinds) > 1 or not all(kinds):
             problems.append(Problem(0, "", f"{what}: {cure}", "classes"))
         else:

@@ -172,7 +172,8 @@ def prepare(cfg: TransferConfig, stage, stop: StopSignal) -> tuple[Study, list[s
     rows: dict[str, list[dict]] = {}
     for case in [*cases["train"], *cases["val"], *cases["test"]]:
         row = {"PatientID": case.patient, "path": case.path, "series_uid": case.series_uid}
-        seg_path = "" if case.seg_path in case.masks else case.seg_path  # else in their columns
+        in_columns = case.seg_path in case.labels.values()  # a mask file for each structure
+        seg_path = "" if in_columns else case.seg_path
         row |= {"modality": case.modality, "seg_path": seg_path, **case.labels}
         for name, path in case.channels.items():
             column, part = column_of(name)

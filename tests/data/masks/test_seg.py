@@ -152,6 +152,9 @@ def test_an_absent_segment_is_absent_and_said_with_those_that_are_there(tmp_path
     assert not found["liver"].any()
     assert any("no segment 'Liver'; it has 1 Spleen" in what for what in said)
     assert any("no class is in the mask" in what for what in said)
+    classes = {"liver": "Liver", "spleen": "Spleen"}
+    _, problems = cases_of(tmp_path, classes, row | {"labelled_classes": "spleen"})
+    assert not problems, "a class that is not labelled is not missed"
 
 
 def test_a_cell_may_name_a_segment(tmp_path):

@@ -195,3 +195,19 @@ def test_classes_count_only_where_they_are_labelled(made, tmp_path):
     assert "classes.spleen: in labelled_classes of no train row" in problem.what
     truth = read_truth(cases[1], cached(tmp_path, cases).get(cases[1]), classes)
     assert not truth.any()
+
+
+def test_a_volume_for_each_class_is_named_in_columns(made, tmp_path):
+    voxels = np.stack([box("liver.nii.gz"), box("right.nii")], -1)
+    save(tmp_path / "both.nii", voxels)
+    cells = {"liver_path": "both.nii:0", "kidney_path": "both.nii:1"}
+    classes, cases, problems = made({"liver": "liver_path", "kidney": "kidney_path"}, cells)
+    assert not problems
+    truth = read_truth(cases[0], cached(tmp_path, cases).get(cases[0]), classes)
+    expected = np.zeros(SHAPE, int)
+    expected[BOXES["liver.nii.gz"]], expected[BOXES["right.nii"]] = 1, 2
+    assert np.array_equal(truth, expected)
+    _, cases, _ = made({"liver": 1}, {"seg_path": "both.nii"})
+    cache = VolumeCache(tmp_path / "cache", StandardForm(None, "MR"))
+    (problem,) = check_volumes(cases, cache, False, 0, "MR", progress=False)
+    assert "both.nii:0 to both.nii:1; of a volume for each class, write columns" in problem.what
