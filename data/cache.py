@@ -147,7 +147,8 @@ class VolumeCache:
 
     def _check_space(self, cases: list[Case]) -> None:
         need, free = self.estimate_bytes(cases), shutil.disk_usage(self.cache_dir).free
-        text = f"{len(cases)} volumes take about {need / 1e9:.3g} GB in {self.cache_dir}"
+        count = f"{len(cases)} volumes take" if len(cases) != 1 else "1 volume takes"
+        text = f"{count} about {need / 1e9:.3g} GB in {self.cache_dir}"
         if need > free:
             raise InputError(
                 f"{text}, where only {free / 1e9:.3g} GB are free: make room, or set cache_dir to "

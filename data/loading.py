@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,6 +20,8 @@ from utils.signals import ignore_signals
 WORKER_TIMEOUT_S = 600  # per batch: a worker may have to rebuild an entry of the cache
 PREFETCH = 2  # batches that each worker holds ready
 SHARED_MEMORY = Path("/dev/shm")  # through which workers hand over batches; Linux
+# torch's own words on more workers than cores; --check proposes as many as there are
+warnings.filterwarnings("ignore", message="This DataLoader will create")
 Key = tuple[int, int, int]  # epoch, index of the case, draw
 
 

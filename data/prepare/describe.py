@@ -143,6 +143,8 @@ def settings_lines(cfg, facts, number: int, cost: Cost, memory: float | None) ->
     """Propose settings, each with its reason. memory: bytes of the GPU; None: a CPU."""
     place = f"a GPU of {memory / 1e9:.0f} GB" if memory else f"a CPU of {os.cpu_count()} cores"
     rows = settings_for(cfg, facts, number, cost, memory)
+    if cfg.n_workers > (cores := os.cpu_count() or 1):
+        rows.append((f"n_workers={cores}", "more would wait for the cores"))
     width = max(len(text) for text, _ in rows)
     rows = [f"  {text:<{width}}  # {why}" for text, why in rows]
     return [f"settings for these cases on {place}, to paste behind the command:", *rows]

@@ -1,6 +1,7 @@
 """Two sequences per case, some of them missing, through all three stages."""
 
 import json
+import shutil
 
 import nibabel as nib
 import numpy as np
@@ -89,6 +90,39 @@ def test_a_test_takes_the_channels_of_the_checkpoint(stage, trained, sequences, 
         np.testing.assert_array_equal(found.affine, image.affine)
     assert "drawn on flair_path" in (test / "report.html").read_text()
     assert "drawn on t1_path" in (test / "report.html").read_text()
+
+
+@pytest.mark.parametrize("stage", ["classification", "segmentation"])
+def test_files_named_after_the_channels_are_predicted(stage, trained, sequences, tmp_path, capsys):
+    """As those of a table that names the same files; a case that lacks one is left out."""
+    rows = read_cases(sequences / "cases.csv")
+    (tmp_path / "new").mkdir()
+    for i in (14, 16):
+        for name in CHANNELS:
+            copy = tmp_path / "new" / f"case{i}_{name.removesuffix('_path')}.nii"
+            shutil.copy(sequences / rows[i][name], copy)
+    shutil.copy(copy, tmp_path / "new" / "alone_flair.nii")
+    best = f"test_ckpt={trained(stage) / 'checkpoints' / 'best.pt'} experiment=x"
+    predict = f"--predict={tmp_path / 'new'}"
+    assert small.run(stage, sequences, tmp_path, OF_STAGE[stage], best, predict) == 0
+    said = capsys.readouterr().out
+    assert "2 scans" in said and "alone_flair.nii" in said and "left out" in said
+    assert small.run(stage, sequences, tmp_path, OF_STAGE[stage], best) == 0
+    place, test = tmp_path / "x" / "predictions" / "new", tmp_path / "x" / "test"
+    lines = {f"case{i}": str(i + 2) for i in (14, 16)}
+    if stage == "segmentation":
+        names = {row["csv_line"]: row["prediction"] for row in read_cases(test / "cases.csv")}
+        for case, line in lines.items():
+            found = [
+                nib.load(place / f"{case}.nii.gz"),
+                nib.load(test / "predictions" / names[line]),
+            ]
+            np.testing.assert_array_equal(*(image.get_fdata() for image in found))
+        return
+    tested = {row["PatientID"]: row["p_1"] for row in read_cases(test / "predictions.csv")}
+    for row in read_cases(place / "predictions.csv"):
+        patient = rows[int(lines[row["name"]]) - 2]["PatientID"]
+        assert float(row["p_1"]) == pytest.approx(float(tested[patient]), abs=1e-4)
 
 
 @pytest.mark.parametrize("stage", ["classification", "segmentation"])

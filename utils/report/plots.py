@@ -249,22 +249,28 @@ def plot_neighbours(path, rows: Sequence[Sequence[tuple]]) -> np.ndarray:
 
     rows: of each scan (text, {plane: picture in 0..1}, {plane: height over width of its pixels}).
     """
-    planes = list(rows[0][0][1])
     columns, side, above = max(map(len, rows)), 1.8, 0.45  # inches
-    width, height = side * columns + 0.4, (side * len(planes) + above) * len(rows) + 0.35
+    shares = [
+        {plane: len(x) * aspects[plane] / x.shape[1] for plane, x in pictures.items()}
+        for row in rows
+        for _, pictures, aspects in row
+    ]
+    tall = {plane: side * min(max(s[plane] for s in shares), 1.5) for plane in shares[0]}
+    of_row = sum(tall.values()) + above
+    width, height = side * columns + 0.4, of_row * len(rows) + 0.35
     fig = figure(width, height)
     title = "Val scans, and the train scans most like them (cosine of their features)"
     fig.suptitle(title, y=1 - 0.08 / height, va="top", fontsize=10)
     for n, row in enumerate(rows):
-        top = height - 0.35 - n * (side * len(planes) + above) - above
         for column, (text, pictures, aspects) in enumerate(row):
-            for k, plane in enumerate(planes):
-                x, y = 0.35 + column * side, top - (k + 1) * side
-                box = (x / width, y / height, 0.97 * side / width, 0.97 * side / height)
-                ax = fig.add_axes(box)
+            y = height - 0.35 - n * of_row - above
+            for plane, h in tall.items():
+                x, y = 0.35 + column * side, y - h
+                box = (x / width, y / height, 0.97 * side / width, 0.97 * h / height)
+                ax = fig.add_axes(box, anchor="N")
                 ax.imshow(pictures[plane], cmap="gray", vmin=0, vmax=1, aspect=aspects[plane])
                 bare(ax)
-                if k == 0:
+                if plane == next(iter(tall)):
                     ax.set_title(text, fontsize=8, parse_math=False)
                 if column == 0:
                     ax.set_ylabel(plane, fontsize=8)

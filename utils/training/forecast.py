@@ -35,7 +35,7 @@ class Forecast:
         if counted < 1 or not (self.steps == ENOUGH or seconds > ENOUGH_S or last):
             return
         run.forecast = None
-        each, waited = seconds / counted, watch.seconds["data"] - self.waited
+        each, waited = seconds / counted, max(watch.seconds["data"] - self.waited, 0)
         epoch = each * state.steps_per_epoch
         left = each * (run.cfg.n_epochs * state.steps_per_epoch - state.step - 1)
         run.say(

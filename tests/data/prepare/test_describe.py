@@ -1,6 +1,7 @@
 """What --check says of the train cases, and the settings that it proposes."""
 
 import json
+import os
 from types import SimpleNamespace as Space
 
 import nibabel as nib
@@ -15,6 +16,7 @@ from data.prepare.describe import (
     fingerprint_lines,
     padding,
     settings_for,
+    settings_lines,
     target_spacing,
     warnings,
     window_for,
@@ -63,6 +65,12 @@ def test_padding_is_what_no_place_of_the_window_avoids():
     sizes = np.array([[48, 96, 200], [48, 96, 96], [300, 300, 300]])
     assert padding(sizes, Window("patches.size", (96, 96, 96))) == 0.5
     assert padding(sizes, Window("crops.local_size", (96, 96, 96), zoom=0.5)) == 0
+
+
+def test_no_more_workers_than_cores_are_proposed():
+    known, cores = ([fact()] * 9, 9, COST, None), os.cpu_count()
+    assert f"  n_workers={cores} " in settings_lines(config(n_workers=cores + 1), *known)[-1]
+    assert "n_workers" not in str(settings_lines(config(n_workers=cores), *known))
 
 
 def test_settings_have_a_reason_and_fit_the_device():
