@@ -112,6 +112,14 @@ def save_last(folder: str | Path, state: dict) -> None:
     _sync_folder(folder)
 
 
+def finish_last(folder: str | Path) -> None:
+    """Give a last.pt its name that a kill left as next.pt, as a finished run writes no other."""
+    folder = Path(folder)
+    if not (folder / "last.pt").exists() and (folder / "next.pt").exists():
+        os.replace(folder / "next.pt", folder / "last.pt")
+        _sync_folder(folder)
+
+
 def load_last(path: str | Path, warn=print, map_location="cpu") -> dict:
     """Read a checkpoint; if last.pt is damaged or missing, warn and read the newest beside it."""
     path, errors = Path(path), []

@@ -100,6 +100,16 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     assert equal(small.result(folder), uninterrupted(stage, "plain"))
 
 
+@pytest.mark.parametrize("stage", ["classification"])
+def test_a_run_killed_while_its_last_checkpoint_got_its_name_ends_with_one(run, folder, capsys):
+    assert run("n_epochs=1") == 0
+    checkpoints = folder / "checkpoints"
+    (checkpoints / "last.pt").rename(checkpoints / "next.pt")
+    assert run("n_epochs=1 resume_training_from=auto") == 0
+    assert "using" in capsys.readouterr().out
+    assert small.load(folder)["step"] == 4 and not (checkpoints / "next.pt").exists()
+
+
 @pytest.mark.parametrize("stage", ["segmentation"])
 def test_a_signal_ends_a_validation_between_two_windows(run, monkeypatch, folder):
     """A large volume takes minutes on a CPU, and schedulers do not wait that long."""

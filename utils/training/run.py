@@ -163,6 +163,8 @@ def until_stopped(run: Run, state: State) -> Iterator[None]:
         if state.step == 0:  # a full disk shows now, not after an epoch
             save(state, run.checkpoints)
         yield
+        if distributed.is_main():
+            checkpoint.finish_last(run.checkpoints)
     except Stopped as e:
         save(state, run.checkpoints)
         distributed.barrier()  # torchrun ends all ranks when the first one exits
