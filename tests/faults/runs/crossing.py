@@ -72,6 +72,14 @@ def _stopped(stage: str, function: str, call: int, number: int, folder: Path, br
     return _goes_on(stage, folder)
 
 
+def _killed_at_writes(stage: str, folder: Path, broken: str) -> Outcome:
+    for write in (30, 45, 60):
+        run = _run(stage, folder, {"write": write, "broken": broken}, save_every=1)
+        if run.wait() == 0:
+            break
+    return _goes_on(stage, folder, save_every=1)
+
+
 def _twice(stage: str, folder: Path, broken: str) -> Outcome:
     """A second one in the same folder is refused; the first is not disturbed."""
     at = {"function": "train_step", "call": 1, "sleep": 2.0}
@@ -125,6 +133,7 @@ FAULTS = [
 ]
 for stage in STAGES:
     FAULTS += [
+        Fault(f"{stage}, killed while writing", partial(_killed_at_writes, stage), RIGHT, True),
         Fault(f"{stage}, two at once", partial(_twice, stage), NAMED, True),
         Fault(f"{stage}, a fold's checkpoints damaged", partial(_damaged, stage), NAMED, True),
     ]
