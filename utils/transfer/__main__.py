@@ -33,6 +33,7 @@ from utils.config.transfer import EPOCHS, TransferConfig, impossible_transfer
 from utils.errors import InputError
 from utils.files import replacing
 from utils.signals import Stopped, StopSignal
+from utils.training.folders import Lock
 from utils.training.run import EXIT_STOPPED, exit_code
 from utils.transfer import plan, report, tables
 from utils.transfer.running import (
@@ -152,6 +153,12 @@ def open_arms(cfg: TransferConfig, stage, tested, started: bool) -> tuple[dict, 
     return files, notes
 
 
+def fixed(values: dict) -> dict:
+    """Return the keys of a study or stage that must stay as they were."""
+    kept = {key: value for key, value in values.items() if key not in FREE}
+    return kept | ({"settings": fixed(values["settings"])} if "settings" in values else {})
+
+
 def has_started(cfg: TransferConfig, stage) -> bool:
     """Return whether <out> holds an earlier start of this study.
 
@@ -164,8 +171,8 @@ def has_started(cfg: TransferConfig, stage) -> bool:
         path = Path(cfg.out) / f"{name}.yaml"
         if not path.exists():
             return False
-        now, before = config.model_dump(mode="json"), read_yaml(path)[0]
-        keys += [k for k in {**now, **before} if k not in FREE and now.get(k) != before.get(k)]
+        now, before = map(fixed, (config.model_dump(mode="json"), read_yaml(path)[0]))
+        keys += [k for k in {**now, **before} if now.get(k) != before.get(k)]
     if keys:
         what = f"another study, with other {', '.join(keys)}"
         raise InputError(f"{cfg.out}: holds {what}; give this one another folder (out)")
@@ -214,11 +221,21 @@ def main(argv: list[str], start: Start = start) -> int:
     """start: see `utils.transfer.running.start`; tests give one that starts no process."""
     # ---- setup
     cfg, check_only = parse_command_line(argv, CONFIG, TransferConfig, impossible_transfer)
-    stage, stop = stage_config(cfg), StopSignal()
-    Path(cfg.out).mkdir(parents=True, exist_ok=True)
-    study, notes = prepare(cfg, stage, stop)
+    stage, out = stage_config(cfg), Path(cfg.out)
+    out.mkdir(parents=True, exist_ok=True)
+    # runs that find their folder taken fail, and a rate that fails is a bad one
+    lock = Lock(out / ".study.lock", "another folder (out)")
+    try:
+        return conduct(cfg, stage, check_only, start)
+    finally:
+        lock.release()
 
+
+def conduct(cfg: TransferConfig, stage, check_only: bool, start: Start) -> int:
+    """Plan and run a study, and write what it says; return the exit code."""
     # ---- plan
+    stop = StopSignal()
+    study, notes = prepare(cfg, stage, stop)
     tuning, compared = plan.tuning_runs(cfg), plan.compared_runs(cfg, {})
     trained = [job for job in [*tuning, *compared] if job.steps]
     probes = len(tuning) + len(compared) - len(trained)
