@@ -273,3 +273,9 @@ def test_the_studies_of_the_benchmarks_are_valid(name):
     config = ["--config", str(ROOT / "tests" / "benchmarks" / f"{name}.yaml")]
     cfg, _ = program.parse_command_line(config, program.CONFIG, *rules)
     assert program.stage_config(cfg).csv_path == f"../shared/data/{name}/segmentation.csv"
+
+
+def test_the_probe_says_that_it_has_no_check(tmp_path):
+    with pytest.raises(InputError, match="no --check"):
+        probe(["classification", "--check", f"results_dir={tmp_path}", "cls_targets=[lesion]"])
+    assert not list(tmp_path.iterdir())
