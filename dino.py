@@ -337,7 +337,7 @@ def train(run: Run[DinoConfig], cache: VolumeCache, cases: dict, skipped) -> int
         if state.step == 0:
             row = assess(run, state, loaders, cache, cases, cfg.dino.teacher_temp_start)
             if cfg.probe.choose and probe_score(row) is None:
-                raise InputError("probe.choose: no probe_targets and no masks to choose by")
+                raise InputError("probe.choose: val_folds has no labels and no masks to choose by")
             run.log.epoch({"epoch": 0, "step": 0} | row, 0)
         while state.epoch < cfg.n_epochs:
             epoch = Epoch(run, state, loaders["train"], schedule)

@@ -59,7 +59,10 @@ class Segmenter(nn.Module):
             output.bias.copy_(shares.logit() if overlap else shares.log())
 
     def fit_outputs(
-        self, patches: Iterable[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], classes: Classes
+        self,
+        patches: Iterable[tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
+        classes: Classes,
+        weights: tuple[float, float] = (1.0, 1.0),
     ) -> tuple[float, float]:
         """Fit all outputs to the maps that the backbone gives as it is, by the loss of training.
 
@@ -68,8 +71,9 @@ class Segmenter(nn.Module):
 
         Args:
             patches: images (1, C, X, Y, Z) in 0..1, target (1, X, Y, Z) uint8, known (1, K) bool.
+            weights: of the Dice loss and the cross-entropy.
         Returns:
-            the loss of the finest output before and after.
+            the loss of the finest output at the classes' shares alone, and after.
         """
         levels, known = [[] for _ in self.outputs], []
         with torch.no_grad():
@@ -77,7 +81,12 @@ class Segmenter(nn.Module):
                 known.append(labelled)
                 for level, maps in zip(levels, self._maps(image), strict=True):
                     level.append(_some_voxels(maps, thinned(target, maps)))
-        loss = loss_of(classes, torch.cat(known))
+        parts = loss_of(classes, torch.cat(known))
+        shares = torch.tensor(weights, device=self.outputs[0].weight.device)
+
+        def loss(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+            return parts(logits, target) @ shares
+
         with torch.autocast(self.outputs[0].weight.device.type, enabled=False):
             losses = [
                 _fit(output, *map(torch.cat, zip(*level, strict=True)), loss)
@@ -146,7 +155,7 @@ def _fit(output: nn.Conv3d, maps: torch.Tensor, target: torch.Tensor, loss: Loss
 
     def closure() -> torch.Tensor:
         optimizer.zero_grad()
-        value = loss(F.conv3d(x, weight, bias), target).sum() + FIT_PENALTY * weight.square().sum()
+        value = loss(F.conv3d(x, weight, bias), target) + FIT_PENALTY * weight.square().sum()
         value.backward()
         return value
 

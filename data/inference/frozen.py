@@ -49,8 +49,9 @@ def start_outputs(run: Run, segmenter: nn.Module, dataset: PatchDataset) -> None
     if not run.cfg.finetune.fit_outputs:
         return
     patches, buffers = first_patches(dataset, FIT_PATCHES, run.device), remember_buffers(segmenter)
+    weights = run.cfg.loss.dice, run.cfg.loss.ce
     with autocast(run.device, run.cfg.precision):
-        before, after = segmenter.fit_outputs(patches, dataset.classes)
+        before, after = segmenter.fit_outputs(patches, dataset.classes, weights)
     for buffer, before_fit in buffers:
         buffer.copy_(before_fit)
     what = f"output layers fitted to {FIT_PATCHES} patches, all else as it was"

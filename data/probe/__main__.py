@@ -94,7 +94,9 @@ def main(argv: list[str]) -> int:
         raise InputError(f"usage: python -m data.probe {'|'.join(STAGES)} [key=value ...]")
     schema, impossible = STAGES[stage]
     default, rules = ROOT / f"{stage}_config.yaml", partial(impossible, facts_of=facts_of)
-    cfg, _ = parse_command_line(argv[1:], default, schema, rules)
+    cfg, check_only = parse_command_line(argv[1:], default, schema, rules)
+    if check_only:
+        raise InputError(f"the probe has no --check; python {stage}.py --check reads the same rows")
     run = Run.begin(cfg, distributed.setup(), StopSignal())
     step.seed_everything(cfg.seed)
     backbone, weights, seen = from_config(cfg, decoder=False), cfg.dino_weights, []

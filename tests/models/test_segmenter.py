@@ -110,10 +110,14 @@ def test_fitted_outputs_are_where_their_loss_is_least_and_all_else_stays(
     assert network.fit_outputs(patches, classes)[1] == pytest.approx(least, abs=0.02)
     logits = network(images)
     logits = logits[0] if deep else logits
-    loss = loss_of(classes, known.expand(2, -1))(logits, target).sum()
+    parts = loss_of(classes, known.expand(2, -1))
+    loss = parts(logits, target).sum()
     assert loss.item() == pytest.approx(least, abs=0.1)  # of all voxels, without the penalty
     grads = torch.autograd.grad(loss, [network.outputs[0].bias])
     assert torch.cat(grads).norm() < 0.1
+    network.fit_outputs(patches, classes, (0.0, 1.0))  # what it then leaves out of Dice it gains
+    other = network(images)
+    assert parts(other[0] if deep else other, target)[1] < parts(logits, target)[1]
 
 
 @pytest.mark.parametrize("name", ["resunet", "unet", "segresnet"])

@@ -1,6 +1,8 @@
 """A whole study on phantoms, in this process: stopped, resumed, with a run that fails."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -141,7 +143,8 @@ def test_a_study_of_segmentation(scans, tmp_path, quick, monkeypatch, capsys):
         (scratch, one), (dino, two) = seen[other.name], seen[many.name]
         assert torch.equal(one, two)
         same = {name for name in scratch if torch.equal(scratch[name], dino[name])}
-        decoder = {n for n in scratch if not n.startswith(("backbone.encoder", "backbone.stem"))}
+        own = ("backbone.encoder", "backbone.stem", "outputs.")  # fitted to the maps of each
+        decoder = {n for n in scratch if not n.startswith(own)}
         assert decoder <= same and same != set(scratch)
 
     # ---- who was tuned on, who was tested
@@ -180,7 +183,9 @@ def test_a_study_of_segmentation(scans, tmp_path, quick, monkeypatch, capsys):
     # ---- how many run at a time may change, but another plan would test the same patients again
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     fourth = InProcess()
-    assert program.main(command(scans, out, at_once=2), fourth) == 0 and not fourth.started
+    more = {"n_workers": 1}
+    assert program.main(command(scans, out, more=more, at_once=2), fourth) == 0
+    assert not fourth.started
     with pytest.raises(InputError, match="another study, with other draws"):
         program.main(command(scans, out, draws=3), InProcess())
 
@@ -222,6 +227,20 @@ def test_weights_that_saw_test_patients_are_refused_before_anything_runs(scans, 
         program.main(command(scans, tmp_path / "other", with_decoder=["dino"]), start)
 
 
+def test_a_study_that_runs_is_not_started_twice(scans, tmp_path, quick):
+    """The runs of the second would find their folders taken, and count as failed."""
+    out = tmp_path / "out"
+    out.mkdir()
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print(1)"
+    argv = [sys.executable, "-c", hold + "; sys.stdout.flush(); input()", out / ".study.lock"]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        with pytest.raises(InputError, match=r"another run is writing to it.*another folder"):
+            program.main(command(scans, out), InProcess())
+        other.communicate(b"\n")
+    assert [path.name for path in out.iterdir()] == [".study.lock"]
+
+
 def test_all_that_is_wrong_with_the_config_is_listed(scans, tmp_path):
     changes = {"steps": 25, "arms": {"a": None, "b": None}, "tuning.label_count": 5}
     changes |= {"settings": {"seed": 3}, "draws": 1, "with_decoder": ["a"]}
@@ -254,3 +273,9 @@ def test_the_studies_of_the_benchmarks_are_valid(name):
     config = ["--config", str(ROOT / "tests" / "benchmarks" / f"{name}.yaml")]
     cfg, _ = program.parse_command_line(config, program.CONFIG, *rules)
     assert program.stage_config(cfg).csv_path == f"../shared/data/{name}/segmentation.csv"
+
+
+def test_the_probe_says_that_it_has_no_check(tmp_path):
+    with pytest.raises(InputError, match="no --check"):
+        probe(["classification", "--check", f"results_dir={tmp_path}", "cls_targets=[lesion]"])
+    assert not list(tmp_path.iterdir())

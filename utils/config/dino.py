@@ -72,8 +72,14 @@ def impossible_dino(values: schema.Values, facts_of: schema.FactsOf) -> schema.W
     yield from schema.impossible_run(values)
     yield from schema.longer_than_run("dino.teacher_temp_warmup_epochs", values)
     weights = [values.get(f"dino.{name}_weight", 1) for name in ("dino", "patch", "recon")]
+    hidden = values.get("dino.mask_prob", 1) and any(values.get("dino.mask_ratio", [1]))
     if not any(weights):
         yield "dino.dino_weight", "0, as are patch_weight and recon_weight: nothing to learn from"
+    elif not (weights[0] or hidden):
+        what = "0, and mask_prob or mask_ratio hides nothing: nothing to learn from"
+        yield "dino.dino_weight", what
+    if values.get("probe.choose") and values.get("val_folds") == []:
+        yield "probe.choose", "true: it chooses by scores of val_folds, which is empty"
     level, facts = values.get("dino.patch_level"), facts_of(values, False)
     decoded = facts_of(values, True) if values.get("dino.recon_weight") else facts
     if level is not None and facts is not None and level >= (num := len(facts.strides)):

@@ -27,9 +27,12 @@ class Lock:
     """A file that one process holds. The system lets go of it when that process ends, in whatever
     way: a file that a killed one left behind keeps nobody out."""
 
-    def __init__(self, path: Path):
-        """Hold `path`; all ranks call this. Raises InputError if another process does."""
-        self.path, self.file, error = path, None, None
+    def __init__(self, path: Path, instead: str = "another name (experiment)"):
+        """Hold `path`; all ranks call this. Raises InputError if another process does.
+
+        instead: what a second run beside it needs.
+        """
+        self.path, self.file, self.instead, error = path, None, instead, None
         if distributed.is_main() and fcntl is not None:
             try:
                 self._hold()
@@ -50,7 +53,7 @@ class Lock:
             if e.errno in TAKEN:
                 raise InputError(
                     f"{self.path.parent}: another run is writing to it ({who}): wait for its end, "
-                    "or give this one another name (experiment)"
+                    f"or give this one {self.instead}"
                 ) from None
             print(f"{self.path}: no locks on this disk ({e.strerror}): let no two runs write here")
             return

@@ -33,9 +33,18 @@ from utils.config.transfer import EPOCHS, TransferConfig, impossible_transfer
 from utils.errors import InputError
 from utils.files import replacing
 from utils.signals import Stopped, StopSignal
+from utils.training.folders import Lock
 from utils.training.run import EXIT_STOPPED, exit_code
 from utils.transfer import plan, report, tables
-from utils.transfer.running import Start, Study, arguments, places_of, run_all, start
+from utils.transfer.running import (
+    Start,
+    Study,
+    arguments,
+    places_of,
+    refuse_other_cases,
+    run_all,
+    start,
+)
 from utils.transfer.weights import copy_backbone
 from utils.weights import compare_input
 
@@ -134,7 +143,20 @@ def open_arms(cfg: TransferConfig, stage, tested, started: bool) -> tuple[dict, 
             files[f"{name}-permuted"] = path
     if seen:
         raise InputError(f"would be no test\n{format_problems(seen)}")
-    return files, list(dict.fromkeys(notes))
+    earlier = Path(cfg.out) / "weights" / "warnings.json"  # a copy does not tell its origin
+    if started and earlier.exists():
+        return files, json.loads(earlier.read_text("utf-8"))
+    notes = list(dict.fromkeys(notes))
+    earlier.parent.mkdir(exist_ok=True)
+    with replacing(earlier) as file:
+        file.write(json.dumps(notes, indent=1) + "\n")
+    return files, notes
+
+
+def fixed(values: dict) -> dict:
+    """Return the keys of a study or stage that must stay as they were."""
+    kept = {key: value for key, value in values.items() if key not in FREE}
+    return kept | ({"settings": fixed(values["settings"])} if "settings" in values else {})
 
 
 def has_started(cfg: TransferConfig, stage) -> bool:
@@ -149,8 +171,8 @@ def has_started(cfg: TransferConfig, stage) -> bool:
         path = Path(cfg.out) / f"{name}.yaml"
         if not path.exists():
             return False
-        now, before = config.model_dump(mode="json"), read_yaml(path)[0]
-        keys += [k for k in {**now, **before} if k not in FREE and now.get(k) != before.get(k)]
+        now, before = map(fixed, (config.model_dump(mode="json"), read_yaml(path)[0]))
+        keys += [k for k in {**now, **before} if now.get(k) != before.get(k)]
     if keys:
         what = f"another study, with other {', '.join(keys)}"
         raise InputError(f"{cfg.out}: holds {what}; give this one another folder (out)")
@@ -179,30 +201,42 @@ def prepare(cfg: TransferConfig, stage, stop: StopSignal) -> tuple[Study, list[s
             column, part = column_of(name)
             row[column] = path if part is None else split_part(path or "")[0]
         rows.setdefault(case.patient, []).append(row)
-    with replacing(Path(cfg.out) / "draws.csv", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["draw", "position", "PatientID"])
-        for (kind, d), patients in draws.items():
-            name = f"tuning {d}" if kind == plan.TUNING else d
-            writer.writerows([name, i, patient] for i, patient in enumerate(patients, 1))
     tested_on = list(dict.fromkeys(case.patient for case in cases["test"]))
     print(
         f"{len(pool)} patients to draw from, {len(tuned_on)} to tune on, {len(tested_on)} to test"
     )
     permuted = [f"{name}-permuted" for name in cfg.permuted]
     parts = (files, permuted, rows, draws, tuned_on, tested_on)
-    return Study(cfg, stage, *parts, stop=stop), notes
+    study = Study(cfg, stage, *parts, stop=stop)
+    refuse_other_cases(study, [*plan.tuning_runs(cfg), *plan.compared_runs(cfg, {})])
+    with replacing(Path(cfg.out) / "draws.csv", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["draw", "position", "PatientID"])
+        for (kind, d), patients in draws.items():
+            name = f"tuning {d}" if kind == plan.TUNING else d
+            writer.writerows([name, i, patient] for i, patient in enumerate(patients, 1))
+    return study, notes
 
 
 def main(argv: list[str], start: Start = start) -> int:
     """start: see `utils.transfer.running.start`; tests give one that starts no process."""
     # ---- setup
     cfg, check_only = parse_command_line(argv, CONFIG, TransferConfig, impossible_transfer)
-    stage, stop = stage_config(cfg), StopSignal()
-    Path(cfg.out).mkdir(parents=True, exist_ok=True)
-    study, notes = prepare(cfg, stage, stop)
+    stage, out = stage_config(cfg), Path(cfg.out)
+    out.mkdir(parents=True, exist_ok=True)
+    # runs that find their folder taken fail, and a rate that fails is a bad one
+    lock = Lock(out / ".study.lock", "another folder (out)")
+    try:
+        return conduct(cfg, stage, check_only, start)
+    finally:
+        lock.release()
 
+
+def conduct(cfg: TransferConfig, stage, check_only: bool, start: Start) -> int:
+    """Plan and run a study, and write what it says; return the exit code."""
     # ---- plan
+    stop = StopSignal()
+    study, notes = prepare(cfg, stage, stop)
     tuning, compared = plan.tuning_runs(cfg), plan.compared_runs(cfg, {})
     trained = [job for job in [*tuning, *compared] if job.steps]
     probes = len(tuning) + len(compared) - len(trained)
@@ -222,13 +256,12 @@ def main(argv: list[str], start: Start = start) -> int:
     rates_file = Path(cfg.out) / "learning_rates.json"
     try:
         tuned = run_all(study, tuning, start)
+        arms = list(plan.arms_of(cfg)) if "fine_tune" in cfg.methods else []
+        rates = tables.choose_rates(tuned, arms, cfg.tuning.learning_rates)
         if rates_file.exists():  # chosen once: the test may have been seen since
-            rates = json.loads(rates_file.read_text("utf-8"))
-        else:
-            arms = list(plan.arms_of(cfg)) if "fine_tune" in cfg.methods else []
-            rates = tables.choose_rates(tuned, arms, cfg.tuning.learning_rates)
-            with replacing(rates_file) as file:
-                file.write(json.dumps(rates, indent=1) + "\n")
+            rates = tables.keep_rates(json.loads(rates_file.read_text("utf-8")), rates)
+        with replacing(rates_file) as file:
+            file.write(json.dumps(rates, indent=1) + "\n")
         rows = run_all(study, plan.compared_runs(cfg, rates["chosen"]), start)
     except Stopped as e:
         print(f"{e}: stopped; the same command goes on", file=sys.stderr)

@@ -16,8 +16,9 @@ METHODS = {"fine_tune": "Fine-tuned", "probe": "Frozen encoder, ridge regression
 SCORES = {"segmentation": "test Dice", "classification": "test AUC"}
 READING = [
     "A draw is a set of labelled patients, the same in all arms, with the same patches in the same "
-    "order and the same decoder or head at the start. Scores are of the last checkpoint on the "
-    "test folds, by which nothing was chosen. All intervals are over draws: they say how the "
+    "order and the same decoder or head at the start; with finetune.fit_outputs the output layers "
+    "of segmentation are then fitted to the maps of each arm. Scores are of the last checkpoint on "
+    "the test folds, by which nothing was chosen. All intervals are over draws: they say how the "
     "result would vary with other labelled patients, not with other test patients.",
     "Differences are paired by draw; low and high are the 95 % interval of their mean by Student's "
     "t. p is that of the exact sign-flip test on the mean; p_holm is adjusted for the numbers of "
@@ -170,12 +171,16 @@ def draw_arms(ax, rows: Sequence[dict], x: str, arms: Sequence[str]) -> None:
         found = {v: [*tables.mean_by_draw(rows, arm=arm, **{x: v}).values()] for v in values}
         beside = 1.02 ** (i - (len(arms) - 1) / 2)  # so that points of several arms are seen
         at = {v * beside: scores for v, scores in found.items() if scores}
-        ax.plot([*at], [np.mean(scores) for scores in at.values()], label=arm, **line_style(i))
+        alone = {"marker": "_", "ms": 16} if len(values) == 1 else {}  # one mean makes no line
+        means = [np.mean(scores) for scores in at.values()]
+        ax.plot([*at], means, label=arm, **alone, **line_style(i))
         points = [(where, score) for where, scores in at.items() for score in scores]
         if points:
             ax.plot(*zip(*points, strict=True), "o", ms=4, alpha=0.6, color=line_style(i)["color"])
     ax.set_xscale("log")
     ax.set_xticks(values, [str(v) for v in values], minor=False)
     ax.set_xticks([], minor=True)
+    if len(values) == 1:
+        ax.set_xlim(values[0] / 1.2, values[0] * 1.2)
     ax.grid(lw=0.6)
     ax.spines[["top", "right"]].set_visible(False)

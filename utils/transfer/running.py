@@ -11,13 +11,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from io import StringIO
 from pathlib import Path
 from queue import SimpleQueue
 
 import torch
 
 from utils.config.transfer import EPOCHS, TransferConfig
-from utils.errors import RunError
+from utils.errors import InputError, RunError
 from utils.files import replacing
 from utils.signals import Stopped
 from utils.transfer.plan import Job
@@ -98,16 +99,34 @@ def arguments(values: Mapping) -> list[str]:
     return [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in values.items()]
 
 
-def write_cases(study: Study, job: Job, path: Path) -> None:
-    """Write the CSV of a run: its labelled patients, and those on whom it is scored."""
+def cases_of(study: Study, job: Job) -> str:
+    """Return the CSV of a run: its labelled patients, and those on whom it is scored."""
     tested = study.tuned_on if job.part == "tuning" else study.tested_on
     labelled = study.draws[job.kind, job.draw][: job.count]
     parts = [(patient, "train") for patient in labelled] + [(p, "test") for p in tested]
     rows = [row | {"fold": fold} for patient, fold in parts for row in study.rows[patient]]
-    with replacing(path, newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    text = StringIO(newline="")
+    writer = csv.DictWriter(text, rows[0])
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def refuse_other_cases(study: Study, jobs: Sequence[Job]) -> None:
+    """Refuse a table that has changed since runs of the study were made with it.
+
+    Raises:
+        InputError: their patients, files or labels would be others now.
+    """
+    for job in jobs:
+        folder = folder_of(study, job)
+        begun = any((folder / name).exists() for name in ("result.json", "checkpoints/last.pt"))
+        if begun and (folder / "cases.csv").read_bytes() != cases_of(study, job).encode("utf-8"):
+            raise InputError(
+                f"{study.stage.csv_path} has changed: {job.part}/{job.name} in {study.cfg.out} had "
+                "other patients, files or labels. Give the study with this table another folder "
+                "(out), or take the earlier table to go on"
+            )
 
 
 def read_scores(stage: str, test: Path) -> dict:
@@ -132,6 +151,10 @@ def read_scores(stage: str, test: Path) -> dict:
     return {"score": score, "classes": classes}
 
 
+def folder_of(study: Study, job: Job) -> Path:
+    return Path(study.cfg.out).absolute() / job.part / job.name
+
+
 def perform(study: Study, job: Job, device: str, start: Start) -> Row:
     """Do one run, unless it has its result.json already, and return its row of results.csv.
 
@@ -140,7 +163,7 @@ def perform(study: Study, job: Job, device: str, start: Start) -> Row:
     Raises:
         Stopped: a signal asked the study to stop; the run goes on from its last checkpoint.
     """
-    folder = Path(study.cfg.out).absolute() / job.part / job.name
+    folder = folder_of(study, job)
     row = {"part": job.part, "method": job.method, "arm": job.arm, "labels": job.count}
     row |= {"draw": job.draw, "seed": job.seed, "steps": job.steps, "learning_rate": job.rate}
     if (folder / "result.json").exists():
@@ -150,7 +173,8 @@ def perform(study: Study, job: Job, device: str, start: Start) -> Row:
     try:
         if job.method == "fine_tune" and job.rate is None:
             raise RunError("has no learning rate, as all runs to tune it failed")
-        write_cases(study, job, folder / "cases.csv")
+        with replacing(folder / "cases.csv", newline="") as file:
+            file.write(cases_of(study, job))
         if job.arm in study.permuted:
             permute(weights, folder / "permuted.pt", job.random_seed)
             weights = folder / "permuted.pt"
@@ -224,7 +248,9 @@ def run_all(study: Study, runs: Sequence[Job], start: Start) -> list[Row]:
     for device in places:
         free.put(device)
     if places.count("cpu") > 1:  # or each would start as many threads as there are cores
-        threads = max(len(os.sched_getaffinity(0)) // len(places), 1)
+        linux = hasattr(os, "sched_getaffinity")
+        cores = len(os.sched_getaffinity(0)) if linux else os.cpu_count() or 1
+        threads = max(cores // len(places), 1)
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     study.progress.update(left=sum(job.steps for job in runs), total=len(runs), done=0)
 

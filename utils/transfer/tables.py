@@ -46,6 +46,12 @@ def choose_rates(rows: Sequence[dict], arms: Sequence[str], rates: Sequence[floa
     return {"chosen": chosen, "scores": scores}
 
 
+def keep_rates(earlier: dict, now: dict) -> dict:
+    """Return the earlier `choose_rates`, but the new one of arms whose runs had all failed."""
+    failed = [arm for arm, rate in earlier["chosen"].items() if rate is None]
+    return {part: earlier[part] | {arm: now[part][arm] for arm in failed} for part in earlier}
+
+
 def score_table(rows: Sequence[dict]) -> list[dict]:
     """Return a row for each method, arm and number of labels: mean and sd of the score over draws,
     and the means of each class or target."""

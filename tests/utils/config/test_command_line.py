@@ -257,6 +257,19 @@ def test_backbones_have_their_own_strides():
     assert "nearest: 4" in problems("backbone=swinunetr", "dino.patch_level=5")["dino.patch_level"]
 
 
+@pytest.mark.parametrize("nothing", ["dino.mask_prob=0", "dino.mask_ratio=[0, 0]"])
+def test_something_is_learned(nothing):
+    """A masked autoencoder that sees all would end with a loss of 0, and random features."""
+    alone = ("dino.dino_weight=0", "dino.patch_weight=0")
+    assert parse(*alone) and parse(nothing) and parse(*alone, "dino.mask_ratio=[0, 0.1]")
+    assert "hides nothing" in problems(*alone, nothing)["dino.dino_weight"]
+
+
+def test_probes_choose_by_val_folds():
+    assert parse("probe.choose=true") and parse("val_folds=[]")
+    assert "val_folds" in problems("probe.choose=true", "val_folds=[]")["probe.choose"]
+
+
 def test_two_sources_of_weights():
     found = problems("resume_training_from=auto", "test_ckpt=best.pt")
     assert list(found) == ["test_ckpt"]

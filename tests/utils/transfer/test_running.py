@@ -11,13 +11,14 @@ from types import SimpleNamespace
 import pytest
 
 from tests.utils.transfer.studies import config
+from utils.errors import InputError
 from utils.signals import Stopped
 from utils.transfer import plan, running
 from utils.transfer.plan import Job
 
 ROWS = {name: [{"PatientID": name, "path": f"{name}.nii"}] for name in "abcdefgh"}
 ROWS["b"] = [{"PatientID": "b", "path": f"b{i}.nii"} for i in (1, 2)]
-STAGE = SimpleNamespace(batch_size=2, accumulate=1)
+STAGE = SimpleNamespace(batch_size=2, accumulate=1, csv_path="scans.csv")
 
 
 class Stop:
@@ -122,6 +123,21 @@ def test_a_stop_leaves_no_result_and_starts_nothing_more(study):
     assert len(programs.started) == 4
 
 
+def test_a_table_that_has_changed_is_refused(study):
+    """Else runs on other patients would be averaged in silence."""
+    assert running.refuse_other_cases(study, JOBS) is None  # nothing has begun
+    running.run_all(study, JOBS, Programs(fail={JOBS[1].name}))
+    running.refuse_other_cases(study, JOBS)
+    for change in (
+        {"rows": ROWS | {"a": [{"PatientID": "a", "path": "other.nii"}]}},
+        {"draws": dict.fromkeys(study.draws, [*"efab"])},
+        {"tested_on": ["g"]},
+    ):
+        running.refuse_other_cases(replace(study, **change), JOBS[1:])  # it failed
+        with pytest.raises(InputError, match="has changed.*another folder"):
+            running.refuse_other_cases(replace(study, **change), JOBS)
+
+
 def test_an_arm_without_a_rate_fails_and_a_missing_score_does(study):
     row = running.perform(study, Job("runs", "dino", 2, 0, 0, 20, None), "cpu", Programs())
     assert "no learning rate" in row["error"]
@@ -165,6 +181,11 @@ def test_several_runs_at_once_share_a_device_and_the_cores(study, monkeypatch):
     several = replace(study, cfg=study.cfg.model_copy(update={"at_once": 2}))
     running.run_all(several, JOBS[:2], Programs())
     assert running.os.environ["OMP_NUM_THREADS"] == "4"
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.delattr(running.os, "sched_getaffinity")  # as on a Mac
+    monkeypatch.setattr(running.os, "cpu_count", lambda: 6)
+    running.run_all(several, JOBS[:2], Programs())
+    assert running.os.environ["OMP_NUM_THREADS"] == "3"
 
 
 def test_a_program_gets_its_device_and_is_asked_to_stop(tmp_path, monkeypatch):

@@ -68,6 +68,13 @@ def test_the_best_rate_counts_failures_as_zero_and_takes_the_lower_of_equals():
     assert tables.choose_rates([], "ab", [0.1])["chosen"] == {"a": 0.1, "b": 0.1}
 
 
+def test_chosen_rates_stay_but_of_an_arm_whose_runs_had_all_failed():
+    earlier = {"chosen": {"a": 1e-3, "b": None}, "scores": {"a": {"0.001": 0.5}, "b": {}}}
+    now = {"chosen": {"a": 1e-2, "b": 1e-2}, "scores": {"a": {"0.01": 0.6}, "b": {"0.01": 0.4}}}
+    kept = {"chosen": {"a": 1e-3, "b": 1e-2}, "scores": {"a": {"0.001": 0.5}, "b": {"0.01": 0.4}}}
+    assert tables.keep_rates(earlier, now) == kept
+
+
 def test_tables_are_markdown():
     lines = report.markdown([{"a": 1, "b": None}, {"a": 0.123456, "c": "x"}]).splitlines()
     assert [line.split() for line in lines] == [
