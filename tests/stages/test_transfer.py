@@ -244,11 +244,12 @@ def test_a_study_that_runs_is_not_started_twice(scans, tmp_path, quick):
 def test_all_that_is_wrong_with_the_config_is_listed(scans, tmp_path):
     changes = {"steps": 25, "arms": {"a": None, "b": None}, "tuning.label_count": 5}
     changes |= {"settings": {"seed": 3}, "draws": 1, "with_decoder": ["a"]}
-    changes |= {"arm_settings": {"c": {}, "a": {"n_epochs": 3}}}
+    changes |= {"arm_settings": {"c": {}, "a": {"n_epochs": 3, "val_folds": [1]}}}
     with pytest.raises(InputError) as error:
         program.main(command(scans, tmp_path / "out", **changes), InProcess())
     wrong = ("multiple of 10", "one arm with null", "not among", "the study sets it", "draws")
     wrong += ("c: not an arm", "arm_settings.a      n_epochs: the study sets it")
+    wrong += ("val_folds: the same for all arms",)
     for text in (*wrong, "a: not an arm with a file"):
         assert text in str(error.value)
     with pytest.raises(InputError, match="min_learning_rate"):

@@ -12,6 +12,7 @@ EPOCHS = 10  # of every run of a study; the first is the warm-up
 # keys of the stage's config that the study sets itself
 RESERVED = {*schema.WEIGHTS, "experiment", "results_dir", "allow_seen_patients", "learning_rate"}
 RESERVED |= {"n_epochs", "warmup_epochs", "steps_per_epoch", "seed", "finetune.early_stopping"}
+DATA = {"csv_path", "train_folds", "val_folds", "test_folds"}  # on which all arms are compared
 
 
 def whole_epochs(steps: int) -> int:
@@ -101,3 +102,6 @@ def impossible_transfer(values: schema.Values) -> schema.Wrong:
     ]:
         for key in RESERVED & settings.keys() if isinstance(settings, dict) else ():
             yield where, f"{key}: the study sets it"
+    for name, settings in own.items():
+        for key in DATA & settings.keys() if isinstance(settings, dict) else ():
+            yield f"arm_settings.{name}", f"{key}: the same for all arms"
