@@ -27,7 +27,7 @@ def absent(texts: list[str], shown: str) -> list[str]:
     [
         (
             *("dino", {"checkpoints/backbone.pt"}),
-            *({"curves", "crops", "features", "reconstruction"}, "val_loss"),
+            *({"curves", "crops", "features", "neighbours", "reconstruction"}, "val_loss"),
         ),
         ("classification", set(), {"curves", "inputs"}, "val_auc"),
         ("segmentation", set(), {"curves", "patches", "val_1", "val_2", "val_3"}, "val_dice"),
