@@ -29,7 +29,7 @@ demo: $(VENV)/.installed
 	  crops.region_size=[40,32,32] crops.global_size=[24,24,24] crops.local_size=[24,24,24] \
 	  dino.out_dim=1024 dino.patch_out_dim=256 dino.head_hidden=256 dino.head_bottleneck=128 \
 	  dino.patch_level=2 dino.momentum=0.98
-	$(BIN)/python classification.py experiment=demo_classification $(SMALL) n_epochs=60 \
+	$(BIN)/python classification.py experiment=demo_classification $(SMALL) n_epochs=50 \
 	  warmup_epochs=1 batch_size=4 accumulate=1 learning_rate=2e-3 image.size=[48,40,40] \
 	  dino_weights=results/demo_dino/checkpoints/backbone.pt
 	$(BIN)/python classification.py experiment=demo_classification n_workers=0 precision=fp32 \
