@@ -1,5 +1,6 @@
 """The segmenter, a backbone with its decoder and output layers; its loss."""
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
@@ -73,7 +74,8 @@ class Segmenter(nn.Module):
             patches: images (1, C, X, Y, Z) in 0..1, target (1, X, Y, Z) uint8, known (1, K) bool.
             weights: of the Dice loss and the cross-entropy.
         Returns:
-            the loss of the finest output at the classes' shares alone, and after.
+            the loss of the finest output at the classes' shares alone, and after; NaN for maps that
+            are not finite, to which nothing is fitted.
         """
         levels, known = [[] for _ in self.outputs], []
         with torch.no_grad():
@@ -146,7 +148,12 @@ def _some_voxels(maps: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor
 
 
 def _fit(output: nn.Conv3d, maps: torch.Tensor, target: torch.Tensor, loss: Loss):
-    """Minimize the loss over an output's weights; return it before and after."""
+    """Minimize the loss over an output's weights; return it before and after.
+
+    For maps that are not finite the output stays as it is, and both are NaN.
+    """
+    if not maps.isfinite().all():
+        return math.nan, math.nan
     mean, std = maps.mean((0, 2, 3, 4)), maps.std((0, 2, 3, 4)) + 1e-4
     x = (maps - mean.view(-1, 1, 1, 1)) / std.view(-1, 1, 1, 1)  # no channel outweighs another
     weight = torch.zeros_like(output.weight, requires_grad=True)

@@ -54,6 +54,9 @@ def start_outputs(run: Run, segmenter: nn.Module, dataset: PatchDataset) -> None
         before, after = segmenter.fit_outputs(patches, dataset.classes, weights)
     for buffer, before_fit in buffers:
         buffer.copy_(before_fit)
+    if np.isnan(before):
+        run.say("WARNING: output layers are not fitted: the maps of patches are not finite")
+        return
     what = f"output layers fitted to {FIT_PATCHES} patches, all else as it was"
     run.say(f"{what}: loss {before:.3f} -> {after:.3f}")
 

@@ -19,13 +19,13 @@ from tests.faults.files.masks import MASKS
 from tests.faults.files.nifti import NIFTI, NIFTI_FLIPS
 from tests.faults.files.values import VALUES
 from tests.faults.files.yaml_files import YAML
+from tests.faults.private.names import NAMES
+from tests.faults.private.privacy import PRIVACY
 from tests.faults.runs.crossing import CROSSING
 from tests.faults.runs.finished import FINISHED
 from tests.faults.runs.memory import MEMORY
-from tests.faults.runs.names import NAMES
 from tests.faults.runs.numbers import NUMBERS
 from tests.faults.runs.predicting import PREDICTING
-from tests.faults.runs.privacy import PRIVACY
 from tests.faults.runs.ranks import RANKS
 from tests.faults.runs.resume import RESUME
 from tests.faults.runs.signals import SIGNALS

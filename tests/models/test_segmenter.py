@@ -120,6 +120,16 @@ def test_fitted_outputs_are_where_their_loss_is_least_and_all_else_stays(
     assert parts(other[0] if deep else other, target)[1] < parts(logits, target)[1]
 
 
+def test_outputs_stay_as_they_are_where_maps_are_not_finite():
+    """A patch that overflows must not spoil all steps to come."""
+    network, target = segmenter(), some(size=16)[1]
+    before = [p.clone() for p in network.outputs.parameters()]
+    known = torch.ones(1, 3, dtype=torch.bool)
+    image = torch.full((1, 1, 16, 16, 16), torch.inf)
+    network.fit_outputs([(image, target[:1], known)], Classes.from_config({"a": 1, "b": 2}))
+    assert all(map(torch.equal, before, network.outputs.parameters()))
+
+
 @pytest.mark.parametrize("name", ["resunet", "unet", "segresnet"])
 def test_the_logits_of_a_patch_do_not_depend_on_its_batch(name):
     network = segmenter(name)

@@ -9,10 +9,9 @@ from pathlib import Path
 
 from tests.conftest import equal
 from tests.faults.frame import LOST, NAMED, RIGHT, WRONG, Fault, Group, Outcome
-from tests.faults.runs.runs import Run, kept_folder
+from tests.faults.runs.runs import REFUSED, STOPPED, Run, kept_folder, refused_beside
 from tests.stages import small
 
-STOPPED, REFUSED = 75, 2
 STAGES = ("segmentation", "classification")
 OPTIONS = {"--cv": None, "train_folds": "[0]", "val_folds": "[1]", "test_folds": "[2]"}
 OPTIONS |= {"n_epochs": "2"}  # of one step each
@@ -85,11 +84,8 @@ def _twice(stage: str, folder: Path, broken: str) -> Outcome:
     at = {"function": "train_step", "call": 1, "sleep": 2.0}
     first = _run(stage, folder, {"at": at, "broken": broken})
     first.wait_until_acted()
-    second = _run(stage, folder, {"broken": broken})
-    code = second.wait()
-    if code != REFUSED or "another run is writing to it" not in second.said():
-        first.kill()
-        return Outcome(WRONG, f"exit code {code}: {second.said()[-1000:]}")
+    if wrong := refused_beside(first, _run(stage, folder, {"broken": broken})):
+        return wrong
     if (code := first.wait()) != 0:
         return Outcome(LOST, f"the first one, exit code {code}: {first.said()[-1000:]}")
     one, two = _left(stage, folder), crossed(stage)

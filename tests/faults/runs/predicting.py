@@ -12,9 +12,8 @@ from functools import partial
 from pathlib import Path
 
 from tests.faults.frame import LOST, NAMED, RIGHT, WRONG, Fault, Group, Outcome
-from tests.faults.runs.runs import Run, kept_folder, scans, whole
+from tests.faults.runs.runs import REFUSED, STOPPED, Run, kept_folder, refused_beside, scans, whole
 
-STOPPED, REFUSED = 75, 2
 STAGES = ("segmentation", "classification")
 EARLIER = "an earlier prediction"
 CASES = (8, 9, 10)
@@ -164,11 +163,8 @@ def _twice(stage: str, folder: Path, broken: str) -> Outcome:
     at = {"function": WHEN[stage][0], "call": 1, "sleep": 2.0}
     first = _run(stage, folder, {"at": at, "broken": broken})
     first.wait_until_acted()
-    second = _run(stage, folder, {"broken": broken})
-    code = second.wait()
-    if code != REFUSED or "another run is writing to it" not in second.said():
-        first.kill()
-        return Outcome(WRONG, f"exit code {code}: {second.said()[-1000:]}")
+    if wrong := refused_beside(first, _run(stage, folder, {"broken": broken})):
+        return wrong
     if (code := first.wait()) != 0 or _contents(_place(folder)) != predicted(stage):
         return Outcome(LOST, f"the first one, exit code {code}: {first.said()[-1000:]}")
     return Outcome(NAMED)

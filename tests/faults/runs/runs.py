@@ -16,6 +16,8 @@ from tests.faults.runs.script import ACTED, be_script
 from tests.stages import small
 from utils import checkpoint
 
+STOPPED, REFUSED = 75, 2  # exit codes
+
 STAGES = ("dino", "classification", "segmentation")
 PATIENCE_S = 90  # for a run of a few seconds
 # 4 steps per epoch. The classifier draws dropout from torch's global random state, is frozen for an
@@ -167,3 +169,13 @@ def end_and_compare(stage: str, folder: Path, broken: str = "", **overrides) -> 
     if not found:
         return None
     return Outcome(WRONG, f"not that of a run that is left alone: {', '.join(found)}")
+
+
+def refused_beside(first: Run, second: Run) -> Outcome | None:
+    """Wait for a second run in the folder of the first; return what is wrong unless it is refused,
+    after which the first is killed."""
+    code = second.wait()
+    if code == REFUSED and "another run is writing to it" in second.said():
+        return None
+    first.kill()
+    return Outcome(WRONG, f"exit code {code}: {second.said()[-1000:]}")

@@ -19,7 +19,7 @@ import torch
 from tests.conftest import PROCESSES
 from tests.data.dicom.factory import make_series, save_series
 from tests.faults.frame import RIGHT, WRONG, Fault, Group, Outcome
-from tests.faults.runs.searching import find_text
+from tests.faults.private.searching import find_text
 from tests.stages.small import STAGES
 
 CANARIES = ("zqxcanary", "19010203")  # the first is in every text, the second a birth date
