@@ -229,7 +229,7 @@ def build_state(run: Run[ClassificationConfig], classifier: Classifier, loader, 
         classifier.backbone.encode = torch.compile(classifier.backbone.encode, dynamic=False)
     modules = {"classifier": classifier.to(run.device)}
     torch.manual_seed(cfg.seed + distributed.rank())  # each rank's dropout is its own
-    optimizer = torch.optim.AdamW(groups, lr=0.0, weight_decay=cfg.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=0.0, weight_decay=cfg.weight_decay, fused=True)
     scaler = torch.amp.GradScaler(run.device.type, enabled=cfg.precision == "fp16")
     if distributed.world_size() > 1:
         options = {"broadcast_buffers": False, "find_unused_parameters": f.freeze_epochs != 0}

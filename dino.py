@@ -315,7 +315,7 @@ def train(run: Run[DinoConfig], cache: VolumeCache, cases: dict, skipped) -> int
 
     # ---- optimization
     steps_per_epoch = max(loaders["train"].sampler.num_batches // cfg.accumulate, 1)
-    optimizer = torch.optim.AdamW(parameter_groups(student), lr=0.0, fused=device.type == "cuda")
+    optimizer = torch.optim.AdamW(parameter_groups(student), lr=0.0, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.precision == "fp16")
     schedule = build_schedule(cfg, steps_per_epoch)
     about = checkpoint.describe(cfg, settings_to_match(cfg), cases)

@@ -135,7 +135,7 @@ def build_optimizer(segmenter: Segmenter, cfg: SegmentationConfig) -> torch.opti
     groups = optimizer_groups(segmenter, cfg.finetune.encoder_lr)
     options = {"lr": 0.0, "weight_decay": cfg.weight_decay}
     if cfg.optimizer == "adamw":
-        return torch.optim.AdamW(groups, **options)
+        return torch.optim.AdamW(groups, fused=True, **options)
     return torch.optim.SGD(groups, momentum=0.99, nesterov=True, **options)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from models.common import Facts, right_on_cpus
+from models.common import Facts, with_fast_layers
 from models.resunet import ResUNet
 from models.segresnet import SegResNet
 from models.swinunetr import SwinUNETR
@@ -47,7 +47,7 @@ def build_backbone(name: str, in_channels: int = 1, decoder: bool = True, **opti
     """
     if name not in BACKBONES:
         raise ValueError(f"backbone {name!r} is unknown; choose one of: {', '.join(BACKBONES)}")
-    return right_on_cpus(BACKBONES[name](in_channels=in_channels, decoder=decoder, **options))
+    return with_fast_layers(BACKBONES[name](in_channels=in_channels, decoder=decoder, **options))
 
 
 def facts_of(values: Mapping[str, Any], decoder: bool) -> Facts | None:

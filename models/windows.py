@@ -127,21 +127,17 @@ def attend_plainly(q, k, v, bias, scale):
 
 
 class _ChunkedAttention(torch.autograd.Function):
-    """A few windows of one head at a time, whose scores the backward pass computes again.
+    """Attention whose backward pass computes the scores again, a few windows of a head at a time.
 
-    So they stay in the cache and are never held. torch's fused kernel for CPUs does the same, but
-    has no gradient for the bias.
+    So they stay in the cache and are never held. torch's fused kernel for CPUs, which is the
+    forward pass here, does the same, but has no gradient for the bias.
     """
 
     @staticmethod
     def forward(ctx, queries, keys, values, bias, scale):
         ctx.save_for_backward(queries, keys, values, bias)
         ctx.scale = scale
-        out = torch.empty_like(queries, memory_format=torch.contiguous_format)
-        for b, *head in zip(bias, queries, keys, values, out, strict=True):
-            for q, k, v, part in _chunks(b, *head):
-                torch.bmm(_probabilities(q, k, b, scale), v, out=part)
-        return out
+        return attend_plainly(queries, keys, values, bias, scale)
 
     @staticmethod
     def backward(ctx, grad):
@@ -150,7 +146,8 @@ class _ChunkedAttention(torch.autograd.Function):
         bias_grad = torch.zeros_like(bias)
         for b, b_grad, *head in zip(bias, bias_grad, *qkv, grad, *grads, strict=True):
             for q, k, v, out_grad, q_grad, k_grad, v_grad in _chunks(b, *head):
-                p = _probabilities(q, k, b, ctx.scale)
+                p = torch.baddbmm(b.to(q.dtype), q, k.transpose(1, 2), alpha=ctx.scale)
+                p = torch.softmax(p, -1, out=p)
                 p_grad = torch.bmm(out_grad, v.transpose(1, 2))
                 how = {"dim": -1, "input_dtype": p.dtype, "grad_input": p_grad}
                 scores_grad = torch._softmax_backward_data(p_grad, p, **how)
@@ -165,8 +162,3 @@ def _chunks(bias, *tensors):
     """Yield (windows, ., d) of all tensors of a head, whose bias is (n, m), for a few windows."""
     count = max(1, NUM_SCORES // bias.numel())
     return zip(*(x.split(count) for x in tensors), strict=True)
-
-
-def _probabilities(q, k, bias, scale):
-    scores = torch.baddbmm(bias.to(q.dtype), q, k.transpose(1, 2), alpha=scale)
-    return torch.softmax(scores, -1, out=scores)

@@ -216,7 +216,7 @@ def our_step(backbone: nn.Module, global_crops: list, local_crops: list):
     student = DINONetwork(backbone, "mean", head).to(DEVICE)
     teacher = copy.deepcopy(student).requires_grad_(False)
     targets = TeacherTargets(PROTOTYPES, "center").to(DEVICE)
-    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4, fused=DEVICE.type == "cuda")
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4, fused=True)
     global_crops, local_crops = torch.cat(global_crops), torch.cat(local_crops)
 
     def run():
