@@ -137,6 +137,7 @@ class _ChunkedAttention(torch.autograd.Function):
     def forward(ctx, queries, keys, values, bias, scale):
         ctx.save_for_backward(queries, keys, values, bias)
         ctx.scale = scale
+        bias = bias.detach()  # torch's fused kernel refuses one that may need a gradient, even here
         return attend_plainly(queries, keys, values, bias, scale)
 
     @staticmethod
