@@ -58,7 +58,7 @@ class WindowAttention(monai_swin.WindowAttention):
     def _bias(self, queries, keys):
         """Return the relative position bias (heads, queries, keys) of places in a window."""
         index = self.relative_position_index[queries[:, None], keys]
-        return self.relative_position_bias_table[index].permute(2, 0, 1)
+        return self.relative_position_bias_table.t()[:, index]
 
 
 def _run_block(block, x, windows):
