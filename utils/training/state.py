@@ -142,6 +142,8 @@ def _put_back(state: State, saved: dict) -> None:
     own, other = state.optimizer.state_dict()["param_groups"], saved["optimizer"]["param_groups"]
     if ["betas" in group for group in own] != ["betas" in group for group in other]:
         raise ValueError("it is of another optimizer")
+    for group, mine in zip(other, own, strict=True):  # files of older versions know no fused step
+        group["fused"] = mine["fused"]
     state.optimizer.load_state_dict(saved["optimizer"])
     state.scaler.load_state_dict(saved["scaler"])
     if len(saved["rng"]) == distributed.world_size():

@@ -1,4 +1,4 @@
-"""What training changes: random states, and which epoch is the best."""
+"""What training changes: random states, the optimizer's, and which epoch is the best."""
 
 import math
 from types import SimpleNamespace
@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from utils.training.state import note_best, rng_state, set_rng_state
+from utils.training.state import State, note_best, resume, rng_state, save, set_rng_state
 
 
 def test_random_state_comes_back():
@@ -14,6 +14,30 @@ def test_random_state_comes_back():
     one = torch.rand(3)
     set_rng_state(state)
     assert torch.equal(torch.rand(3), one)
+
+
+def test_a_run_whose_optimizer_was_not_fused_goes_on_with_one_that_is(tmp_path):
+    def state(seed, fused):
+        torch.manual_seed(seed)
+        network = torch.nn.Linear(3, 2)
+        optimizer = torch.optim.AdamW(network.parameters(), lr=0.1, fused=fused)
+        scaler = torch.amp.GradScaler("cpu")  # that of precision=fp16 hands a fused step its scale
+        return State({"network": network}, optimizer, scaler, 1, {"settings": {}})
+
+    def step(state):
+        state.optimizer.zero_grad()
+        loss = state.modules["network"](torch.ones(1, 3)).square().sum()
+        state.scaler.scale(loss).backward()
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
+        return state.modules["network"].weight.detach()
+
+    old, new = state(0, None), state(1, True)
+    step(old)
+    save(old, tmp_path)
+    resume(new, tmp_path / "last.pt")
+    assert new.optimizer.param_groups[0]["fused"] is True
+    torch.testing.assert_close(step(new), step(old))
 
 
 @pytest.mark.parametrize(
