@@ -35,7 +35,9 @@ def halving(num_stages: int, norms_deepest: bool) -> Facts:
 
 
 def check_size(name: str, x: torch.Tensor, stride: int) -> None:
-    """Raise a ValueError if `stride` does not divide the sizes of x (B, C, X, Y, Z)."""
+    """Raise a ValueError if x is not (B, C, X, Y, Z) or `stride` does not divide its sizes."""
+    if x.ndim != 5:  # the layers below take no image without a batch, as PyTorch's do
+        raise ValueError(f"{name}: expected (B, C, X, Y, Z), got a tensor of {tuple(x.shape)}")
     if any(size % stride for size in x.shape[2:]):
         raise ValueError(f"{name}: size {tuple(x.shape[2:])} not divisible by {stride}")
 
@@ -53,7 +55,8 @@ class Conv3d(nn.Conv3d):
     def forward(self, x):
         if x.device.type != "cpu":
             return super().forward(x)
-        if self.kernel_size == self.stride == (1, 1, 1) and self.groups == 1:
+        plain = self.groups == 1 and self.padding == (0, 0, 0)
+        if self.kernel_size == self.stride == (1, 1, 1) and plain:
             out = torch.bmm(self.weight.flatten(1).expand(len(x), -1, -1), x.flatten(2))
             out = out if self.bias is None else out + self.bias[:, None].to(out.dtype)
             return out.unflatten(2, x.shape[2:])

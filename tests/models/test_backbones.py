@@ -90,6 +90,8 @@ def test_shapes(case):
     assert backbone.stride == backbone.strides[-1] == max(backbone.strides)
     with pytest.raises(ValueError, match="not divisible"):
         backbone.encode(x[..., :-1])
+    with pytest.raises(ValueError, match=r"expected \(B, C, X, Y, Z\), got .* \(1, "):
+        backbone.encode(x[0])
 
 
 @pytest.mark.parametrize("case", SMALL)

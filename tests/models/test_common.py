@@ -24,6 +24,7 @@ LAYERS = {
     "1x1x1 without bias": nn.Conv3d(3, 5, 1, bias=False),
     "1x1x1, strided": nn.Conv3d(3, 5, 1, stride=2),
     "1x1x1, in groups": nn.Conv3d(3, 3, 1, groups=3),
+    "1x1x1, padded": nn.Conv3d(3, 5, 1, padding=1),
     "3x3x3": nn.Conv3d(3, 5, 3, padding=1),
     "norm": nn.InstanceNorm3d(3),
     "norm with weights": nn.InstanceNorm3d(3, affine=True),
@@ -57,7 +58,7 @@ def test_fast_layers_are_pytorchs(name, dtype):
 
 def test_layers_are_fast_where_they_can_be():
     layers = with_fast_layers(nn.Sequential(*copy.deepcopy(list(LAYERS.values()))))
-    assert [type(layer) for layer in layers] == [Conv3d] * 5 + [InstanceNorm3d] * 2 + [
+    assert [type(layer) for layer in layers] == [Conv3d] * 6 + [InstanceNorm3d] * 2 + [
         nn.InstanceNorm3d  # eval() would take its running statistics
     ]
 
