@@ -5,9 +5,11 @@
 Both arms run in one process and by turns. Shown are medians, and the median of the ratios: how many
 times as long the other takes. On a CPU it is the time of the CPU, so that other programs disturb
 less, though they still take cache and bandwidth. Run it with one and with two threads. On a GPU
-both arms run in bf16, with larger crops and batches; all rows take some minutes there. Rows:
+both arms run in bf16, with larger crops and batches; all rows take some minutes there. The loop of
+DINO takes AdamW as PyTorch gives it, ours the fused one, as the stages do. Rows:
 
-    check             no times: every fast path beside the plain one on this device, in float32
+    check             no times: every fast path beside the plain one on this device; it ends with an
+                      error if one differs
     encoder, crops    swinunetr's encoder, forward and backward, against MONAI: a global crop, and
                       a batch of local ones
     swinunetr         with its decoder, 96^3
@@ -35,6 +37,7 @@ from monai.networks.nets import SwinUNETR
 from torch import nn
 
 from models.backbones import build_backbone
+from models.common import with_fast_layers
 from models.dino import DINOHead, DINONetwork, update_teacher
 from models.losses import TeacherTargets, dino_loss
 from models.windows import attend, attend_plainly
@@ -42,6 +45,7 @@ from tests.benchmarks.sliding_window import timed
 
 REPEATS = 5
 ON_GPU = torch.cuda.is_available()
+IN_BF16 = ON_GPU
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 GLOBAL, LOCAL, BATCH = (96, 48, 4) if ON_GPU else (64, 32, 1)  # edges of crops; cases
 PROTOTYPES, TEACHER_TEMP, STUDENT_TEMP, MOMENTUM = 4096, 0.04, 0.1, 0.99
@@ -65,7 +69,7 @@ def cube(size: int, batch: int = BATCH) -> torch.Tensor:
 
 
 def autocast() -> contextlib.AbstractContextManager:
-    return torch.autocast(DEVICE.type, torch.bfloat16, enabled=ON_GPU)
+    return torch.autocast(DEVICE.type, torch.bfloat16, enabled=IN_BF16)
 
 
 def forward_backward(network, x: torch.Tensor):
@@ -89,36 +93,78 @@ def swin_pair(decoder: bool) -> tuple[nn.Module, SwinUNETR]:
 
 def check() -> None:
     """Compare the fast paths with plain ones: outputs, and gradients in float64."""
+    global IN_BF16
+    IN_BF16 = False
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        parts = attention, layers, swin_encoder, dino_steps
+        if not all([well for part in parts for well in part()]):
+            sys.exit("a fast path differs from the plain one")
+    IN_BF16 = ON_GPU
+
+
+def attention():
     torch.manual_seed(0)
-    q, k, v = (torch.randn(3, 8, n, 16, device=DEVICE, requires_grad=True) for n in (49, 50, 50))
-    bias = torch.randn(3, 49, 50, device=DEVICE, requires_grad=True)
+    shapes = (3, 8, 49, 16), (3, 8, 50, 16), (3, 8, 50, 16), (3, 49, 50)
+    q, k, v, bias = tensors = [torch.randn(n, device=DEVICE, requires_grad=True) for n in shapes]
     plain = torch.softmax(q @ k.transpose(-1, -2) / 4 + bias[:, None], -1) @ v
+    expected = torch.autograd.grad(plain.cos().sum(), tensors)
     for path in (attend, attend_plainly):
-        difference(f"attention, {path.__name__}", path(q, k, v, bias, 0.25), plain)
+        out = path(*tensors, 0.25)
+        yield difference(f"attention, {path.__name__}", out, plain)
+        grads = torch.autograd.grad(out.cos().sum(), tensors)
+        yield worst(f"attention, {path.__name__}, gradients", zip(grads, expected, strict=True))
+
+
+def layers():
+    parts = nn.InstanceNorm3d(3, affine=True), nn.LeakyReLU(inplace=True), nn.Conv3d(3, 5, 1)
+    plain = nn.Sequential(*parts).to(DEVICE).double()
+    for p in plain.parameters():  # those of a norm are 1 and 0, which hides mistakes
+        nn.init.normal_(p)
+    out, x = [], cube(8, 6).double().view(2, 3, 8, 8, 8)
+    for network in (with_fast_layers(copy.deepcopy(plain)), plain):
+        y = network(x)
+        out.append([y, *torch.autograd.grad(y.cos().sum(), network.parameters())])
+    yield worst("norm and 1x1x1 convolution, float64, with gradients", zip(*out, strict=True))
+
+
+def swin_encoder():
     for dtype in (torch.float32, torch.float64):
         ours, monai = (network.to(dtype) for network in swin_pair(decoder=False))
-        x, grads = cube(64, 1).to(dtype), []
+        x, grads = cube(GLOBAL, 1).to(dtype), []
         maps = ours.encode(x), monai.swinViT(x)
         for network, out in zip((ours, monai), maps, strict=True):
             sum(y.square().mean() for y in out).backward()
-            own = {n: p.grad for n, p in network.named_parameters() if p.grad is not None}
-            grads.append(own)
-        for level, pair in enumerate(zip(*maps, strict=True)):
-            difference(f"swinunetr against MONAI, {dtype}, map {level}", *pair)
+            grads.append({n: p.grad for n, p in network.named_parameters() if p.grad is not None})
+        yield worst(f"swinunetr against MONAI, {dtype}, maps", zip(*maps, strict=True))
         if dtype == torch.float64:
-            flat = [torch.cat([own[n].flatten() for n in sorted(grads[0])]) for own in grads]
-            difference("swinunetr against MONAI, float64, gradients", *flat)
+            pairs = [(grad, grads[1][name]) for name, grad in grads[0].items()]
+            yield worst("swinunetr against MONAI, float64, gradients", pairs)
 
 
-def exact_check() -> None:
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        check()
+def dino_steps():
+    """Compare the losses of some steps of both arms: what one gets wrong changes the next."""
+    ours = build_backbone("resunet", decoder=False, features=[8, 16], blocks=[1, 1])
+    views = cube(16, 4).split(2), cube(8, 16).split(2)  # of two cases
+    arms = step_pair(ours, Encode(copy.deepcopy(ours)), *views)
+    losses = torch.tensor([[arm().item() for arm in arms] for _ in range(8)])
+    yield difference(f"DINO, losses of {len(losses)} steps", *losses.T)
 
 
-def difference(name: str, ours: torch.Tensor, other: torch.Tensor) -> None:
+def worst(name: str, pairs) -> bool:
+    """Print the largest `difference` of several pairs of ours and other."""
+    return difference(name, *max(pairs, key=lambda pair: share(*pair)))
+
+
+def difference(name: str, ours: torch.Tensor, other: torch.Tensor) -> bool:
     """Print the largest difference over the other's spread; 1e-4 of it is what is allowed."""
-    share = float(((ours - other).abs().max() / other.std()).detach())
-    print(f"{name}: {share:.1e} of the spread, {'well' if share < 1e-4 else 'TOO LARGE'}")
+    found = share(ours, other)
+    print(f"{name}: {found:.1e} of the spread, {'well' if found < 1e-4 else 'TOO LARGE'}")
+    return found < 1e-4
+
+
+def share(ours: torch.Tensor, other: torch.Tensor) -> float:
+    found = float(((ours - other).abs().max() / other.std()).detach())
+    return found if found == found else float("inf")
 
 
 def encoder(size: int = GLOBAL, batch: int = BATCH) -> None:
@@ -157,13 +203,14 @@ def resunet(size: int = GLOBAL) -> None:
 
 
 class PlainHead(nn.Module):
-    """DINO's projection head, as lightly and the authors write it."""
+    """DINO's projection head, as lightly and the authors write it, with the weights of ours."""
 
-    def __init__(self, width: int):
+    def __init__(self, ours: DINOHead):
         super().__init__()
-        layers = nn.Linear(width, 2048), nn.GELU(), nn.Linear(2048, 2048), nn.GELU()
-        self.layers = nn.Sequential(*layers, nn.Linear(2048, 256))
+        first, second, third = [m for m in copy.deepcopy(ours.mlp) if isinstance(m, nn.Linear)]
+        self.layers = nn.Sequential(first, nn.GELU(), second, nn.GELU(), third)
         last = nn.Linear(256, PROTOTYPES, bias=False)
+        last.weight.data.copy_(ours.prototypes.direction.data)
         self.last_layer = nn.utils.parametrizations.weight_norm(last)
         self.last_layer.parametrizations.weight.original0.data.fill_(1)
         self.last_layer.parametrizations.weight.original0.requires_grad = False
@@ -172,13 +219,21 @@ class PlainHead(nn.Module):
         return self.last_layer(F.normalize(self.layers(x), dim=-1))
 
 
-def plain_step(encode: nn.Module, width: int, global_crops: list, local_crops: list):
+def step_pair(ours: nn.Module, encode: nn.Module, global_crops: list, local_crops: list):
+    """Return a step of ours and one of a loop over views with `encode`, of the same weights."""
+    torch.manual_seed(0)
+    head = DINOHead(ours.feature_channels[-1], PROTOTYPES, batchnorm=False)
+    plain = plain_step(encode, PlainHead(head), global_crops, local_crops)
+    return our_step(ours, head, global_crops, local_crops), plain
+
+
+def plain_step(encode: nn.Module, head: nn.Module, global_crops: list, local_crops: list):
     """Return DINO's step as lightly's example takes it: view by view, and the loss pair by pair."""
 
     class Network(nn.Module):
         def __init__(self):
             super().__init__()
-            self.encode, self.head = encode, PlainHead(width)
+            self.encode, self.head = encode, head
 
         def forward(self, x):
             return self.head(self.encode(x)[-1].mean(dim=(2, 3, 4)))
@@ -201,18 +256,20 @@ def plain_step(encode: nn.Module, width: int, global_crops: list, local_crops: l
                     loss = loss - (p * (s / STUDENT_TEMP).log_softmax(-1)).sum(-1).mean()
                     pairs += 1
         optimizer.zero_grad()
-        (loss / pairs).backward()
+        loss = loss / pairs
+        loss.backward()
         optimizer.step()
         for t, s in zip(teacher.parameters(), student.parameters(), strict=True):
             t.data = t.data * MOMENTUM + s.data * (1 - MOMENTUM)
         center.mul_(0.9).add_(torch.cat(teacher_out).mean(0), alpha=0.1)
+        return loss
 
     return run
 
 
-def our_step(backbone: nn.Module, global_crops: list, local_crops: list):
+def our_step(backbone: nn.Module, head: nn.Module, global_crops: list, local_crops: list):
     """Return the same step of the parts that `dino.py` takes it from."""
-    head = DINOHead(backbone.feature_channels[-1], PROTOTYPES, batchnorm=False)
+    views = (-1, len(global_crops[0]))  # (views * B, K) -> (views, B, K)
     student = DINONetwork(backbone, "mean", head).to(DEVICE)
     teacher = copy.deepcopy(student).requires_grad_(False)
     targets = TeacherTargets(PROTOTYPES, "center").to(DEVICE)
@@ -225,10 +282,12 @@ def our_step(backbone: nn.Module, global_crops: list, local_crops: list):
                 p = targets(teacher(global_crops)["logits"], TEACHER_TEMP)
             logits = student(global_crops, local_crops)["logits"]
         optimizer.zero_grad()
-        dino_loss(p.unflatten(0, (2, -1)), logits[:, None], STUDENT_TEMP).backward()
+        loss = dino_loss(p.unflatten(0, views), logits.unflatten(0, views), STUDENT_TEMP)
+        loss.backward()
         optimizer.step()
         update_teacher(teacher, student, MOMENTUM)
         targets.update_center()
+        return loss
 
     return run
 
@@ -236,9 +295,8 @@ def our_step(backbone: nn.Module, global_crops: list, local_crops: list):
 def dino_swinunetr() -> None:
     ours, monai = swin_pair(decoder=False)
     views = [cube(GLOBAL) for _ in range(2)], [cube(LOCAL) for _ in range(8)]
-    plain = plain_step(monai.swinViT, ours.feature_channels[-1], *views)
     name = f"DINO, swinunetr, {BATCH} x (2 x {GLOBAL}^3 + 8 x {LOCAL}^3)"
-    compare(name, our_step(ours, *views), plain)
+    compare(name, *step_pair(ours, monai.swinViT, *views))
 
 
 class Encode(nn.Module):
@@ -253,12 +311,12 @@ class Encode(nn.Module):
 def dino_resunet() -> None:
     ours = build_backbone("resunet", decoder=False)
     views = [cube(GLOBAL) for _ in range(2)], [cube(GLOBAL) for _ in range(4)]
-    plain = plain_step(Encode(copy.deepcopy(ours)), ours.feature_channels[-1], *views)
-    compare(f"DINO, resunet, {BATCH} x (2 + 4) x {GLOBAL}^3", our_step(ours, *views), plain)
+    pair = step_pair(ours, Encode(copy.deepcopy(ours)), *views)
+    compare(f"DINO, resunet, {BATCH} x (2 + 4) x {GLOBAL}^3", *pair)
 
 
 def memory(size: int = 96) -> None:
-    """Print the peak of each arm above what it takes to be there, by the kernel's count."""
+    """Print the peak of each arm above what it takes to be there, on a CPU by the kernel."""
     for arm in ("ours", "monai"):
         command = [sys.executable, "-m", "tests.benchmarks.speed", f"peak:{arm}:{size}"]
         subprocess.run(command, check=True)
@@ -275,11 +333,15 @@ def peak(arm: str, size: int) -> None:
     ours, monai = swin_pair(decoder=False)
     network = ours.encode if arm == "ours" else monai.swinViT
     forward_backward(network, cube(32, 1))()  # gradients and caches are there
-    before = most_memory()
-    forward_backward(network, cube(size, 1))()
-    mib = (most_memory() - before) / 1024
-    if DEVICE.type == "cuda":
-        mib = torch.cuda.max_memory_allocated() / 2**20
+    if ON_GPU:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        forward_backward(network, cube(size, 1))()
+        mib = (torch.cuda.max_memory_allocated() - before) / 2**20
+    else:
+        before = most_memory()
+        forward_backward(network, cube(size, 1))()
+        mib = (most_memory() - before) / 1024
     print(f"swinunetr's encoder, {size}^3, peak memory of {arm}: {mib:,.0f} MiB")
 
 
@@ -300,7 +362,7 @@ def sizes() -> None:
             for n in (12, 24, 48, 96)
         },
         "windows of a sliding window": {
-            n: lambda n=n: [swin.encode(cube(LOCAL, 1)) for _ in range(n)] for n in (1, 4, 16)
+            n: window_passes(swin, cube(LOCAL, 1), n) for n in (1, 4, 16)
         },
     }
     figure = Figure(figsize=(4 * len(panels), 3), layout="tight")
@@ -321,6 +383,16 @@ def sizes() -> None:
     print(path)
 
 
+def window_passes(network: nn.Module, x: torch.Tensor, num_windows: int):
+    @torch.no_grad()
+    def run():
+        with autocast():
+            for _ in range(num_windows):
+                network.encode(x)
+
+    return run
+
+
 def head_pass(prototypes: int):
     """Return a pass of the projection head and DINO's loss for 8 cases of 2 + 8 crops."""
     head = DINOHead(768, prototypes, batchnorm=False).to(DEVICE)
@@ -328,14 +400,15 @@ def head_pass(prototypes: int):
     target = torch.full((2, 8, prototypes), 1 / prototypes, device=DEVICE)
 
     def run():
-        logits = head(features).unflatten(0, (10, 8))
+        with autocast():
+            logits = head(features).unflatten(0, (10, 8))
         dino_loss(target, logits, STUDENT_TEMP).backward()
 
     return run
 
 
 ROWS = {
-    "check": exact_check,
+    "check": check,
     "encoder": encoder,
     "crops": lambda: encoder(LOCAL, 8 * BATCH),
     "swinunetr": swinunetr,
@@ -354,6 +427,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=REPEATS, help="after one to warm up")
     arguments = parser.parse_args()
     REPEATS = arguments.repeats
+    for name in arguments.rows:
+        if name not in ROWS and not name.startswith("peak:"):
+            parser.error(f"there is no row {name}; choose from {', '.join(ROWS)}")
     for name in arguments.rows or ROWS:
         if name.startswith("peak:"):  # for `memory`
             _, arm, size = name.split(":")
