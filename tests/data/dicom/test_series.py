@@ -20,6 +20,7 @@ from data.dicom.elements import _read_with_pydicom, read_elements
 from data.readers import VolumeError, read_volume
 from tests.data.dicom.factory import (
     make_series,
+    pack_by_gdcm,
     paint,
     save_series,
     set_stored,
@@ -117,21 +118,11 @@ def test_paint_is_linear_in_space():
 
 @pytest.mark.parametrize("kind", ["JPEGLosslessProcess14_1", "JPEGLosslessProcess14"])
 def test_lossless_jpeg_is_the_series_itself(tmp_path, kind):
-    gdcm = pytest.importorskip("gdcm")
+    pytest.importorskip("gdcm")
     plain = save_series(make_series(intercept=-4000.0), tmp_path / "plain")
     (tmp_path / "packed").mkdir()
     for path in plain.iterdir():
-        reader, writer = gdcm.ImageReader(), gdcm.ImageWriter()
-        change = gdcm.ImageChangeTransferSyntax()
-        reader.SetFileName(str(path))
-        assert reader.Read()
-        change.SetTransferSyntax(gdcm.TransferSyntax(getattr(gdcm.TransferSyntax, kind)))
-        change.SetInput(reader.GetImage())
-        assert change.Change()
-        writer.SetFile(reader.GetFile())
-        writer.SetImage(change.GetOutput())
-        writer.SetFileName(str(tmp_path / "packed" / path.name))
-        assert writer.Write()
+        pack_by_gdcm(path, tmp_path / "packed" / path.name, kind)
     volume, expected = read_volume(tmp_path / "packed"), read_volume(plain)
     syntax = pydicom.dcmread(tmp_path / "packed" / path.name).file_meta.TransferSyntaxUID
     assert syntax.name.startswith("JPEG Lossless")
