@@ -36,9 +36,10 @@ def test_a_channel_of_zeros_says_so(tmp_path):
     def drawn(value):
         views = {"image": np.ones((1, 8, 8, 8)), "target": np.zeros((1, 8, 8, 8, 3))}
         views["image t2"] = np.full((1, 8, 8, 8), value)
-        return plot_crops(tmp_path / "a.png", views) == (240, 228, 66)  # the colour of texts
+        picture = plot_crops(tmp_path / "a.png", views).astype(int)
+        return np.count_nonzero(picture[..., 0] - picture[..., 2] > 100)  # yellow, as texts
 
-    assert drawn(0.0).all(axis=-1).sum() > drawn(1e-6).all(axis=-1).sum() + 10
+    assert drawn(0.0) > drawn(1e-6) + 10
 
 
 def test_colours_texts_and_a_legend(tmp_path):
