@@ -12,6 +12,7 @@ import pytest
 from pydicom.pixels import get_decoder
 from pydicom.uid import (
     JPEG2000Lossless,
+    JPEGExtended12Bit,
     JPEGLosslessSV1,
     JPEGLSLossless,
 )
@@ -63,6 +64,15 @@ def test_missing_decoders(tmp_path, monkeypatch):
         ds.save_as(path)
     if not get_decoder(JPEGLosslessSV1).is_available:
         with pytest.raises(VolumeError, match=f"^{folder}.*JPEG Lossless.*pip install python-gdcm"):
+            read_volume(folder)
+
+    for path in folder.iterdir():
+        ds = pydicom.dcmread(path)
+        ds.file_meta.TransferSyntaxUID = JPEGExtended12Bit
+        ds.save_as(path)
+    if "pylibjpeg" not in get_decoder(JPEGExtended12Bit).available_plugins:
+        what = "no decoder for lossy JPEG of 16 bits is installed: pip install pylibjpeg-libjpeg"
+        with pytest.raises(VolumeError, match=f"^{folder}.*{what}"):
             read_volume(folder)
 
     folder = save_series(make_series(**LARGER), tmp_path / "2000", JPEG2000Lossless)
