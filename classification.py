@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from data.cache import VolumeCache
 from data.cases import CasesError, format_problems
@@ -227,13 +226,11 @@ def build_state(run: Run[ClassificationConfig], classifier: Classifier, loader, 
     groups = optimizer_groups(classifier, f.backbone_lr, f.layer_decay)
     if cfg.compile:
         classifier.backbone.encode = torch.compile(classifier.backbone.encode, dynamic=False)
-    modules = {"classifier": classifier.to(run.device)}
+    classifier.to(run.device)
     torch.manual_seed(cfg.seed + distributed.rank())  # each rank's dropout is its own
     optimizer = torch.optim.AdamW(groups, lr=0.0, weight_decay=cfg.weight_decay, fused=True)
     scaler = torch.amp.GradScaler(run.device.type, enabled=cfg.precision == "fp16")
-    if distributed.world_size() > 1:
-        options = {"broadcast_buffers": False, "find_unused_parameters": f.freeze_epochs != 0}
-        modules = {"classifier": DistributedDataParallel(classifier, **options)}
+    modules = {"classifier": distributed.wrap(classifier, f.freeze_epochs != 0)}
     steps_per_epoch = max(loader.sampler.num_batches // cfg.accumulate, 1)
     return State(modules, optimizer, scaler, steps_per_epoch, about, weights=weights)
 

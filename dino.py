@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from data.cache import VolumeCache
 from data.inference.pictures import draw_features, draw_neighbours
@@ -298,8 +297,7 @@ def build_modules(run: Run[DinoConfig]) -> tuple[dict[str, nn.Module], dict | No
     if cfg.compile:  # once per crop size: dynamic shapes take minutes to trace
         for network in (student, teacher):
             network.backbone.encode = torch.compile(network.backbone.encode, dynamic=False)
-    if distributed.world_size() > 1:
-        student = DistributedDataParallel(student, broadcast_buffers=False)
+    student = distributed.wrap(student)
     return {"student": student, "teacher": teacher, "targets": targets.to(run.device)}, weights
 
 

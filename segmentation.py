@@ -18,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from data.cache import VolumeCache
@@ -119,8 +118,7 @@ def set_frozen(state: State, cfg: SegmentationConfig) -> None:
     if bare.frozen == frozen and ready:
         return
     bare.freeze(frozen)
-    if distributed.world_size() > 1:
-        state.modules["segmenter"] = DistributedDataParallel(bare, broadcast_buffers=False)
+    state.modules["segmenter"] = distributed.wrap(bare)
 
 
 def build_schedule(cfg: SegmentationConfig, steps_per_epoch: int) -> dict[str, np.ndarray]:

@@ -215,6 +215,7 @@ def _dtype(types: dict, name: str, orders: dict, order: str | None, path: Path) 
 
 def _beside(path: Path, name: str) -> Path:
     """Return the file of the voxels, one in the header's folder."""
+    name = name.removeprefix("./")
     if name.upper().startswith("LIST") or "%" in name or os.path.basename(name) != name:
         raise VolumeError(f"{path}: its voxels are in {name!a}; expected one file beside it")
     return path.with_name(name)

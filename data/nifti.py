@@ -195,7 +195,9 @@ def _dtype(header: nib.Nifti1Header, path: Path) -> np.dtype:
         dtype = np.dtype("V")  # unknown
     if dtype.kind not in "iuf" or dtype.itemsize > 8:
         code = int(header["datatype"])
-        raise VolumeError(f"{path}: data type {dtype} (NIfTI code {code}) is not supported")
+        kind = {"V": "colour" if dtype.names else "unknown", "c": "complex numbers"}.get(dtype.kind)
+        what = f"data type {kind or dtype} (NIfTI code {code})"
+        raise VolumeError(f"{path}: {what} is not supported; one real number per voxel is")
     return dtype
 
 

@@ -121,9 +121,7 @@ class ReadVolumed(Transform):
         out["values"] = [values_of(channel.voxels, channel.kind) for channel in there]
         out |= {name: getattr(form, name) for name in ("uneven_slices", "mask_grid", "nan_voxels")}
         if data.get("seg_path"):
-            of_scan = (volume.series_uid, volume.patient, volume.frame)
-            onto = Onto(volume.affine, volume.voxels.shape, *of_scan)
-            mask = read_mask(data["seg_path"], data.get("masks"), onto)
+            mask = read_mask(data["seg_path"], data.get("masks"), Onto.of(volume))
             files = [data["path"], *(data.get("masks") or [data["seg_path"]])]
             mask = fitted(mask, volume.affine, volume.voxels.shape, form.mask_grid, files)
             out["seg"] = _meta_tensor([mask.voxels], mask.affine)

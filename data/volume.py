@@ -36,6 +36,8 @@ class Volume:
     patient: a hash of DICOM's PatientID, by which scans are told to be of two patients; None for
         NIfTI, or without one. frame: likewise of FrameOfReferenceUID, by which scans share a space.
     rescaled: whether the header of a DICOM series says how stored values become real ones.
+    places: of DICOM slices at uneven distances, which were interpolated: where they lie, (N,) in
+        slices of the volume; else None.
     notices: what was likely, but not certain, or changed on the way; for the user, by row.
     """
 
@@ -46,6 +48,7 @@ class Volume:
     patient: str | None = None
     frame: str | None = None
     rescaled: bool = True
+    places: np.ndarray | None = None
     notices: tuple[str, ...] = ()
 
 

@@ -2,10 +2,13 @@
 
 import os
 import sys
+import warnings
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 PATIENCE = timedelta(hours=24)  # the main rank may build a large cache while the others wait
 
@@ -50,6 +53,16 @@ def rank() -> int:
 
 def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def wrap(module: nn.Module, find_unused_parameters: bool = False) -> nn.Module:
+    """Return a module whose gradients are means over the processes; buffers stay each one's own."""
+    if world_size() == 1:
+        return module
+    options = {"broadcast_buffers": False, "find_unused_parameters": find_unused_parameters}
+    with warnings.catch_warnings():  # what is to come in its place exchanges buffers at the start
+        warnings.simplefilter("ignore", FutureWarning)
+        return DistributedDataParallel(module, **options)
 
 
 def is_main() -> bool:

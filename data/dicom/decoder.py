@@ -199,9 +199,10 @@ def _serve() -> None:
             raise
         except MemoryError:
             answer = {"error": "needs more memory than a frame of its size"}
+        except (DecoderError, OSError) as error:
+            answer = {"error": getattr(error, "strerror", None) or str(error)}
         except BaseException as error:  # each decoder has its own types; RLE's raises Rust panics
-            # pydicom's ends with what the decoder said
-            answer = {"error": (str(error).splitlines() or [type(error).__name__])[-1].strip()}
+            answer = {"error": f"damaged, or of a kind that is not read ({type(error).__name__})"}
         answers.write(json.dumps(answer).encode() + b"\n")
         if values is not None:
             answers.write(values.data)
@@ -215,7 +216,7 @@ def _decode(dataset: pydicom.Dataset, index: int) -> np.ndarray:
         frames = int(dataset.get("NumberOfFrames") or 1)
         stream = get_frame(dataset.PixelData, index, number_of_frames=frames)
         if not stream.rstrip(PADDING).endswith(END_OF_IMAGE):
-            raise ValueError("truncated: its stream breaks off")
+            raise DecoderError("truncated: its stream breaks off")
         if syntax in JPEG_2000 and not stream.startswith(CODESTREAM):
             dataset, index = _with_frame(dataset, _unwrapped(stream)), 0
     # GDCM is for what no other decodes, lossless JPEG: its JPEG 2000 is an old one
@@ -248,7 +249,7 @@ def _unwrapped(jp2: bytes) -> bytes:
         if length < 8:
             break
         at += length
-    raise ValueError("holds no JPEG 2000 codestream")
+    raise DecoderError("holds no JPEG 2000 codestream")
 
 
 def _with_frame(dataset: pydicom.Dataset, stream: bytes) -> pydicom.Dataset:

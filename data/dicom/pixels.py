@@ -13,6 +13,7 @@ from pydicom.uid import (
     AllTransferSyntaxes,
     ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
+    JPEGExtended12Bit,
     JPEGLSTransferSyntaxes,
     RLELossless,
 )
@@ -104,14 +105,17 @@ def _check_length(image: Image) -> None:
 def _check_decoder(image: Image) -> None:
     """Raise VolumeError if no decoder for the transfer syntax is installed."""
     syntax = UID(image.transfer_syntax)
+    package, kind = DECODER_PACKAGES.get(syntax, OTHER_DECODERS), syntax.name
     try:
-        available = get_decoder(syntax).is_available
+        available = get_decoder(syntax).available_plugins
     except NotImplementedError:
-        raise VolumeError(f"{image.path}: transfer syntax {syntax.name} is not supported") from None
+        raise VolumeError(f"{image.path}: transfer syntax {kind} is not supported") from None
+    if syntax == JPEGExtended12Bit and image.bits_stored > 8:  # others decode 8 bits of it
+        package, kind = "pylibjpeg-libjpeg", f"lossy JPEG of {image.bits_stored} bits"
+        available = {"pylibjpeg"} & {*available}
     if not available:
-        package = DECODER_PACKAGES.get(syntax, OTHER_DECODERS)
         raise VolumeError(
-            f"{image.path}: no decoder for {syntax.name} is installed: pip install {package}"
+            f"{image.path}: no decoder for {kind} is installed: pip install {package}"
         )
     if syntax != RLELossless and image.high_bit != image.bits_stored - 1:
         raise VolumeError(

@@ -19,13 +19,19 @@ UNEVEN = 0.05  # slice spacings by which a frame may lie beside its place
 
 
 class Onto(NamedTuple):
-    """The scan that a mask is of, as read. series_uid, patient, frame: as those of a Volume."""
+    """The scan that a mask is of, as read. The others are as those of a Volume."""
 
     affine: np.ndarray
     shape: Sequence[int]
     series_uid: str | None = None
     patient: str | None = None
     frame: str | None = None
+    places: np.ndarray | None = None
+
+    @classmethod
+    def of(cls, volume: Volume) -> "Onto":
+        of_scan = (volume.series_uid, volume.patient, volume.frame, volume.places)
+        return cls(volume.affine, volume.voxels.shape, *of_scan)
 
 
 def read_seg(
@@ -39,28 +45,36 @@ def read_seg(
         parts: which segments (see `chosen`) get which label value, None: their numbers. Later ones
             are drawn over earlier, those of one part by their numbers; a value of 0 is not drawn.
         onto: the scan. Where every frame lies on one of its slices, the result is on its grid,
-            else on the frames' own, which the caller compares.
+            else on the frames' own, which the caller compares. A slice that was interpolated has
+            the labels of the nearest that was not.
     Returns:
         voxels (column, row, slice) int16; its notices count the voxels that two segments share.
     Raises:
         VolumeError: also if it is of another patient, or was drawn in another space.
     """
-    header = guarded(path, lambda found: read_seg_header(found, path), True)
-    values = {}
+    return guarded(path, lambda found: _read(read_seg_header(found, path), parts, onto), True)
+
+
+def _read(header: Header, parts, onto: Onto | None) -> Volume:
+    """Place and draw the frames; the arguments are as of `read_seg`."""
+    path, values = header.path, {}
     for part, value in parts:
         found = sorted(chosen(header.segments, part, path))
         values |= {number: number if value is None else value for number in found}
     if max(values.values(), default=0) > INT16_MAX:
         raise VolumeError(f"{path}: segment {max(values.values())}; numbers are 1 to {INT16_MAX}")
     notices = _check_belongs(header, onto) if onto else []
-    affine, count, slices = (_on_slices(header, onto) if onto else None) or _own_stack(header)
+    placed = _on_slices(header, onto) if onto else None
+    affine, spread, slices = placed or _own_stack(header)
     stored = _stored_frames(header)
-    labels = np.zeros((count, *header.shape), np.int16)
+    labels = np.zeros((max(spread.max(), slices.max()) + 1, *header.shape), np.int16)
     if header.kind == "LABELMAP":
         _label_frames(header, values, stored, slices, labels)
     else:
         notices += _draw(header, values, stored, slices, labels)
-    return Volume(labels.transpose(2, 1, 0), affine, "SEG", notices=tuple(notices))
+    if placed and onto.places is not None:
+        notices.append(f"{path}: slices that were interpolated have the labels of the nearest one")
+    return Volume(labels[spread].transpose(2, 1, 0), affine, "SEG", notices=tuple(notices))
 
 
 def _check_belongs(header: Header, onto: Onto) -> list[str]:
@@ -85,9 +99,9 @@ def _check_belongs(header: Header, onto: Onto) -> list[str]:
 # ---- where frames lie
 
 
-def _on_slices(header: Header, onto: Onto) -> tuple[np.ndarray, int, np.ndarray] | None:
-    """Return the scan's affine in the order of the frames' axes, its number of slices, and the
-    slice of each frame; None unless each lies on one."""
+def _on_slices(header: Header, onto: Onto) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """Return the scan's affine in the order of the frames' axes; for each of its slices the nearest
+    that was not interpolated, by number; and that of each frame. None unless each lies on one."""
     own = np.eye(4)
     own[:3, :3], own[:3, 3] = header.axes, header.positions[0]
     turn = nib.io_orientation(np.linalg.solve(own, onto.affine))
@@ -99,20 +113,28 @@ def _on_slices(header: Header, onto: Onto) -> tuple[np.ndarray, int, np.ndarray]
         return None
     tolerance = GRID_TOL * np.linalg.norm(affine[:3, :3], axis=0).min()
     there = np.linalg.solve(affine[:3, :3], (header.positions - affine[:3, 3]).T).T
-    slices = np.rint(there[:, 2]).astype(int)
-    if slices.min() < 0 or slices.max() >= count:
-        return None
-    first = affine[:3, 3] + np.outer(slices, affine[:3, 2])
+    places = np.arange(count)
+    if onto.places is not None:
+        if turn[2, 0] != 2:
+            return None
+        places = onto.places if turn[2, 1] > 0 else count - 1 - onto.places
+    slices, spread = _nearest(there[:, 2], places), _nearest(np.arange(count), places)
+    first = affine[:3, 3] + np.outer(places[slices], affine[:3, 2])
     for i, j in ((0, 0), (columns - 1, 0), (0, rows - 1), (columns - 1, rows - 1)):
         offset = (header.axes[:, :2] - affine[:3, :2]) @ (i, j)
         if np.linalg.norm(header.positions + offset - first, axis=1).max() > tolerance:
             return None
-    return affine, count, slices
+    return affine, spread, slices
 
 
-def _own_stack(header: Header) -> tuple[np.ndarray, int, np.ndarray]:
-    """Return affine, number of slices and slice of each frame of the stack that the frames form;
-    slices without a frame lie between them. Raises VolumeError if they are uneven."""
+def _nearest(wanted: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """Return the index of the place that is nearest to each wanted one."""
+    return np.abs(wanted[:, None] - places).argmin(1)
+
+
+def _own_stack(header: Header) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return affine, the numbers of the slices, and that of each frame, of the stack that the
+    frames form; slices without a frame lie between them. Raises VolumeError if they are uneven."""
     along = header.positions @ header.axes[:, 2]
     ends = header.positions[[along.argmin(), along.argmax()]]
     gaps = np.diff(np.sort(along))
@@ -133,7 +155,7 @@ def _own_stack(header: Header) -> tuple[np.ndarray, int, np.ndarray]:
     affine = np.eye(4)
     affine[:3, :3] = np.column_stack([header.axes[:, :2], axis])
     affine[:3, 3] = ends[0]
-    return affine, int(slices.max()) + 1, slices
+    return affine, np.arange(slices.max() + 1), slices
 
 
 # ---- voxels
@@ -143,7 +165,9 @@ def _stored_frames(header: Header) -> Callable[[int], np.ndarray]:
     """Return a function from the index of a frame to its stored values (rows, columns)."""
     dataset, path, shape = header.dataset, header.path, header.shape
     bits, size = int(dataset.BitsAllocated), header.shape[0] * header.shape[1]
-    syntax = UID(dataset.file_meta.TransferSyntaxUID)
+    syntax = UID(str(dataset.file_meta.get("TransferSyntaxUID", "")))
+    if not syntax.is_transfer_syntax:
+        raise VolumeError(f"{path}: unknown transfer syntax {str(syntax)!a}")
     if bits not in (1, 8, 16) or int(dataset.get("SamplesPerPixel", 1)) != 1:
         raise VolumeError(f"{path}: a SEG of {bits} bits per voxel, which is not read")
     if syntax == ExplicitVRBigEndian:
@@ -166,6 +190,9 @@ def _stored_frames(header: Header) -> Callable[[int], np.ndarray]:
     needed = -(-len(header.numbers) * size * bits // 8)
     if len(data) < needed:
         raise VolumeError(f"{path}: truncated: {len(data)} bytes of voxels, expected {needed}")
+    if len(data) > needed + needed % 2:  # frames may each begin with a byte, against the standard
+        what = f"{len(data)} bytes of voxels, {needed} expected for {len(header.numbers)} frames"
+        raise VolumeError(f"{path}: {what}: where each frame begins is unknown")
     if bits > 1:
         whole = np.frombuffer(data, f"<u{bits // 8}", len(header.numbers) * size)
         return whole.reshape(-1, *shape).__getitem__
@@ -198,11 +225,13 @@ def _label_frames(header, values, stored, slices, labels) -> None:
 def _draw(header, values, stored, slices, labels) -> list[str]:
     """Draw the frames of segments over each other into labels (slices, rows, columns); return
     notices."""
-    most = 1
+    most, maximum = 1, "MaximumFractionalValue"
     if header.kind == "FRACTIONAL":
-        most = int(header.dataset.get("MaximumFractionalValue", 255))
+        most = int(header.dataset.get(maximum) or 0)
+        if most < 1:
+            raise VolumeError(f"{header.path}: fractions whose {maximum} is {most or 'not said'}")
     drawn, shared, between = np.zeros(labels.shape, np.uint16), Counter(), 0
-    for number, value in values.items() if most else ():
+    for number, value in values.items():
         frames = np.flatnonzero(header.numbers == number) if value else ()
         seen = set()
         for index in frames:
@@ -211,6 +240,8 @@ def _draw(header, values, stored, slices, labels) -> list[str]:
                 raise VolumeError(f"{header.path}: several frames of segment {number} at one place")
             seen.add(place)
             inside = found > 0
+            if header.kind == "FRACTIONAL" and (high := int(found.max())) > most:
+                raise VolumeError(f"{header.path}: holds {high}; {maximum} is {most}")
             if most > 1:
                 between += np.count_nonzero(inside & (found < most))
                 inside = found.astype(np.int32) * 2 >= most

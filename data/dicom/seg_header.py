@@ -142,9 +142,11 @@ def guarded(path: str | os.PathLike, read: Callable, with_pixels: bool = False):
             warnings.simplefilter("ignore")
             dataset = pydicom.dcmread(path, stop_before_pixels=not with_pixels)
             return read(dataset)
-    except (VolumeError, OSError, MemoryError):
+    except (VolumeError, MemoryError):
         raise
     except Exception as error:  # of many types; no message, as it may quote the header
+        if isinstance(error, OSError) and error.errno:  # of the system, not of pydicom
+            raise
         raise VolumeError(f"{path}: damaged SEG file ({type(error).__name__})") from None
 
 

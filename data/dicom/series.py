@@ -63,6 +63,7 @@ def read_dicom(
         series_uid=series[0].series_uid or None,
         patient=hashed(next((image.patient for image in series if image.patient), "").encode()),
         rescaled=any(frame.slope or frame.intercept for frame in frames),
+        places=places,
         frame=hashed(frames[0].phase.get("FrameOfReferenceUID", b"").strip(b" \0")),
         notices=tuple(notices),
     )

@@ -220,8 +220,10 @@ def read_truth(case: Case, entry: CacheEntry, classes: Classes) -> np.ndarray:
 
     Raises VolumeError if mask and image have different shapes.
     """
-    onto = Onto(entry.original_affine, entry.original_shape)
-    mask, files = read_mask(case.seg_path, case.masks, onto), case.masks or [case.seg_path]
+    onto, files = Onto(entry.original_affine, entry.original_shape), case.masks or [case.seg_path]
+    if entry.uneven_slices == "resample" and not all(map(format_of, [case.path, *files])):
+        onto = Onto.of(read_shown(case, entry))  # for which slices were interpolated
+    mask = read_mask(case.seg_path, case.masks, onto)
     grid = entry.original_affine, entry.original_shape, entry.mask_grid
     mask = fitted(mask, *grid, [case.path, *files])
     # the mask's axes in terms of the image's

@@ -23,7 +23,7 @@ from data.values import FEWEST_ROWS, hu_notices, nothing_to_see, unlike_others
 from data.volume import MIN_VOXELS, SPACING_MM, spacing_of
 from utils.parallel import in_processes
 
-VERSION = 6  # of the remembered facts: raise it when the readers refuse more, or they say more
+VERSION = 7  # of the remembered facts: raise it when the readers refuse more, or they say more
 MEMORY = "checked.jsonl"  # in the cache's folder
 FEW_VOXELS = 8  # fewer are noticed: the network sees mostly padding there
 # {"shape": of the (first) file, "spacing": mm, "series": hash of SeriesInstanceUID or None,

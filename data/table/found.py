@@ -26,7 +26,8 @@ class Scan:
     """One row of the table.
 
     name: what it has in common with its mask (see `data.table.names.key`); () of DICOM.
-    study: what tells the studies of a patient apart. channels: further files, by column.
+    study: what tells the studies of a patient apart. channels: further files, by column;
+        None: missing.
     fold: given by the layout, or "".
     """
 
@@ -40,7 +41,7 @@ class Scan:
     derived: bool = False
     seg_path: Path | None = None
     labels: tuple[int | str, ...] = ()  # values of the mask, or labels of a DICOM SEG's segments
-    channels: dict[str, Path] = field(default_factory=dict)
+    channels: dict[str, Path | None] = field(default_factory=dict)
     fold: str = ""
 
 

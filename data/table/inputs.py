@@ -47,7 +47,8 @@ def find_inputs(
     if not root.exists():
         raise InputError(f"{root}: no such file or folder")
     scans, left = _scans(root, data.uneven_slices, n_workers, four_dimensional(data.channels))
-    for step in (without_repeats, lambda scans: _with_channels(scans, data.channels)):
+    may_lack = data.missing_channels == "zero"
+    for step in (without_repeats, lambda scans: _with_channels(scans, data.channels, may_lack)):
         scans, found = step(scans)
         left += found
     if not scans:
@@ -144,9 +145,11 @@ def _scans(
 
 
 def _with_channels(
-    scans: Sequence[Scan], channels: Sequence[str] | None
+    scans: Sequence[Scan], channels: Sequence[str] | None, may_lack: bool
 ) -> tuple[list[Scan], list[LeftOut]]:
     """Give each scan the files of the channels, in their order; leave out those without.
+
+    may_lack: take a case by the names of its files though it lacks some.
 
     They are the volumes of one 4D file; or files that nnU-Net numbers from _0000, as many as there
     are channels; or files whose names end in the channels' columns, such as case_t1.nii.gz and
@@ -159,7 +162,7 @@ def _with_channels(
         return [replace(s, channels=dict.fromkeys(channels, s.path)) for s in scans if s.name], []
     words = [name.removesuffix("_path") for name in channels]
     kept = [scan for scan in scans if len(scan.channels) == len(channels)]
-    kept += nifti.join_by_name([scan for scan in scans if not scan.channels], words)[0]
+    kept += nifti.join_by_name([scan for scan in scans if not scan.channels], words, may_lack)[0]
     used = {path for scan in kept for path in scan.channels.values()}
     ends = ", ".join(words)
     why = f"trained on {len(channels)} channels, but none here is CASE_0000 and so on, or {ends} "
@@ -170,9 +173,10 @@ def _with_channels(
 def _case(scan: Scan, channels: Sequence[str] | None) -> Case:
     paths = {}
     for name, path in zip(channels or (), scan.channels.values(), strict=True):
-        paths[name] = f"{path}:{column_of(name)[1]}" if four_dimensional(channels) else str(path)
+        part = f":{column_of(name)[1]}" * four_dimensional(channels)
+        paths[name] = path and f"{path}{part}"
     uid = None if channels else scan.series_uid or None
-    first = next(iter(paths.values()), str(scan.path))
+    first = next(filter(None, paths.values()), str(scan.path))
     return Case("", first, "", 0, uid, scan.modality or None, channels=paths)
 
 
@@ -185,9 +189,8 @@ def _named(cases: Sequence[Case], root: Path) -> list[Case]:
         name = path.relative_to(root) if path != root else Path(path.name)
         name = name.with_name(names.stem(name)) if format_of(name) else name
         end = sha256(f"{path}{case.series_uid}".encode()).hexdigest()[:8]
-        if (
-            len({split_part(path)[0] for path in case.channels.values()}) > 1
-        ):  # without the word that tells channels apart
+        if len(case.channels) > 1 and not four_dimensional([*case.channels]):
+            # without the word that tells channels apart
             name = name.with_name(re.sub(r"[_\-. ][^_\-. ]+$", "", name.name))
         text = name.as_posix()
         if held[case.path] > 1 or text.casefold() in used:

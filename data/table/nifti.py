@@ -167,10 +167,13 @@ def _joined(scans: Sequence[Scan]) -> tuple[list[Scan], list[LeftOut]]:
     return kept, left
 
 
-def join_by_name(scans: Sequence[Scan], channels: Sequence[str]) -> tuple[list, list[LeftOut]]:
+def join_by_name(
+    scans: Sequence[Scan], channels: Sequence[str], may_lack: bool = False
+) -> tuple[list, list[LeftOut]]:
     """Join the files of a case whose names end in the words `channels`, such as T1w and FLAIR.
 
-    Scans without such a word, and cases that lack one, are left out.
+    Scans without such a word are left out, and, unless they may, cases that lack one; else the path
+    of that is None.
     """
     cases, kept, left = defaultdict(dict), [], []
     for scan in scans:
@@ -186,11 +189,13 @@ def join_by_name(scans: Sequence[Scan], channels: Sequence[str]) -> tuple[list, 
             left.append(LeftOut(scan.path, f"{word} is there twice: {cases[case][word].path}"))
         cases[case].setdefault(word, scan)
     for found in cases.values():
-        if lacking := [word for word in channels if word not in found]:
+        lacking = [word for word in channels if word not in found]
+        if lacking and not may_lack:
             why = f"not all channels: without {', '.join(lacking)}"
             left += [LeftOut(scan.path, why) for scan in found.values()]
             continue
-        paths = {word: found[word].path for word in channels}
+        paths = {word: found[word].path if word in found else None for word in channels}
         mask = next((s.seg_path for s in found.values() if s.seg_path), None)
-        kept.append(replace(found[channels[0]], channels=paths, seg_path=mask))
+        first = next(found[word] for word in channels if word in found)
+        kept.append(replace(first, channels=paths, seg_path=mask))
     return kept, left

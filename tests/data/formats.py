@@ -82,7 +82,7 @@ def write_format(path: Path, voxels: np.ndarray, affine: np.ndarray, end="", **o
         return path
     beside = {".mhd": {"data": f"{path.stem}.raw"}, ".nhdr": {"data_file": f"{path.stem}.raw"}}
     make = meta if suffix in (".mha", ".mhd") else nrrd
-    header, stored = make(voxels, affine, **beside.get(suffix, {}), **options)
+    header, stored = make(voxels, affine, **beside.get(suffix, {}) | options)
     if suffix in beside:
         path.write_bytes(header.removesuffix(b"\n") if end == "as ITK" else header)
         path.with_suffix(".raw").write_bytes(stored)

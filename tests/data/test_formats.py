@@ -20,11 +20,13 @@ WAYS = [
     ("a.mha", {}),
     ("a.mha", {"packed": True, "order": ">"}),
     ("a.mhd", {}),
+    ("a.mhd", {"data": "./a.raw"}),
     ("a.nrrd", {}),
     ("a.nrrd", {"encoding": "gzip", "space": "RAS"}),
     ("a.nrrd", {"encoding": "bzip2", "space": "LAS", "order": ">"}),
     ("a.nhdr", {"encoding": "gzip"}),
     ("a.nhdr", {"end": "as ITK"}),
+    ("a.nhdr", {"data_file": "./a.raw"}),
     ("a.mgz", {}),
     ("a.mgh", {}),
 ]

@@ -10,6 +10,7 @@ from tests.faults.dicom.decoders import DECODERS
 from tests.faults.dicom.folder import DICOM
 from tests.faults.dicom.parts import PARTS
 from tests.faults.dicom.pydicom_files import PYDICOM
+from tests.faults.dicom.seg import SEG
 from tests.faults.files.bombs import BOMBS, ESTIMATES
 from tests.faults.files.channels import CHANNELS
 from tests.faults.files.csv_files import CSV
@@ -43,6 +44,7 @@ GROUPS = [
     DICOM,
     PARTS,
     PYDICOM,
+    SEG,
     NIFTI,
     NIFTI_FLIPS,
     FORMATS,

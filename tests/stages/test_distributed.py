@@ -92,6 +92,7 @@ def two_of(scans_of, tmp_path_factory):
     command += ["--nproc_per_node", "2", "-m", "tests.stages.two_processes", json.dumps(todo)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    assert "FutureWarning" not in done.stderr, "text of a library reaches the user"
     return folders
 
 

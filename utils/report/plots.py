@@ -132,7 +132,8 @@ def draw_middles(
     title_size=8.0,
     texts: Sequence[Sequence[str] | None] | None = None,
 ) -> None:
-    """Draw the middle slices of volumes in three planes, three rows for each case.
+    """Draw the middle slices of volumes in three planes, three rows for each case. On what is 0
+    throughout, as channels that are missing, that is written.
 
     columns: (title, volumes of the cases, (X, Y, Z) in 0..1) of each column. cases: text before the
     name of the plane. edges: left, bottom and top of the grid, as fractions of the figure. texts:
@@ -147,6 +148,8 @@ def draw_middles(
             _draw_slice(ax, volume, plane, volume.shape[axis] // 2)
             if plane == "axial" and texts and texts[column]:
                 write_on(ax, 0.03, 0.03, texts[column][case], fontsize=7, va="bottom")
+            if plane == "axial" and volume.ndim == 3 and not volume.any():  # a missing channel
+                write_on(ax, 0.5, 0.5, "zeros", fontsize=7, ha="center", va="center")
             if row == 0:
                 ax.set_title(title, fontsize=title_size, parse_math=False)
             if column == 0:

@@ -139,6 +139,23 @@ def save(ds: Dataset, path: Path, syntax=ExplicitVRLittleEndian, preamble=True) 
     return path
 
 
+def pack_by_gdcm(path: Path, to: Path, kind: str) -> None:
+    """Write a file again in a transfer syntax by its name in gdcm, which may not be installed."""
+    import gdcm
+
+    reader, writer = gdcm.ImageReader(), gdcm.ImageWriter()
+    change = gdcm.ImageChangeTransferSyntax()
+    reader.SetFileName(str(path))
+    assert reader.Read()
+    change.SetTransferSyntax(gdcm.TransferSyntax(getattr(gdcm.TransferSyntax, kind)))
+    change.SetInput(reader.GetImage())
+    assert change.Change()
+    writer.SetFile(reader.GetFile())
+    writer.SetImage(change.GetOutput())
+    writer.SetFileName(str(to))
+    assert writer.Write()
+
+
 def save_series(series, folder: Path, syntax=ExplicitVRLittleEndian, **options) -> Path:
     """Write slices in an order, and under names, that say nothing of their place."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ from data.readers import Onto, VolumeError, read_mask, read_volume
 from data.standard import StandardForm
 from tests.conftest import write_cases
 from tests.data.dicom.factory import AXIAL, OBLIQUE, make_series, move_to, save_series
-from tests.data.dicom.segs import ball, item, make_seg, save_seg
+from tests.data.dicom.segs import ball, item, make_seg, pixels, save_seg
 from utils.classes import Classes
 
 # in the middle of the phantom, which is 14 x 15 x 20 mm; other slices have no frame
@@ -30,11 +30,6 @@ def a_series(orientation=AXIAL, tilt=0.0, patient="phantom-1", uid=None):
         if tilt:
             move_to(ds, np.array(ds.ImagePositionPatient, float) + [0, tilt * k, 0])
     return series
-
-
-def onto(volume) -> Onto:
-    of_scan = (volume.series_uid, volume.patient, volume.frame)
-    return Onto(volume.affine, volume.voxels.shape, *of_scan)
 
 
 def expected(segments, affine, shape) -> np.ndarray:
@@ -53,7 +48,7 @@ def test_frames_are_placed_by_position(kind, orientation, tilt, tmp_path):
     scan = read_volume(save_series(series, tmp_path / "scan"))
     syntax = {} if kind == "BINARY" else {"syntax": RLELossless}
     save_seg(make_seg(series, SEGMENTS, kind), tmp_path / "seg" / "any name", **syntax)
-    mask = read_mask(tmp_path / "seg", onto=onto(scan))
+    mask = read_mask(tmp_path / "seg", onto=Onto.of(scan))
     wanted = expected(SEGMENTS, scan.affine, scan.voxels.shape)
     assert np.unique(wanted).tolist() == [0, 1, 2]
     assert not wanted.any((0, 1)).all(), "each slice has a frame"
@@ -196,7 +191,7 @@ def test_half_and_more_of_a_voxel_counts(tmp_path):
     scan = read_volume(save_series(series, tmp_path / "scan"))
     for fraction, share in ((128, True), (127, False)):
         ds = make_seg(series, SEGMENTS, "FRACTIONAL", fraction=fraction)
-        mask = read_mask(save_seg(ds, tmp_path / f"{fraction}.dcm"), onto=onto(scan))
+        mask = read_mask(save_seg(ds, tmp_path / f"{fraction}.dcm"), onto=Onto.of(scan))
         assert mask.voxels.any() == share
         assert "half and more is the segment" in mask.notices[0]
 
@@ -207,7 +202,7 @@ def test_it_must_be_of_the_scan_and_in_its_space(tmp_path):
 
     def read(**header):
         return read_mask(
-            save_seg(make_seg(series, SEGMENTS, **header), tmp_path / "s.dcm"), onto=onto(scan)
+            save_seg(make_seg(series, SEGMENTS, **header), tmp_path / "s.dcm"), onto=Onto.of(scan)
         )
 
     other = {"ReferencedSeriesSequence": [item(SeriesInstanceUID=uid)]}
@@ -241,6 +236,43 @@ def test_one_drawn_on_another_grid_is_refused_or_resampled(tmp_path):
         inside(tmp_path, {"path": "scan"}, ball(-5, 4, 0, radius=r)) for r in (3.3, 4.5)
     )
     assert truth[surely].all() and surely.sum() > 20 and not truth[~maybe].any()
+
+
+@pytest.mark.parametrize("orientation", [AXIAL, OBLIQUE])
+@pytest.mark.parametrize("turned", [False, True])
+def test_slices_that_were_interpolated_have_the_labels_of_the_nearest(
+    orientation, turned, tmp_path
+):
+    places = np.array([0, 1, 2, 3, 5.5, 8.5, 9.6, 11])  # in 2.5 mm
+    series = a_series(orientation)
+    normal = np.cross(orientation[:3], orientation[3:])
+    for k, ds in enumerate(series):
+        shift = 2.5 * (places[k] - k) * normal
+        move_to(ds, np.array(ds.ImagePositionPatient, float) + shift)
+    save_series(series, tmp_path / "scan")
+    if turned:  # rows from the last one, so that the slices' normal points the other way
+        for ds in series:
+            column = np.array(ds.ImageOrientationPatient[3:], float)
+            last = np.array(ds.ImagePositionPatient, float) + column * 1.5 * (ds.Rows - 1)
+            ds.ImageOrientationPatient = [*ds.ImageOrientationPatient[:3], *-column]
+            ds.ImagePositionPatient = [f"{x:.6f}" for x in last]
+    inside = ball(*(pixels(series[4]).mean((0, 1))), radius=13)
+    save_seg(make_seg(series, {"Body": inside}), tmp_path / "s.dcm")
+
+    scan = read_volume(tmp_path / "scan", uneven_slices="resample")
+    drawn = places[np.abs(places - np.arange(12)[:, None]).argmin(1)]
+    at = np.stack(np.meshgrid(*map(np.arange, (11, 10)), drawn, indexing="ij"), axis=-1)
+    wanted = inside(at @ scan.affine[:3, :3].T + scan.affine[:3, 3])
+    assert wanted[..., 4:8].any((0, 1)).all() and not wanted[..., 0].any()
+
+    cases, _ = cases_of(tmp_path, {"body": 1}, {"path": "scan", "seg_path": "s.dcm"})
+    form = StandardForm(None, crop_background=False, uneven_slices="resample")
+    cache = VolumeCache(tmp_path / "cache", form)
+    assert not check_volumes(cases, cache, True, 0, "auto", progress=False)
+    classes = Classes.from_config({"body": 1})
+    truth = read_truth(cases[0], cache.get(cases[0]), classes) > 0
+    np.testing.assert_array_equal(truth, wanted)
+    assert any("labels of the nearest" in n.what for n in volume_notices(cases, cache))
 
 
 def _cut(ds):

@@ -9,9 +9,10 @@ from tests.data.table.making import nifti, series
 from utils.errors import InputError
 
 
-def found(root, channels=None, modality="auto", known=(("CT",),)):
+def found(root, channels=None, modality="auto", known=(("CT",),), missing="refuse"):
     """{name of the results: its case}, and what is said."""
     data = SimpleNamespace(channels=channels, modality=modality, uneven_slices="refuse")
+    data.missing_channels = missing
     cases, notices = find_inputs(root, data, known, 1)
     assert [case.row for case in cases] == list(range(1, len(cases) + 1))
     return {case.patient: case for case in cases}, "\n".join(
@@ -79,6 +80,18 @@ def test_the_channels_of_a_case(tmp_path):
     (numbered / "P2_0000.nii.gz").unlink()
     with pytest.raises(InputError, match="several channels: trained on one"):
         found(numbered)
+
+
+def test_a_case_may_lack_channels_if_the_network_has_learned_without(tmp_path):
+    path = str(nifti(tmp_path / "P1_flair.nii.gz"))
+    nifti(tmp_path / "P2_t3.nii.gz")
+    channels = ["t1_path", "flair_path"]
+    with pytest.raises(InputError, match="P1_flair.*trained on 2 channels"):
+        found(tmp_path, channels)
+    cases, said = found(tmp_path, channels, missing="zero")
+    assert set(cases) == {"P1"} and cases["P1"].path == path
+    assert cases["P1"].channels == {"t1_path": None, "flair_path": path}
+    assert cases["P1"].missing == ["t1_path"] and "P2_t3.nii.gz: left out: " in said
 
 
 def test_a_modality_that_nothing_says_is_refused(tmp_path):

@@ -30,7 +30,7 @@ from tests.faults.cache.cases import (
     voxels,
     write,
 )
-from tests.faults.frame import NAMED, RIGHT, WRONG, Fault, Group, Outcome, judge
+from tests.faults.frame import LOST, NAMED, RIGHT, WRONG, Fault, Group, Outcome, judge
 from tests.places import ROOT
 
 OTHER_FORMS = {
@@ -160,6 +160,26 @@ def _new_form(form: StandardForm, folder: Path, make: type) -> list[Outcome]:
     return [whole(make(folder / "cache", each), case, each) for each in forms]
 
 
+def _moved(copy: bool, changed: bool, folder: Path, make: type) -> list[Outcome]:
+    """The source lies elsewhere, as on a node's own disk. changed: with other voxels, but the same
+    name, size and time."""
+    (folder / "old").mkdir()
+    case = make_cases(folder / "old", 1)[0]
+    make(folder / "cache", FORM).get(case)
+    place = Path(case.path)
+    (shutil.copytree if copy else shutil.move)(folder / "old", folder / "new")
+    path = folder / "new" / place.name
+    time_ns = path.stat().st_mtime_ns
+    if changed:
+        write(path, seed=5)
+        os.utime(path, ns=(time_ns, time_ns))
+    found = whole(make(folder / "cache", FORM), replace(case, path=str(path)))
+    built = [p for p in (folder / "cache").iterdir() if p.name != "contents.jsonl"]
+    if len(built) != 1 + changed:
+        return [found, Outcome(LOST, f"{len(built)} entries")]
+    return [found]
+
+
 def _changed_in_a_run(folder: Path, make: type) -> Outcome:
     """Between the start of a run and the first reading."""
     case = make_cases(folder, 1)[0]
@@ -235,6 +255,9 @@ FAULTS = [
     Fault("source gone", partial(_new_source, lambda path: path.rename(path.parent / "x")), NAMED),
     Fault("source changed in a run", _changed_in_a_run, NAMED),
     Fault("another mask", _other_mask, RIGHT),
+    Fault("source moved", partial(_moved, False, False), RIGHT),
+    Fault("source copied", partial(_moved, True, False), RIGHT),
+    Fault("source copied and changed", partial(_moved, True, True), RIGHT),
     *(Fault(f"other {name}", partial(_new_form, f), RIGHT) for name, f in OTHER_FORMS.items()),
     *(Fault(f"no room beyond {n} bytes", partial(_full, n)) for n in (0, 100, 30_000)),
     Fault("a file in place of the folder", partial(_no_folder, Path.touch), NAMED),

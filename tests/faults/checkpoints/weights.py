@@ -12,9 +12,11 @@ import numpy as np
 import safetensors.torch
 import torch
 
+from models.backbones import build_backbone
 from tests.faults.files.bombs import MOST_BYTES, HighWater
 from tests.faults.frame import NAMED, RIGHT, WRONG, Fault, Group, Outcome, judge
 from utils.tensor_files import read
+from utils.weights import load_backbone
 
 STATE = {"net.weight": torch.arange(6000.0).reshape(60, 100), "net.bias": torch.ones(3)}
 
@@ -150,6 +152,16 @@ def flipped(path: Path, folder: Path, seed: int) -> None:
     path.write_bytes(data)
 
 
+def _of_nnunet(axes, folder: Path, reader) -> Outcome:
+    """A whole checkpoint of nnU-Net, which is known by its mirroring axes, a tuple or None."""
+    path, net = folder / "weights.pt", build_backbone("resunet", features=(4, 8), blocks=(1, 1))
+    content = {"network_weights": net.state_dict(), "_best_ema": np.float64(0.5), "logging": {}}
+    torch.save(content | {"inference_allowed_mirroring_axes": axes}, path)
+    return judge(
+        lambda: load_backbone(net, path), lambda report: report.origin == "nnU-Net", [str(path)]
+    )
+
+
 FAULTS = [
     Fault("whole", partial(_load, saved), RIGHT),
     Fault("whole, legacy", partial(_load, partial(saved, legacy=True)), RIGHT),
@@ -162,6 +174,10 @@ FAULTS = [
         )
         for legacy in (False, True)
         for protocol, word in ((2, "posix.mkdir"), (4, "pickle_protocol"))
+    ),
+    *(
+        Fault(f"of nnU-Net, axes {axes}", partial(_of_nnunet, axes), RIGHT)
+        for axes in ((0, 1, 2), None)
     ),
     Fault("code in a pickle", partial(_load, evil_pickle), NAMED),
     Fault("code in an old pickle", partial(_load, evil_old_pickle), NAMED),

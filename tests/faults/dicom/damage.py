@@ -34,7 +34,7 @@ from tests.faults.dicom.build import (
     series,
     some,
 )
-from tests.faults.dicom.series import as_jp2
+from tests.faults.dicom.series import as_jp2, lossless_jpeg
 from tests.faults.frame import Fault, Outcome, judge
 
 # ---- refused: damage
@@ -51,6 +51,9 @@ def damage() -> list[Fault]:
         for name in SYNTAXES
         for keep in (0.03, 0.3, 0.55, 0.8, 0.97)
     ]
+    for keep in (0.3, 0.8, 0.97):
+        build = files(partial(_cut, keep=keep), files(lossless_jpeg, series(**big)))
+        found.append(refused(f"lossless JPEG cut to {keep:.0%}", build, "IM0940"))
     for name in ("explicit", "RLE", "JPEG 2000"):
         build = files(_rows_that_are_not_there, series(syntax=SYNTAXES[name], **LARGE))
         found.append(refused(f"65520 rows claimed, {name}", build))

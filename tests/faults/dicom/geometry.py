@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pydicom
 
-from tests.data.dicom.factory import CORONAL, paint
+from tests.data.dicom.factory import CORONAL, assert_phantom, paint
 from tests.faults.dicom.build import (
+    SECRETS,
     Build,
     Series,
     each,
@@ -19,7 +20,7 @@ from tests.faults.dicom.build import (
     shifted,
     some,
 )
-from tests.faults.frame import Fault
+from tests.faults.frame import NAMED, RIGHT, Fault, Outcome, judge
 
 # ---- refused: geometry
 
@@ -98,6 +99,34 @@ def irregular_stacks() -> list[Fault]:
             "SliceThickness",
         ),
     ]
+
+
+def interpolated() -> list[Fault]:
+    """Uneven slices, with data.uneven_slices: resample: the phantom is linear, so that it is right
+    everywhere; or a gap too wide for that."""
+    places = {
+        "two regular spacings": (np.r_[0:4:1, 4:16:3], 14),
+        "a slice missing": (np.r_[0:3, 4:9], 9),
+        "spacing grows": (np.cumsum(np.linspace(1, 1.5, 8)), 9),
+        "even": (np.arange(8), 8),
+    }
+    found = [
+        Fault(f"{name}, to be interpolated", partial(_resampled, steps, count), RIGHT)
+        for name, (steps, count) in places.items()
+    ]
+    wide = partial(_resampled, np.r_[0:4, 9:13], 13)
+    return [*found, Fault("a gap too wide, to be interpolated", wide, NAMED)]
+
+
+def _resampled(steps: np.ndarray, count: int, folder: Path, reader) -> Outcome:
+    """steps: places of the slices, in 2.5 mm."""
+    path = series(shifted(lambda k: (0, 0, 2.5 * (steps[k] - k))))(folder)
+    return judge(
+        lambda: reader(path, uneven_slices="resample"),
+        lambda volume: assert_phantom(volume, (12, 10, count), 0.75),
+        [str(path)],
+        secrets=SECRETS,
+    )
 
 
 def _without(*numbers: int) -> Build:

@@ -2,6 +2,7 @@
 
 import struct
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +15,15 @@ from pydicom.uid import (
     JPEG2000Lossless,
 )
 
+from data.volume import Volume
 from tests.data.dicom.factory import (
     AXIAL,
     CORONAL,
     OBLIQUE,
     SAGITTAL,
+    assert_phantom,
     make_series,
+    pack_by_gdcm,
     paint,
     save,
     save_series,
@@ -27,6 +31,7 @@ from tests.data.dicom.factory import (
 from tests.faults.dicom.build import (
     LARGE,
     LARGE_SHAPE,
+    SECRETS,
     SHAPE,
     SYNTAXES,
     Build,
@@ -39,7 +44,7 @@ from tests.faults.dicom.build import (
     right,
     series,
 )
-from tests.faults.frame import Fault
+from tests.faults.frame import RIGHT, Fault, Outcome, judge
 
 # ---- right: order, orientation, numbers that say nothing
 
@@ -165,8 +170,24 @@ def values() -> list[Fault]:
         right("transfer syntaxes mixed", mixed_coding, LARGE_SHAPE),
         right("signed and unsigned mixed", series(mixed_sign)),
         right("numbers written in other ways", series(number_formats)),
+        *(Fault(f"slopes of {unit:g}", partial(_in_units, unit), RIGHT) for unit in (1e-8, 1e7)),
         right("MONOCHROME1", series(each(PhotometricInterpretation="MONOCHROME1"))),
     ]
+
+
+def _in_units(unit: float, folder: Path, reader) -> Outcome:
+    """PET: the slope is another one in each slice, and may be very small."""
+    slopes = np.linspace(0.2, 0.9, 8)
+    made = make_series(slope=slopes)
+    for ds, slope in zip(made, slopes, strict=True):
+        ds.RescaleSlope, ds.Modality, ds.Units = f"{slope * unit:.9e}", "PT", "BQML"
+    path = save_series(made, folder / "series")
+
+    def is_right(volume) -> None:
+        assert_phantom(Volume(volume.voxels / unit, volume.affine), SHAPE, 0.5)
+        assert volume.modality in ("PT", None)
+
+    return judge(lambda: reader(path), is_right, [str(path)], secrets=SECRETS)
 
 
 def _foreign_bits(made: Series, high_bit: int) -> None:
@@ -230,6 +251,7 @@ def encodings() -> list[Fault]:
         right("nested within, implicit", series(_nested, ImplicitVRLittleEndian)),
         right("padded pixel data", series(_padded, rows=9, columns=11), (11, 9, 8)),
         right("padding after the data set", files(_trailing)),
+        right("lossless JPEG", files(lossless_jpeg)),
         right("JPEG 2000 in fragments", files(_fragmented, jpeg), LARGE_SHAPE),
         right("JPEG 2000 within a JP2 file", files(as_jp2, jpeg), LARGE_SHAPE),
         right(
@@ -285,6 +307,11 @@ def _trailing(paths: list[Path]) -> None:
         path.write_bytes(
             path.read_bytes() + struct.pack("<HH2sHI", 0xFFFC, 0xFFFC, b"OB", 0, 8) + bytes(8)
         )
+
+
+def lossless_jpeg(paths: list[Path]) -> None:
+    for path in paths if find_spec("gdcm") else ():  # without it, this is the plain series
+        pack_by_gdcm(path, path, "JPEGLosslessProcess14_1")
 
 
 def _fragmented(paths: list[Path]) -> None:

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from data.cases import CasesError, read_cases
-from tests.faults.frame import NAMED, RIGHT, Fault, Group, Outcome, judge
+from data.cases import Case, CasesError, read_cases
+from data.prepare.targets import minus_one
+from tests.faults.frame import NAMED, RIGHT, WRONG, Fault, Group, Outcome, judge
 
 FOLDS = {"train": ["0"], "val": ["1"], "test": []}
 HEADER = "PatientID,path,fold,grade"
@@ -82,6 +83,22 @@ def grades(*texts: str) -> Fault:
     return right(f"labels {', '.join(texts)}", "\n".join([HEADER, *lines]), rows)
 
 
+def _unknown(texts: tuple[str, ...], noticed: bool, folder: Path, reader) -> Outcome:
+    """-1 among the labels: a notice, unless there are other negative numbers."""
+    for name in ("a.nii", "b.nii", "c.nii"):
+        (folder / name).touch()
+    path = folder / "cases.csv"
+    path.write_text(_graded(texts))
+    found = [row for row in reader(path)]
+    cases = [
+        Case(p, file, fold, i + 2, labels={"grade": text})
+        for i, (p, file, fold, text) in enumerate(found)
+    ]
+    notices = minus_one("grade", cases)
+    good = bool(notices) == noticed and all("-1" in notice.what for notice in notices)
+    return Outcome(RIGHT if good else WRONG, str(notices))
+
+
 NUMBERS = ["007", "1E5", "1e5", "1.10", "1_000", "+5", "-0", "0x10", "0b11", "1.", ".5", "1e400"]
 WORDS = [
     "NA",
@@ -135,6 +152,8 @@ AS_WRITTEN = [
     right("tabs", GOOD.replace(",", "\t")),
     right("a line that names the separator", "sep=,\n" + GOOD),
     grades("1", "NA", "2"),
+    Fault("-1 for unknown", partial(_unknown, ("0", "-1", "1"), True), RIGHT),
+    Fault("-1 among other negative numbers", partial(_unknown, ("-2", "-1", "1"), False), RIGHT),
     grades("True", "False", "yes"),
     grades("01", "1", "x"),
     grades("1.5", "2", "3"),

@@ -74,7 +74,13 @@ def _check(make: Callable[[Path], None] | None, cells, config, want, notice, wor
     if make:
         make(folder / "masks")
     cells = {"PatientID": "p-9", "path": "image.nii", "fold": "0", "seg_path": "masks"} | cells
-    text = "\n".join(",".join(row) for row in (cells, cells.values()))
+    rows = [cells, cells.values()]
+    if "labelled_classes" in cells and config is MIXED:  # another row has all classes
+        nib.save(nib.Nifti1Image(phantom()[::-1].astype(np.int16), AFFINE), folder / "other.nii")
+        label_map(folder)
+        other = {"PatientID": "p-8", "path": "other.nii", "seg_path": "map.nii"}
+        rows.append((cells | other | {"labelled_classes": ""}).values())
+    text = "\n".join(",".join(row) for row in rows)
     (folder / "cases.csv").write_text(text)
 
     def is_right(result) -> None:
@@ -113,6 +119,7 @@ TURNED = {"voxels": inside("spleen")[::-1], "affine": AFFINE @ np.diag([-1.0, 1,
 TURNED["affine"][:3, 3] += AFFINE[:3, 0] * (SHAPE[0] - 1)
 SHARED = inside("spleen") | inside("lesion")
 MAP = {"seg_path": "masks/map.nii"}
+ONLY_LIVER = {"labelled_classes": "liver"}
 FAULTS = [
     fault("a folder of files", RIGHT, want=BOTH),
     fault("values of 255", RIGHT, changed("liver", voxels=inside("liver") * 255), want=BOTH),
@@ -152,7 +159,24 @@ FAULTS = [
         cells={"labelled_classes": "livr"},
         words=["nearest: liver"],
     ),
+    fault(
+        "a file of another class is not there",
+        RIGHT,
+        lambda folder: (folder / "spleen.nii").unlink(),
+        ONLY_LIVER,
+        MIXED,
+        {"liver": LIVER, "spleen": LIVER & False},
+    ),
+    fault(
+        "label values of another class",
+        RIGHT,
+        label_map,
+        MAP | ONLY_LIVER,
+        MIXED,
+        {"liver": LIVER, "spleen": LIVER & False},
+        "not used: spleen",
+    ),
     fault("a misspelt column", NAMED, cells={"labeled_classes": "liver"}, words=["labelled_"]),
-    fault("a class that no row shows", NAMED, cells={"labelled_classes": "liver"}),
+    fault("a class that no row shows", NAMED, cells=ONLY_LIVER),
 ]
 LABELS = Group("labels", through_cache, FAULTS, {"takes what is there": as_found})

@@ -296,7 +296,7 @@ REFUSED = [
     header("vox_offset NaN", vox_offset=np.nan),
     header("unknown data type", "11780", datatype=11780),
     header("complex", "not supported", datatype=32, bitpix=64),
-    header("colour", "not supported", datatype=128, bitpix=24),
+    header("colour", "data type colour (NIfTI code 128)", datatype=128, bitpix=24),
     header("128-bit numbers", datatype=1536, bitpix=128),
     header("unknown unit", "unit", xyzt_units=5),
     header("no magic", magic=b""),

@@ -1,4 +1,4 @@
-"""CT that is not in HU: noticed or refused by row, and CT in HU is neither."""
+"""CT that is not in HU, or of few slices: noticed or refused by row, and other CT is neither."""
 
 from functools import partial
 from pathlib import Path
@@ -86,6 +86,13 @@ FAULTS = [
     fault("a window elsewhere", (HU + 9000).astype(np.int16), "grey values", NAMED),
     fault("no air", HU.clip(-150, 500).astype(np.int16), "below -200 HU"),
     fault("unlike all others", (HU * 1.6 + 400).astype(np.int16), "unlike all others", others=9),
+    fault("8 slices", HU[..., :8].astype(np.int16)),
+    *(
+        fault(f"{n} slices", HU[..., :n].astype(np.int16), f"16 x 14 x {n} voxels: few along")
+        for n in (7, 2)
+    ),
+    fault("a single slice", HU[..., :1].astype(np.int16), "16 x 14 x 1", NAMED),
+    fault("few columns", HU[:3].astype(np.int16), "3 x 14 x 12 voxels: few along"),
     Fault("DICOM", partial(_check_dicom, ()), RIGHT),
     Fault("DICOM without slope", partial(_check_dicom, ("RescaleSlope",)), RIGHT),
     Fault("DICOM without both", partial(_check_dicom, ("RescaleSlope", "RescaleIntercept")), NAMED),

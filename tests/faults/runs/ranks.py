@@ -2,6 +2,7 @@
 started again they end as a run that is left alone."""
 
 import contextlib
+import csv
 import functools
 import json
 import os
@@ -14,9 +15,18 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from tests.conftest import equal
+from tests.conftest import equal, write_cases
 from tests.faults.frame import LOST, RIGHT, WRONG, Fault, Group, Outcome
-from tests.faults.runs.runs import STAGES, Run, arguments, kept_folder, kill_group, result, step_of
+from tests.faults.runs.runs import (
+    STAGES,
+    Run,
+    arguments,
+    kept_folder,
+    kill_group,
+    result,
+    scans,
+    step_of,
+)
 from tests.faults.runs.script import ACTED, ROOT
 
 LIMIT_S = 60
@@ -60,7 +70,9 @@ class Torchrun:
         return self.terminal.read_text(errors="replace")
 
 
-def _by_hand(stage: str, folder: Path, at: dict | None = None, broken: str = "") -> list[Run]:
+def _by_hand(
+    stage: str, folder: Path, at: dict | None = None, broken: str = "", **overrides
+) -> list[Run]:
     """Two ranks as srun starts them: nobody ends one when the other is gone."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -71,7 +83,7 @@ def _by_hand(stage: str, folder: Path, at: dict | None = None, broken: str = "")
         place.mkdir(exist_ok=True)
         env = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
         env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        shared = {"results_dir": folder, "cache_dir": folder / "cache"}
+        shared = {"results_dir": folder, "cache_dir": folder / "cache", **overrides}
         options = {"env": env, "at": at, "broken": broken}
         runs.append(Run(stage, place, options, **TWO, **shared))
     return runs
@@ -193,6 +205,22 @@ def _both_signalled(stage: str, function: str, call: int, folder: Path, broken: 
     return _goes_on(stage, folder)
 
 
+def _few_cases(stage: str, folder: Path, broken: str) -> Outcome:
+    """One train case and one val case for two ranks: each step has both all the same."""
+    with open(scans(stage) / "cases.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    kept = [next(row for row in rows if row["fold"] == fold) for fold in ("0", "3", "4")]
+    for row in kept:
+        row |= {n: str(scans(stage) / row[n]) for n in row if n.endswith("path") and row[n]}
+    write_cases(folder / "few.csv", kept)
+    few = {"csv_path": folder / "few.csv", "train_folds": "[0]", "val_folds": "[3]"}
+    few |= {"probe_targets": "[]"} if stage == "dino" else {}
+    runs = _by_hand(stage, folder, broken=broken, **few)
+    if (codes := _ended_by_hand(runs, 90)) == [0, 0]:
+        return Outcome(RIGHT)
+    return Outcome(WRONG, f"exit codes {codes}: {' '.join(run.said()[-1000:] for run in runs)}")
+
+
 FAULTS = [
     *(
         Fault(
@@ -227,6 +255,10 @@ FAULTS = [
     *(
         Fault(f"{stage}, rank {n} killed, restarted", partial(_restarted, stage, n), RIGHT, True)
         for stage, n in zip(STAGES, (1, 0, 1), strict=True)
+    ),
+    *(
+        Fault(f"{stage}, fewer cases than ranks", partial(_few_cases, stage), RIGHT, True)
+        for stage in ("dino", "segmentation")
     ),
     Fault("dino, rank 0 killed", partial(_ended, "dino", 0), RIGHT, True),
     *(

@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from tests.places import ROOT
@@ -224,6 +225,13 @@ def leave_workers() -> None:
     run.end_workers = lambda: None
 
 
+def start_workers(how: str) -> None:
+    """Not broken, but another way than that of this Python and system."""
+    import multiprocessing
+
+    multiprocessing.set_start_method(how)
+
+
 BROKEN: dict[str, Callable[[], None]] = {
     "random state not restored": forget_random_state,
     "epochs started anew": start_epochs_anew,
@@ -233,6 +241,8 @@ BROKEN: dict[str, Callable[[], None]] = {
     "little patience": patience,
     "a read hangs": hang_in_a_read,
     "workers left alone": leave_workers,
+    "workers by spawn": partial(start_workers, "spawn"),
+    "workers by forkserver": partial(start_workers, "forkserver"),
 }
 
 if __name__ == "__main__":

@@ -32,6 +32,16 @@ def test_crops(tmp_path):
     assert _same_picture(tmp_path / "one.png", one)
 
 
+def test_a_channel_of_zeros_says_so(tmp_path):
+    def drawn(value):
+        views = {"image": np.ones((1, 8, 8, 8)), "target": np.zeros((1, 8, 8, 8, 3))}
+        views["image t2"] = np.full((1, 8, 8, 8), value)
+        picture = plot_crops(tmp_path / "a.png", views).astype(int)
+        return np.count_nonzero(picture[..., 0] - picture[..., 2] > 100)  # yellow, as texts
+
+    assert drawn(0.0) > drawn(1e-6) + 10
+
+
 def test_colours_texts_and_a_legend(tmp_path):
     views = {"image": np.zeros((2, 8, 8, 8)), "target": np.zeros((2, 8, 8, 8, 3))}
     views["target"][0] = (0, 0, 1)
