@@ -11,7 +11,7 @@ from tests.browser import NEEDED, look
 from utils.report import slices
 from utils.report.page import Section, Slices, write_report
 from utils.report.segmentation import worst_of_classes
-from utils.report.slices import fits, pack
+from utils.report.slices import fits, pack, worst_first
 
 SPACING = (1.0, 1.0, 2.0)
 NAMES = ["organ", "lesion", "other"]
@@ -58,6 +58,15 @@ def test_the_worst_class_comes_first_and_is_shown_where_it_is():
     for one, mask in zip(case["classes"], (true, found, true), strict=True):
         for axis in range(3):
             assert (np.take(mask, one["at"][axis], axis) == one["indices"][0]).any()
+
+
+def test_the_case_with_the_worst_class_comes_first():
+    scores = ([0.9, 0.3], [0.5, 0.4], [None, 0.0], [None, None])
+    parts = [*scene(), SPACING, ["a", "b"]]
+    cases = [
+        pack(*parts, str(n), dict(zip("ab", dice, strict=True))) for n, dice in enumerate(scores)
+    ]
+    assert [case["title"] for case in worst_first(cases)] == ["2", "0", "1", "3"]
 
 
 def test_a_large_case_is_made_coarser_and_no_class_is_lost(monkeypatch):
