@@ -139,12 +139,14 @@ ACTIONS = """
 
 @NEEDED
 def test_in_a_browser(tmp_path):
-    """On a phone's width: nothing is clipped."""
+    """On a phone's width, in both themes: nothing is clipped."""
     path = tmp_path / "report.html"
     other = packed() | {"title": "line 3 </script><b>"}
     write_report(path, "A test", [Section("Slices", ["Look.", Slices([packed(), other])])])
     told = look(path, tmp_path, ACTIONS)
-    assert told["cases"] == 2
+    assert told["cases"] == 2 and 360 < told["width"] <= 390
+    dark = look(path, tmp_path, dark=True)["back"]
+    assert (told["back"], dark) == ("rgb(255, 255, 255)", "rgb(22, 24, 28)")
     places = [text.rpartition(" ")[0] for text in told["slices"]]
     first = int(places[0].split()[0])
     size = places[0].split()[-1]
@@ -152,3 +154,18 @@ def test_in_a_browser(tmp_path):
     assert places[:4] == [f"{n} of {size}" for n in expected]
     assert places[4] == places[5] != places[3] and places[6] == places[0]
     assert told["slices"][4] != told["slices"][5]  # without the truth, it looks different
+
+
+@NEEDED
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ("<p style='width: 500px'>wide</p>", "'overflow': 1"),
+        ("<script>nothing.there();</script>", "nothing is not defined"),
+        ("<script>console.error('seen')</script>", "seen"),
+    ],
+)
+def test_what_is_wrong_with_a_page_is_found(wrong, said, tmp_path):
+    (tmp_path / "x.html").write_text(f"<!doctype html><h1>x</h1>{wrong}")
+    with pytest.raises(AssertionError, match=said):
+        look(tmp_path / "x.html", tmp_path)
