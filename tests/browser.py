@@ -23,6 +23,8 @@ onload = async () => {
   told.width = page.clientWidth;
   told.back = getComputedStyle(document.body).backgroundColor;
   told.fetched = performance.getEntriesByType("resource").map((x) => x.name);
+  const cut = (x) => x.scrollWidth > x.clientWidth;
+  told.cut = [...document.querySelectorAll("figure:not(.wide), dl, p, li")].filter(cut).length;
   told.overflow = page.scrollWidth - page.clientWidth;
   parent.document.title = JSON.stringify(told);
 };
@@ -36,7 +38,8 @@ def look(page: Path, folder: Path, actions: str = "", width: int = 390, dark=Fal
     """Open a copy of a page in `folder`, and fail on any error or if something is fetched.
 
     actions: JavaScript that fills `told`; it may await wait(). width: of the window in pixels (390:
-    a phone's); the page must not be wider. dark: whether the browser asks for a dark page.
+    a phone's); neither the page nor a picture that is not wide must be wider. dark: whether the
+    browser asks for a dark page.
     Returns what was told.
     """
     text, copy = page.read_text(encoding="utf-8"), folder / f"{page.stem}_watched.html"
@@ -52,5 +55,6 @@ def look(page: Path, folder: Path, actions: str = "", width: int = 390, dark=Fal
     done = subprocess.run(command, capture_output=True, text=True, timeout=180)
     assert "CONSOLE" not in done.stderr, done.stderr
     told = json.loads(html.unescape(re.search(r"<title>(.*?)</title>", done.stdout)[1]))
-    assert told["errors"] == [] and told["fetched"] == [] and told["overflow"] <= 0, told
+    assert told["errors"] == [] and told["fetched"] == [], told
+    assert told["overflow"] <= 0 and told["cut"] == 0, told
     return told

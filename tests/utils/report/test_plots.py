@@ -61,6 +61,13 @@ def test_curves_take_dicts_and_tables_and_skip_what_is_absent(tmp_path):
     plot_curves(tmp_path / "empty.png", [])
 
 
+def test_what_the_student_lacks_has_a_panel_of_its_own():
+    rows = [{"epoch": 0}, {"epoch": 1, "dino_loss": 7.0, "teacher_entropy": 2.5}]
+    series = plots._series(plots._with_kl(rows))
+    assert series["dino_kl"] == ((1,), (4.5,)) and "dino_kl" not in rows[1]
+    assert plots._panel_of("dino_kl").startswith("DINO loss without")
+
+
 def test_pca_finds_the_planted_components():
     rng = np.random.default_rng(0)
     planted = rng.random((3, 6, 7, 8))
