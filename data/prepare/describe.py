@@ -83,7 +83,7 @@ def fingerprint_lines(cfg, facts: Sequence[Facts], number: int) -> list[str]:
         for modality in sorted({one["modality"][c] or "" for one in seen} - {""}):
             some = [one for one in seen if one["modality"][c] == modality]
             middle = np.median([one["intensity"][c] for one in some], axis=0)
-            unit = "HU" if some[0]["kind"][c] == "CT" else "of data.percentiles' range"
+            unit = "HU" if some[0]["kind"][c] == "CT" else "(0 and 1: data.percentiles)"
             shares = ", ".join(map(str, PERCENTILES))
             values = ", ".join(f"{x:.3g}" for x in middle)
             what = f"{len(some)} cases; {shares} % of the body are below {values} {unit}"
@@ -120,7 +120,11 @@ def window_rows(cfg, facts: Sequence[Facts]) -> list[tuple[str, str]]:
     sizes, rows = sizes_of(cfg, facts), []
     for window in windows_of(cfg):
         share, shape = padding(sizes, window), _shape(window.size)
-        how = f"lies beyond the volume, {STRETCHED}" if hasattr(cfg, "crops") else "is padding"
+        how = (
+            f"lies beyond the volume, which is {STRETCHED}"
+            if hasattr(cfg, "crops")
+            else "is padding"
+        )
         rows.append((window.key, f"{share:.0%} of {shape} {how}"))
     return rows
 
@@ -142,9 +146,9 @@ def warnings(cfg, facts, number: int, cost: Cost, on_cpu: bool) -> list[str]:
         seconds = cost.flops * voxels * cases * cfg.n_epochs / (FLOPS_OF_CORE * os.cpu_count())
         if seconds > DAY:
             found.append(
-                f"a network of {cost.parameters / 1e6:.0f} M parameters on a CPU: {cfg.n_epochs} "
-                f"epochs would take {seconds / DAY:,.0f} days or more. Take a GPU, a smaller "
-                "network, or fewer n_epochs"
+                f"a network of {cost.parameters / 1e6:.0f} M parameters on a CPU: with the "
+                f"settings as they are {cfg.n_epochs} epochs would take {seconds / DAY:,.0f} days "
+                "or more. Take a GPU, a smaller network, or fewer n_epochs"
             )
     return found
 
@@ -159,7 +163,7 @@ def padding_warnings(cfg, facts: Sequence[Facts]) -> list[str]:
             continue
         what = f"{window.key}: {share:.0%} of {_shape(window.size)} would "
         if hasattr(cfg, "crops"):
-            what += f"lie beyond the volumes, {STRETCHED}"
+            what += f"lie beyond the volumes, which are {STRETCHED}"
         else:
             what += "be padding"
             if (middle < extent / 2).all():

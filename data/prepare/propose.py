@@ -30,6 +30,7 @@ from utils.training.run import Run
 
 MANY = 3  # nnU-Net: an axis with voxels this many times larger, and fewer, is anisotropic
 DEEPEST = 4  # nnU-Net: voxels along an axis of the deepest map, at least
+LEAST_MAP = 3  # voxels a side of a crop's deepest map (dino_config.yaml)
 COVERED = 0.05  # nnU-Net: of all voxels, that a batch may hold
 FEWEST, MOST = 2, 32  # cases or patches in a batch
 FEWEST_OF_DINO = 8  # the smallest that was tried; small batches collapse (docs/experiments.md)
@@ -117,6 +118,8 @@ def settings_for(cfg, facts, number: int, cost: Cost, memory: float | None):
     each /= 4 if cfg.grad_checkpointing else 1
     fewest = FEWEST_OF_DINO if hasattr(cfg, "dino") else FEWEST
     most = max(min(room, MOST_MEMORY), 0) / fewest / each if memory else ON_CPU
+    if hasattr(cfg, "crops"):  # no larger than the volumes, or these are stretched
+        median = np.maximum(median // stride, LEAST_MAP) * stride
     size = window_for(median, stride, most)
     limit = "memory allows" if memory else f"{round(ON_CPU ** (1 / 3))}³ voxels (a CPU is slow)"
     small = f", no more than {limit}" if np.prod(size) < np.prod(np.ceil(median)) else ""
@@ -125,7 +128,7 @@ def settings_for(cfg, facts, number: int, cost: Cost, memory: float | None):
     if hasattr(cfg, "crops"):
         region = [-(-n * 4 // 3) for n in size]
         found.append((f"crops.region_size={listed(region)}", "4/3 of the crops, for their zoom"))
-    batch, why = fewest, "the least: on a CPU more cost time"
+    batch, why = fewest, "the least; on a CPU larger ones only take longer"
     if memory:
         fits = max(int(room / each / np.prod(size)), 1)
         covered = COVERED * number * np.prod(median) / np.prod(size)

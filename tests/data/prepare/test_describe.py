@@ -100,6 +100,17 @@ def test_settings_have_a_reason_and_fit_the_device():
     assert "batch_size=7" in few  # 5 % of 200 x 35 x 50 x 36 voxels, in patches of 40 x 56 x 40
 
 
+def test_crops_are_no_larger_than_the_volumes():
+    views = crops_config(region_size=(128, 128, 128))
+    views.dino.recon_weight, views.crops.regions_per_case = 10.0, 4
+    cfg = config(crops=views.crops, dino=views.dino)
+    del cfg.patches, cfg.classes
+    found = dict(settings_for(cfg, [fact()] * 3, 200, COST, None))
+    assert {"crops.global_size=[32,48,32]", "crops.local_size=[32,48,32]"} <= found.keys()
+    small = dict(settings_for(cfg, [fact(size=(10, 10, 10))] * 3, 200, COST, None))
+    assert "crops.global_size=[12,12,12]" in small  # 3 voxels in the deepest map
+
+
 def test_with_weights_spacing_and_network_stay():
     found = settings_for(config(dino_weights="backbone.pt"), [fact()], 9, COST, None)
     assert [text.split("=")[0] for text, _ in found] == ["patches.size", "batch_size"]
@@ -108,7 +119,8 @@ def test_with_weights_spacing_and_network_stay():
 def test_what_is_warned_of():
     padded, slow = warnings(config(), [fact()] * 3, 100, COST, on_cpu=True)
     assert "would be padding: the volumes are far smaller and lie in its middle" in padded
-    assert "100 M parameters on a CPU: 300 epochs would take" in slow and "days" in slow
+    assert "100 M parameters on a CPU: with the settings as they are 300 epochs" in slow
+    assert "days" in slow
     large = [fact(size=(400, 400, 400))]
     assert warnings(config(), large, 100, COST, on_cpu=False) == []
     small = Cost(10_000, 8, 2000.0, 10.0)
