@@ -33,9 +33,9 @@ from data.inference.predicting import (
     report_test,
 )
 from data.loading import EpochSampler, make_loader
-from data.prepare.describe import show_check
-from data.prepare.fingerprint import fingerprint_of
+from data.prepare.describe import describe_train
 from data.prepare.load import fair_test, load_to_train, rotations, split
+from data.prepare.propose import show_check
 from data.prepare.targets import Targets, balance_weights, label_tensors
 from data.table.inputs import load_inputs, results_of
 from data.views.images import PLAIN, ImageDataset, ImageSettings, collate, cut_images, standard_form
@@ -255,7 +255,7 @@ def train(run: Run[ClassificationConfig], cache, cases: dict, skipped) -> int:
     drawn = torch.ones(1) if drawn is None else torch.from_numpy(drawn)
     classifier.start_from(truth["train"], {name: drawn * w for name, w in known.items()})
     learned = {"classes": targets.to_dict(), "control": control.to_dict()}
-    learned["fingerprint"] = fingerprint_of(cases["train"], cache)
+    learned["fingerprint"] = describe_train(run, cases["train"], cache)
     about = checkpoint.describe(cfg, settings, cases, **learned)
     state = build_state(run, classifier, loaders["train"], about)
     rates = (cfg.learning_rate, min(cfg.min_learning_rate, cfg.learning_rate))
@@ -383,7 +383,7 @@ def main(argv: list[str]) -> int:
     else:
         cases, skipped = load_to_train(cfg, [f.cfg for f in folds], cache, check_only, seen)
     if check_only:
-        return show_check(run, cases, cache, from_config, skipped)
+        return show_check(run, argv, cases, cache, from_config, skipped)
     if tested:
         print(format_problems(skipped))
         test(run, tested, cases["test"], skipped)

@@ -22,9 +22,9 @@ from data.cache import VolumeCache
 from data.inference.pictures import draw_features, draw_neighbours
 from data.inference.probing import probe, probe_score, write_embeddings
 from data.loading import EpochSampler, make_loader
-from data.prepare.describe import show_check
-from data.prepare.fingerprint import fingerprint_of
+from data.prepare.describe import describe_train
 from data.prepare.load import PATH_COLUMNS, load_cases
+from data.prepare.propose import show_check
 from data.standard import StandardForm
 from data.views.crops import NUM_GLOBAL, RegionDataset, ViewSettings, apply_views
 from models.backbones import facts_of, from_config
@@ -317,7 +317,7 @@ def train(run: Run[DinoConfig], cache: VolumeCache, cases: dict, skipped) -> int
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.precision == "fp16")
     schedule = build_schedule(cfg, steps_per_epoch)
     about = checkpoint.describe(cfg, settings_to_match(cfg), cases)
-    about["fingerprint"] = fingerprint_of(cases["train"], cache)
+    about["fingerprint"] = describe_train(run, cases["train"], cache)
     if cfg.probe.choose:
         dense = cfg.probe.dense_cases > 0 and any(case.seg_path for case in cases["train"])
         about["chosen_by"] = [*cfg.probe_targets, *["seg_path"] * dense]
@@ -387,7 +387,7 @@ def main(argv: list[str]) -> int:
     cache = VolumeCache(cfg.cache_dir, StandardForm.from_config(cfg.data))
     cases, skipped = load_cases(cfg, cache, cfg.probe_targets, PATH_COLUMNS, check_only)
     if check_only:
-        return show_check(run, cases, cache, from_config, skipped)
+        return show_check(run, argv, cases, cache, from_config, skipped)
     if cfg.test_ckpt:
         test(run, cache, cases)
         return 0

@@ -36,9 +36,9 @@ from data.inference.segmenting import (
 )
 from data.inference.testing import pooled, predict_inputs, report_test, test_cases
 from data.loading import EpochSampler, make_loader
-from data.prepare.describe import show_check
-from data.prepare.fingerprint import fingerprint_of
+from data.prepare.describe import describe_train
 from data.prepare.load import fair_test, fold_notices, load_masks, rotations, split
+from data.prepare.propose import show_check
 from data.standard import StandardForm
 from data.table.inputs import load_inputs, results_of
 from data.views.patches import PatchDataset, PatchSettings, apply_patches, collate_patches
@@ -254,7 +254,8 @@ def train(run: Run[SegmentationConfig], cache, cases: dict, skipped, notices) ->
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.precision == "fp16")
     schedule = build_schedule(cfg, steps_per_epoch)
     settings = settings_to_match(cfg, classes)
-    learned = {"classes": classes.to_dict(), "fingerprint": fingerprint_of(cases["train"], cache)}
+    seen = describe_train(run, cases["train"], cache)
+    learned = {"classes": classes.to_dict(), "fingerprint": seen}
     about = checkpoint.describe(cfg, settings, cases, **learned)
     modules = {"segmenter": segmenter}
     state = State(modules, optimizer, scaler, steps_per_epoch, about, weights=weights)
@@ -383,7 +384,7 @@ def main(argv: list[str]) -> int:
     runs = [fold.cfg for fold in folds]
     cases, skipped, notices = load_masks(own, runs, cache, classes, check_only, seen)
     if check_only:
-        return show_check(run, cases, cache, from_config, skipped, notices)
+        return show_check(run, argv, cases, cache, from_config, skipped, notices)
     if tested:
         print(format_problems([*skipped, *notices]))
         test(run, tested, cases["test"], [problem.noted for problem in skipped])

@@ -1,5 +1,6 @@
 """Reports in headless Chromium: what it says of them, and what a few lines of script saw there."""
 
+import html
 import json
 import re
 import shutil
@@ -18,30 +19,42 @@ onload = async () => {
   const wait = () => new Promise((done) => setTimeout(done, 300));
   await wait();
   %s
+  const page = document.documentElement;
+  told.width = page.clientWidth;
+  told.back = getComputedStyle(document.body).backgroundColor;
   told.fetched = performance.getEntriesByType("resource").map((x) => x.name);
-  told.overflow = document.documentElement.scrollWidth - innerWidth;
-  document.title = JSON.stringify(told);
+  const cut = (x) => x.scrollWidth > x.clientWidth;
+  told.cut = [...document.querySelectorAll("figure:not(.wide), dl, p, li")].filter(cut).length;
+  told.overflow = page.scrollWidth - page.clientWidth;
+  parent.document.title = JSON.stringify(told);
 };
 </script>"""
+FRAME = """<!doctype html><html><head><meta name="color-scheme" content="light dark"><title></title>
+</head><body><iframe style="border: 0; width: {width}px; height: 850px" srcdoc="{page}"></iframe>
+</body></html>"""
 
 
-def look(page: Path, folder: Path, actions: str = "", width: int = 500) -> dict:
+def look(page: Path, folder: Path, actions: str = "", width: int = 390, dark=False) -> dict:
     """Open a copy of a page in `folder`, and fail on any error or if something is fetched.
 
-    actions: JavaScript that fills `told`; it may await wait(). width: of the window in pixels; the
-    page must not be wider.
+    actions: JavaScript that fills `told`; it may await wait(). width: of the window in pixels (390:
+    a phone's); neither the page nor a picture that is not wide must be wider. dark: whether the
+    browser asks for a dark page.
     Returns what was told.
     """
     text, copy = page.read_text(encoding="utf-8"), folder / f"{page.stem}_watched.html"
-    copy.write_text(text.replace("<h1>", f"{WATCH % actions}<h1>", 1), encoding="utf-8")
+    watched = html.escape(text.replace("<h1>", f"{WATCH % actions}<h1>", 1))
+    frame = FRAME.format(width=width, page=watched)  # as a window is never so narrow
+    copy.write_text(frame, encoding="utf-8")
     # the browser does not tell of a file that is absent
     assert not re.search(r"""(src|href)=["'](?!data:|#)|@import|url\(""", text)
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
-    command += [f"--user-data-dir={folder / 'profile'}", f"--window-size={width},900"]
+    command += [f"--user-data-dir={folder / 'profile'}", f"--window-size={width + 150},900"]
+    command += [f"--blink-settings=preferredColorScheme={int(not dark)}"]
     command += ["--virtual-time-budget=10000", "--dump-dom", copy.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=180)
     assert "CONSOLE" not in done.stderr, done.stderr
-    title = re.search(r"<title>(.*?)</title>", done.stdout)[1]
-    told = json.loads(title.replace("&amp;", "&").replace("&lt;", "<").replace("&gt;", ">"))
-    assert told["errors"] == [] and told["fetched"] == [] and told["overflow"] <= 0, told
+    told = json.loads(html.unescape(re.search(r"<title>(.*?)</title>", done.stdout)[1]))
+    assert told["errors"] == [] and told["fetched"] == [], told
+    assert told["overflow"] <= 0 and told["cut"] == 0, told
     return told

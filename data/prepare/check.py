@@ -131,18 +131,20 @@ def volume_notices(cases: Sequence[Case], cache: VolumeCache) -> list[Problem]:
 
 def looks(cases: Sequence[Case], cache: VolumeCache) -> list[Facts]:
     """Return look, labels and volumes (see `Facts`) of cases that `check_volumes` found good."""
-    known, found = _recall(cache), []
-    for case in cases:
-        facts = known.get(_source_key(case, cache))
-        if facts is None:
-            entry = cache.get(case)
-            facts = {"look": look(entry), "labels": [], "volumes": []}
-            if entry.has_seg:
-                whole = entry.read_seg((0, 0, 0), entry.shape)
-                of_mask = _volumes(whole, np.prod(entry.spacing) / 1000)
-                facts |= dict(zip(("labels", "volumes"), of_mask, strict=True))
-        found.append(facts)
-    return found
+    known = _recall(cache)
+    return [known.get(_source_key(case, cache)) or look_in_cache(case, cache) for case in cases]
+
+
+def look_in_cache(case: Case, cache: VolumeCache, with_mask: bool = True) -> Facts:
+    """Return look, labels and volumes of a case in the cache; the last two are empty without a
+    mask."""
+    entry = cache.get(case)
+    facts = {"look": look(entry), "labels": [], "volumes": []}
+    if with_mask and entry.has_seg:
+        whole = entry.read_seg((0, 0, 0), entry.shape)
+        of_mask = _volumes(whole, np.prod(entry.spacing) / 1000)
+        facts |= dict(zip(("labels", "volumes"), of_mask, strict=True))
+    return facts
 
 
 def _lacks_modality(case: Case, default_modality: str | tuple[str, ...]) -> bool:

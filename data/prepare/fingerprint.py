@@ -8,13 +8,11 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from data.cache import VolumeCache
 from data.cases import Case
 from data.entry import CHUNK
 from data.standard import body_of, sample_body
 from data.views.geometry import BODY_BLOCK
 from data.volume import spacing_of
-from utils import distributed
 
 MAX_CASES = 200  # that are looked at, evenly spaced
 PERCENTILES = (5, 50, 95)  # of the body's intensities
@@ -93,19 +91,6 @@ def body_values(entry) -> Iterator[np.ndarray]:
         yield values[:, inside[tuple(map(slice, values.shape[1:]))]]
 
 
-def fingerprint_of(cases: Sequence[Case], cache: VolumeCache) -> dict:
-    """Return the fingerprint of the train cases, as JSON; equal on all ranks.
-
-    Returns:
-        cases: how many were looked at. modality: of each channel, those that occur.
-        spacing, size, and intensity (a list over channels): {low, quartiles, high}, each a list
-        over axes or PERCENTILES; None of a channel that is always missing.
-    """
-    few = some_of(cases)
-    own = [look(cache.get(case)) for case in few[distributed.rank() :: distributed.world_size()]]
-    return summary([one for part in distributed.gather_objects(own) for one in part])
-
-
 def some_of(cases: Sequence[Case]) -> list[Case]:
     """Return at most MAX_CASES, evenly spaced."""
     few = np.linspace(0, len(cases) - 1, min(MAX_CASES, len(cases))).round().astype(int)
@@ -113,7 +98,14 @@ def some_of(cases: Sequence[Case]) -> list[Case]:
 
 
 def summary(seen: Sequence[Mapping]) -> dict:
-    """Return the fingerprint of what `look` returned of the train cases."""
+    """Return the fingerprint of the train cases, as JSON.
+
+    seen: of `look`.
+    Returns:
+        cases: how many were looked at. modality: of each channel, those that occur.
+        spacing, size, and intensity (a list over channels): {low, quartiles, high}, each a list
+        over axes or PERCENTILES; None of a channel that is always missing.
+    """
     channels = range(len(seen[0]["kind"]))
     known = [[one for one in seen if one["kind"][c] != "missing"] for c in channels]
     return {
@@ -136,7 +128,7 @@ def unlike_training(seen: Mapping, training: Mapping) -> list[str]:
     """Say in what a case is unlike the train cases.
 
     Args:
-        seen: of `look`. training: of `fingerprint_of`.
+        seen: of `look`. training: of `summary`.
     """
     found = []
     for c, (modality, kind) in enumerate(zip(seen["modality"], seen["kind"], strict=True)):

@@ -86,7 +86,8 @@ def sample_patch(
     """Draw a patch and its changes.
 
     The patch is centred on the point, or as close to it as the box fits into the volume, then
-    turned about its centre; the point always lies in it.
+    turned about its centre; the point always lies in it. Along an axis where the volume is thinner
+    than the box it lies in its middle, as in the windows of inference.
 
     Args:
         rng: the only source of randomness.
@@ -102,13 +103,12 @@ def sample_patch(
     size, shape = np.array(settings.patch_size), np.array(entry.shape)
     fov = sample_fov(rng, settings)
     room = shape - fov  # negative along axes where the volume is thinner than the patch
-    least, most = np.minimum(room, 0), np.maximum(room, 0)
     if point is None:
-        low = rng.uniform(least - 0.5, most + 0.5)
+        low = rng.uniform(-0.5, np.maximum(room, 0) + 0.5)
     else:
         low = np.asarray(point) + 0.5 - fov / 2
     # whole voxels, so that a patch that is neither zoomed nor turned copies voxels
-    low = np.clip(np.round(low), least, most)
+    low = np.where(room < 0, np.ceil(room / 2), np.clip(np.round(low), 0, np.maximum(room, 0)))
     centre = low + fov / 2 - 0.5
     if point is None:
         point = np.clip(centre, 0, shape - 1)  # a thin volume may not reach the patch's centre

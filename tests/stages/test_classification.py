@@ -170,6 +170,27 @@ def test_patients_of_the_pre_training_are_refused_too(pretrained, run, script, f
         run(f"test_ckpt={folder / 'checkpoints' / 'last.pt'}")
 
 
+def test_a_test_on_the_fold_that_chose_the_epoch_is_named(best, run, folder, capsys):
+    assert run(f"test_ckpt={best} train_folds=[] val_folds=[] test_folds=[3,4]") == 0
+    said = "No fair test: 5 of 9 test rows are of patients by whose val scores"
+    assert said in (folder / "test" / "report.html").read_text()
+    assert said in capsys.readouterr().out
+
+
+def test_the_first_images_show_their_labels(run, scans, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("classification.draw_progress", lambda *args: None)
+    monkeypatch.setattr(
+        "data.inference.predicting.plot_crops", lambda path, views, texts: drawn.append(texts)
+    )
+    monkeypatch.setattr("utils.training.runlog.RunLog.image", lambda *args: None)
+    assert run("n_epochs=1", pictures=True) == 0
+    (texts,) = drawn
+    val = [row for row in read_cases(scans / "cases.csv") if row["fold"] == "3"]
+    told = [f"bright: {r['bright'] or '–'}\nsize: {r['size']}\nhu: {r['hu']}" for r in val[:3]]
+    assert texts["val"] == told and "–" in told[1] and len(texts["train"]) == 3
+
+
 def test_a_linear_probe_of_dino_weights_leaves_them_as_they_are(pretrained, run, folder, capsys):
     frozen = "finetune.freeze_epochs=all allow_seen_patients=true"
     assert run(f"dino_weights={pretrained}", frozen) == 0

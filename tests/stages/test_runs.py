@@ -1,6 +1,8 @@
 """The three scripts as a user meets them: what all runs leave behind, change, and refuse."""
 
+import io
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -44,6 +46,37 @@ def test_a_run_writes_all_its_files(stage, files, plots, number, trained):
     page = (trained / "report.html").read_text()
     assert page.count("data:image/png") == len(plots) and number in page
     assert len(list(trained.parent.iterdir())) == 1  # nothing outside the experiment
+
+
+@pytest.mark.parametrize(
+    ("stage", "described"),
+    [
+        ("dino", ["crops.global_size", "lies beyond the volume"]),
+        ("classification", ["image.size", "is padding"]),
+        ("segmentation", ["patches.size", "is padding", "mL, in 8 of 8 masks"]),
+    ],
+)
+def test_a_run_says_what_it_will_take_and_what_it_is_trained_on(stage, described, trained):
+    """The demo's fingerprint in docs/running.md and that of --check are one."""
+    log, page = small.log_of(trained), (trained / "report.html").read_text()
+    assert log.count("a step takes ") == 1 and "the rest of the run" in log
+    assert "GB of memory so far; checkpoints take 3 x" in log
+    assert log.index("a step takes ") < log.index(f"epoch {1}/")
+    assert absent(["size, voxels", "spacing x, y, z, mm", "HU", *described], page) == []
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize(("stderr", "shown"), [(io.StringIO, False), (Terminal, True)])
+@pytest.mark.parametrize("stage", ["segmentation"])
+def test_bars_are_shown_on_a_terminal_alone(stage, stderr, shown, run, monkeypatch):
+    monkeypatch.setattr("sys.stderr", stderr())
+    assert run("n_epochs=1 val_folds=[]") == 0
+    text = sys.stderr.getvalue()
+    assert ("epoch 1/1: 100%" in text) is shown and bool(text) is shown
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,10 @@
 """What only segmentation.py does: masks and classes, predictions on the files' own grids."""
 
+import io
 import json
 import os
 import re
+from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from matplotlib.colors import to_rgb
 from torch import nn
 
 import segmentation
@@ -23,6 +26,7 @@ from utils.checkpoint import CheckpointError, hash_patients
 from utils.classes import Classes
 from utils.config.command_line import parse_command_line
 from utils.config.segmentation import SegmentationConfig, impossible_segmentation
+from utils.report.plots import color_of
 
 LABELS = {0, small.BALL, small.SHELL}
 DATA = SHARED / "data"
@@ -84,6 +88,22 @@ def test_outputs_are_fitted_before_the_first_step_and_change_no_backbone(more, r
     )
     before, after = map(float, said.groups())
     assert after < before and losses[1] < losses[0]
+
+
+def test_the_first_patches_show_their_targets_in_colours(run, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(segmentation, "draw_progress", lambda *args: None)
+    monkeypatch.setattr(
+        segmentation, "plot_crops", lambda path, views, legend: drawn.append((views, legend))
+    )
+    monkeypatch.setattr("utils.training.runlog.RunLog.image", lambda *args: None)
+    assert run("n_epochs=1 val_folds=[]", pictures=True) == 0
+    ((views, legend),) = drawn
+    assert legend == {"ball": color_of(1), "shell": color_of(2)}
+    image, target = views["image"], views["target"]
+    assert target.shape == (*image.shape, 3)
+    bright = [image[(target == to_rgb(color)).all(-1)].mean() for color in legend.values()]
+    assert bright[0] > bright[1] > image[(target == 0).all(-1)].mean()  # as they were made
 
 
 def test_a_resumed_run_keeps_its_biases(run, monkeypatch):
@@ -225,7 +245,9 @@ def cross(scans_of, tmp_path_factory):
     write_cases(results / "cases.csv", rows)
     folds = f"train_folds=[0] val_folds=[1] test_folds=[2] csv_path={results / 'cases.csv'}"
     settings = f"--cv experiment=cv n_epochs=3 val_every=3 {folds}"
-    assert small.run("segmentation", scans, results, settings) == 0
+    with redirect_stdout(io.StringIO()) as out:
+        assert small.run("segmentation", scans, results, settings) == 0
+    (results / "said.txt").write_text(out.getvalue())
     return results / "cv"
 
 
@@ -247,6 +269,13 @@ def test_each_fold_is_tested_once_by_a_segmenter_that_has_not_seen_it(cross, sca
     summary = json.loads((cross / "test" / "summary.json").read_text())
     dice = [summary["folds"][fold]["dice"] for fold in "012"]
     assert summary["over_folds"]["dice"]["mean"] == pytest.approx(np.mean(dice))
+
+
+def test_each_fold_and_the_mean_over_them_are_said(cross):
+    said = (cross.parent / "said.txt").read_text()
+    assert [f"fold {n} of 3: {cross / f'fold_{n - 1}'}\n" in said for n in (1, 2, 3)] == [True] * 3
+    scores = re.findall(r"^dice 0\.\d{3}, surface_dice ", said, re.M)
+    assert len(scores) == 4 and "mean and sd over the folds: dice 0." in said
 
 
 def test_masks_are_counted_by_fold(cross):

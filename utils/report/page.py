@@ -10,6 +10,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from utils.files import replacing
 
+WIDE = 600  # pixels of a picture, beyond which a phone scrolls it instead of shrinking it
 MAX_SHORT = 28  # letters of a cell that are kept on one line: an interval is not broken
 PAGES = Environment(
     loader=FileSystemLoader(Path(__file__).with_name("templates")),
@@ -115,8 +116,10 @@ def _item(item) -> tuple[str, object]:
 
 
 def _picture(path: Path, caption: str) -> tuple[str, dict]:
-    data = base64.b64encode(path.read_bytes()).decode()
-    return "picture", {"alt": caption or path.stem, "data": data, "caption": caption}
+    png = path.read_bytes()
+    wide = int.from_bytes(png[16:20], "big") > WIDE
+    data = {"data": base64.b64encode(png).decode(), "wide": wide}
+    return "picture", {"alt": caption or path.stem, "caption": caption, **data}
 
 
 def _table(columns: list | None, rows: list[list]) -> tuple[str, dict | None]:

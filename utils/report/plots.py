@@ -45,6 +45,7 @@ PLANES = {  # {name: (axis across the slice, letters at the picture's left, righ
 PANELS = [  # (title, columns of metrics.csv); a column is drawn in the first panel that it fits
     ("loss", ["loss", "train_loss", "val_loss"]),
     ("DINO loss", ["*dino_loss"]),
+    ("DINO loss without its targets' entropy", ["*dino_kl"]),
     ("patch loss", ["*patch_loss"]),
     ("reconstruction loss", ["*recon_loss"]),
     ("other losses", ["*loss"]),
@@ -172,7 +173,7 @@ def plot_curves(path, metrics, out_dim: int | None = None, patch_out_dim: int | 
     out_dim, patch_out_dim: numbers of prototypes K, for a line at ln K.
     """
     rows = metrics.to_dict("records") if hasattr(metrics, "to_dict") else list(metrics)
-    series = _series(rows)
+    series = _series(_with_kl(rows))
     panels = [(title, [c for c in series if _panel_of(c) == title]) for title, _ in PANELS]
     panels += [(c.replace("_", " "), [c]) for c in series if _panel_of(c) is None]
     panels = [(title, names) for title, names in panels if names]
@@ -325,6 +326,16 @@ def _series(rows):
         if points:
             series[name] = tuple(zip(*points, strict=True))
     return series
+
+
+def _with_kl(rows):
+    """The rows, with how far the student's outputs are from the teacher's: cross-entropy is this
+    and the targets' entropy, which rises where the teacher is averaged over more steps."""
+    found = []
+    for row in rows:
+        loss, entropy = row.get("dino_loss"), row.get("teacher_entropy")
+        found.append(row if loss is None or entropy is None else row | {"dino_kl": loss - entropy})
+    return found
 
 
 def _panel_of(column):

@@ -26,7 +26,7 @@ LABELS = {
     "surface_dice": "surface Dice",
     "hd95_mm": "HD95 (mm)",
     "volume_error_ml": "volume error (mL)",
-    "abs_volume_error_ml": "its size (mL)",
+    "abs_volume_error_ml": "|volume error| (mL)",
 }
 EXPLANATIONS = [
     "Scores are of the voxels and millimetres of the user's own files, to which predictions are "

@@ -70,10 +70,18 @@ def pack(
         "size": list(gray.shape),
         "mm": mm,
         "has_truth": truth is not None,
+        "worst": min((d for d in dice.values() if d is not None), default=None),
         "colors": colors.astype(int).tolist(),
         "classes": classes,
         "voxels": base64.b64encode(gzip.compress(voxels, 6, mtime=0)).decode(),
     }
+
+
+def worst_first(packed: Sequence[dict]) -> list[dict]:
+    """Return cases of `pack`, the lowest Dice of any class first and those without any last."""
+    lowest = [case.get("worst") for case in packed]
+    order = sorted(range(len(packed)), key=lambda i: (lowest[i] is None, lowest[i] or 0.0))
+    return [packed[i] for i in order]
 
 
 def fits(packed: Sequence[dict]) -> bool:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from utils.distributed import all_reduce
+from utils.training.advice import RISEN
 from utils.training.run import Run
 from utils.training.state import State
 
@@ -94,6 +95,11 @@ def collapse_warnings(
             )
         if row[loss] > 0.995 * uniform and row["epoch"] > warmup_epochs:
             found[loss] = f"{loss} {row[loss]:.2f} is not below ln({name}) = {uniform:.2f}"
+    if row["loss"] > first.get("loss", math.nan) + RISEN * abs(first.get("loss", math.nan)):
+        found["loss rises"] = (
+            f"loss rose from {first['loss']:.3g} to {row['loss']:.3g}: the learning rate is too "
+            "high: try a fifth of learning_rate, a longer warmup_epochs, or clip_grad=1"
+        )
     if row["feature_std"] < 0.25 * first.get("feature_std", math.nan):
         found["features"] = (
             f"feature_std fell from {first['feature_std']:.3f} to {row['feature_std']:.3f}: all "

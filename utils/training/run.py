@@ -43,6 +43,7 @@ class Run(Generic[Config]):
     log, lock: opened by `open_log` when training begins, which fills counts: {"train", "val":
         cases; "parameters"}. exit_code: that of training, 0 or EXIT_STOPPED.
     forecast: None once it has been said.
+    described, advised: what is said of the train cases, (name, text), and warned of.
     """
 
     cfg: Config
@@ -54,6 +55,8 @@ class Run(Generic[Config]):
     lock: Lock | None = None
     exit_code: int = 0
     forecast: Forecast | None = field(default_factory=Forecast)
+    described: list[tuple[str, str]] = field(default_factory=list)
+    advised: list[str] = field(default_factory=list)
 
     @classmethod
     def begin(cls, cfg: Config, device: torch.device, stop: StopSignal) -> Self:
@@ -153,6 +156,8 @@ def open_log(run: Run, state: State, network: nn.Module, cases: dict, skipped) -
     )
     for problem in skipped:
         log.message(f"{'note:' if problem.is_notice else 'left out:'} {problem.in_full}")
+    for warning in run.advised:
+        log.message(f"WARNING: {warning}")
 
 
 @contextmanager

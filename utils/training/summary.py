@@ -8,6 +8,7 @@ import torch
 from utils import distributed
 from utils.report.page import Section, Slices, number
 from utils.report.page import write_report as write_page
+from utils.report.slices import worst_first
 from utils.training import collapse
 from utils.training.run import Run
 from utils.training.state import State
@@ -22,7 +23,7 @@ def write_report(run: Run, state: State, title: str, pictures: dict[str, str]) -
     pictures: {file in plots/: caption}; files that do not exist are left out.
     """
     log, report = run.log, LoadReport(**state.weights) if state.weights else None
-    warnings = [*(report.warnings if report else []), *state.warnings.values()]
+    warnings = [*(report.warnings if report else []), *run.advised, *state.warnings.values()]
     told: dict[bool, list[str]] = {False: [], True: []}
     for p in log.skipped:
         told[p.is_notice].append(p.in_full)
@@ -34,9 +35,9 @@ def write_report(run: Run, state: State, title: str, pictures: dict[str, str]) -
         Section("Cases left out", [told[False]], warning=True),
         Section("Cases worth a look", [told[True]], warning=True),
         Section("Last epoch", [log.rows[-1:]]),
-        Section("Val cases at the last validation", [Slices(slices)]),
+        Section("Val cases at the last validation", [Slices(worst_first(slices))]),
         Section("Pictures", [item for item in found if item[0].exists()]),
-        Section("Train cases", train_cases(state.about.get("fingerprint"))),
+        Section("Train cases", train_cases(state.about.get("fingerprint"), run.described)),
         Section("Signs of collapse, and in which epochs", [history]),
         Section("Epochs", [log.rows]),
         Section("Weights it started from", [report.rows() if report else {}]),
@@ -77,9 +78,9 @@ def headline(run: Run, state: State) -> dict[str, str]:
     return {name: value for name, value in found.items() if value}
 
 
-def train_cases(fingerprint: dict | None) -> list:
-    """Return what the report says of a `data.prepare.fingerprint.fingerprint_of` the train cases;
-    nothing without one."""
+def train_cases(fingerprint: dict | None, described: Sequence[tuple[str, str]] = ()) -> list:
+    """Return what the report says of a `data.prepare.fingerprint.summary` of the train cases, and
+    what else is said of them; nothing without one."""
     if not fingerprint:
         return []
     rows = {"spacing x, y, z, mm": fingerprint["spacing"]}
@@ -96,7 +97,8 @@ def train_cases(fingerprint: dict | None) -> list:
         values = (spread["low"], *spread["quartiles"], spread["high"])
         cells = (", ".join(map(number, value)) for value in values)
         table.append({"of each case": what} | dict(zip(heads, cells, strict=True)))
-    return [f"{FINGERPRINT} Of {fingerprint['cases']} cases, each number by itself:", table]
+    rest = [{"of all cases": name, "median (5 to 95 %)": text} for name, text in described]
+    return [f"{FINGERPRINT} Of {fingerprint['cases']} cases, each number by itself:", table, rest]
 
 
 def why_chosen(run: Run, state: State) -> str:

@@ -13,14 +13,13 @@ from data.cases import Case
 from data.prepare.check import check_volumes, looks
 from data.prepare.describe import (
     Window,
+    describe_train,
     fingerprint_lines,
     padding,
-    settings_for,
-    settings_lines,
-    target_spacing,
+    padding_warnings,
     warnings,
-    window_for,
 )
+from data.prepare.propose import settings_for, settings_lines, target_spacing, window_for
 from data.standard import StandardForm
 from utils.cost import Cost
 
@@ -69,8 +68,15 @@ def test_padding_is_what_no_place_of_the_window_avoids():
 
 def test_no_more_workers_than_cores_are_proposed():
     known, cores = ([fact()] * 9, 9, COST, None), os.cpu_count()
-    assert f"  n_workers={cores} " in settings_lines(config(n_workers=cores + 1), *known)[-1]
+    assert f"  n_workers={cores} " in settings_lines(config(n_workers=cores + 1), *known)[-2]
     assert "n_workers" not in str(settings_lines(config(n_workers=cores), *known))
+
+
+def test_the_last_line_is_a_command_with_all_of_them():
+    given = ["--check", "csv_path=my.csv", "batch_size=9", "classes={liver: 1}"]
+    *_, last = settings_lines(config(n_workers=0), [fact()], 9, COST, None, given)
+    assert last.startswith("  python segmentation.py csv_path=my.csv 'classes={liver: 1}' data.sp")
+    assert last.endswith(" resunet.blocks=[1,3,4,6] patches.size=[40,56,40] batch_size=2")
 
 
 def test_settings_have_a_reason_and_fit_the_device():
@@ -94,6 +100,17 @@ def test_settings_have_a_reason_and_fit_the_device():
     assert "batch_size=7" in few  # 5 % of 200 x 35 x 50 x 36 voxels, in patches of 40 x 56 x 40
 
 
+def test_crops_are_no_larger_than_the_volumes():
+    views = crops_config(region_size=(128, 128, 128))
+    views.dino.recon_weight, views.crops.regions_per_case = 10.0, 4
+    cfg = config(crops=views.crops, dino=views.dino)
+    del cfg.patches, cfg.classes
+    found = dict(settings_for(cfg, [fact()] * 3, 200, COST, None))
+    assert {"crops.global_size=[32,48,32]", "crops.local_size=[32,48,32]"} <= found.keys()
+    small = dict(settings_for(cfg, [fact(size=(10, 10, 10))] * 3, 200, COST, None))
+    assert "crops.global_size=[12,12,12]" in small  # 3 voxels in the deepest map
+
+
 def test_with_weights_spacing_and_network_stay():
     found = settings_for(config(dino_weights="backbone.pt"), [fact()], 9, COST, None)
     assert [text.split("=")[0] for text, _ in found] == ["patches.size", "batch_size"]
@@ -102,7 +119,8 @@ def test_with_weights_spacing_and_network_stay():
 def test_what_is_warned_of():
     padded, slow = warnings(config(), [fact()] * 3, 100, COST, on_cpu=True)
     assert "would be padding: the volumes are far smaller and lie in its middle" in padded
-    assert "100 M parameters on a CPU: 300 epochs would take" in slow and "days" in slow
+    assert "100 M parameters on a CPU: with the settings as they are 300 epochs" in slow
+    assert "days" in slow
     large = [fact(size=(400, 400, 400))]
     assert warnings(config(), large, 100, COST, on_cpu=False) == []
     small = Cost(10_000, 8, 2000.0, 10.0)
@@ -121,6 +139,39 @@ def test_the_fingerprint_shows_sizes_values_and_classes():
         "98% of 96 x 96 x 96 is padding",
     ):
         assert said in text, text
+
+
+def crops_config(**sizes):
+    sizes = {"global_size": (96, 96, 96), "local_size": (48, 48, 48)} | sizes
+    crops = Space(**sizes, local_zoom=(0.3, 0.7), num_local=2)
+    return Space(data=Space(spacing=(1.5, 1.5, 1.5)), crops=crops, dino=Space(dino_weight=1.0))
+
+
+def test_crops_are_not_padded_but_stretched():
+    """As `data.views.crops` cuts them."""
+    (warning,) = padding_warnings(crops_config(), [fact()] * 3)
+    assert "crops.global_size: 98% of 96 x 96 x 96 would lie beyond the volumes" in warning
+    assert "stretched to fill it" in warning and "padding" not in warning
+    assert padding_warnings(crops_config(global_size=(24, 32, 24)), [fact()] * 3) == []
+
+
+def test_log_and_report_of_a_training_say_the_same(monkeypatch):
+    facts = [fact(labels=[1], volumes=[1300.0]), fact(labels=[2], volumes=[2.0])]
+    given = []
+    monkeypatch.setattr(
+        "data.prepare.describe.look_in_cache",
+        lambda case, cache, masks: given.append(masks) or facts[case],
+    )
+    run = Space(cfg=config())
+    found = describe_train(run, [0, 1], None)
+    assert found["cases"] == 2 and found["modality"] == [["CT"]] and given == [True, True]
+    assert [name for name, _ in run.described] == ["size, voxels", "liver", "rest", "patches.size"]
+    text = "\n".join(fingerprint_lines(config(), facts, 2))
+    assert all(what in text for _, what in run.described)
+    assert run.advised == [w for w in warnings(config(), facts, 2, COST, on_cpu=False)] != []
+    run = Space(cfg=crops_config())
+    describe_train(run, [0, 1], None)
+    assert given[2:] == [False, False] and "liver" not in dict(run.described)
 
 
 @pytest.mark.parametrize("modality", ["CT", "MR"])

@@ -1,5 +1,6 @@
 """DICOM trees: which series become rows, and why the others do not."""
 
+import io
 import os
 from pathlib import Path
 
@@ -244,3 +245,22 @@ def test_computed_images_come_after_scans_whatever_their_number_of_slices(tmp_pa
         series(root / f"other{i}", slices=9, **header, **study)
     rows, _ = make(capsys, root, *ALL)
     assert [Path(row["img_path"]).name for row in rows] == ["scan"]
+
+
+def test_headers_are_read_in_parallel_with_progress(tmp_path, capsys, monkeypatch):
+    """`in_processes` has its own tests; here it is given all files, some at a time."""
+    given = []
+
+    def here(function, chunks, n_workers):
+        given.append((sum(map(len, chunks)), max(map(len, chunks)), n_workers))
+        return ((chunk, function(chunk)) for chunk in chunks)
+
+    monkeypatch.setattr("data.table.dicom.in_processes", here)
+    monkeypatch.setattr("data.table.dicom.CHUNK", 4)
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr("sys.stderr", terminal)
+    series(tmp_path / "tree" / "a", "A", 6)
+    rows, _ = make(capsys, tmp_path / "tree", *ALL, "--workers", "3")
+    assert len(rows) == 1 and given == [(6, 4, 3)]
+    assert "headers: 100%" in terminal.getvalue() and "6/6" in terminal.getvalue()

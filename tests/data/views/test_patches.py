@@ -25,6 +25,7 @@ from data.views.patches import (
 )
 from tests.data.views.test_crops import FakeEntry, output_voxels
 from utils.classes import IGNORE, Classes
+from utils.sliding_window import sliding_window
 
 CLASSES = Classes.from_config({"one": 3, "two": [7, 8], "left": 20, "right": 21}, [9])
 PLAIN = PatchSettings((16, 14, 12))
@@ -443,10 +444,22 @@ def test_random_patches_start_anywhere_with_equal_chance():
     starts = []
     for i in range(n):
         start, _, params = draw(entry, PLAIN, i)
-        starts.append(start + params["matrix"][:, 3].numpy())  # 0..4, 0..1, -4..0
-    for along, first, count in zip(np.array(starts).T, (0, 0, -4), (5, 2, 5), strict=True):
+        starts.append(start + params["matrix"][:, 3].numpy())  # 0..4, 0..1, -2
+    for along, first, count in zip(np.array(starts).T, (0, 0, -2), (5, 2, 1), strict=True):
         found = np.bincount(np.int64(along - first))
         assert len(found) == count and abs(found / n - 1 / count).max() < 0.05
+
+
+def test_a_volume_smaller_than_the_patch_lies_in_its_middle_as_in_inference():
+    entry, size = noise_entry((9, 5, 4)), np.array(PLAIN.patch_size)
+    for i, point in enumerate([None, [0, 0, 0], [8, 4, 3]]):
+        start, shape, params = draw(entry, PLAIN, i, point)
+        before = -params["matrix"][:, 3].numpy()
+        assert (start == 0).all() and shape.tolist() == [9, 5, 4]
+        assert before.tolist() == ((size - [9, 5, 4]) // 2).tolist()
+    windows = []
+    sliding_window(lambda x: windows.append(x) or x, torch.ones(1, 9, 5, 4), size.tolist())
+    assert windows[0][0, 0].nonzero()[0].tolist() == before.tolist()
 
 
 # ---------------------------------------------------------------------------------- order

@@ -4,6 +4,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 
 from utils.report.page import Section, number, text_of, write_report
 from utils.report.plots import plot_curves
@@ -76,6 +77,16 @@ def test_page_is_self_contained(page):
     references = [v for k, v in Page(page).attributes if k in ("src", "href")]
     assert all(v.startswith(("data:image/png;base64,", "#")) for v in references)
     assert sum(v.startswith("data:") for v in references) == 2
+
+
+def test_wide_pictures_are_told_from_small_ones(tmp_path):
+    """On a phone they scroll; small ones, which would be blown up, stay whole."""
+    for name, width in (("small", 400), ("wide", 1200)):
+        Image.fromarray(np.zeros((9, width, 3), np.uint8)).save(tmp_path / f"{name}.png")
+    items = [tmp_path / "small.png", (tmp_path / "wide.png", "a caption")]
+    write_report(tmp_path / "r.html", "run", [Section("a", items)])
+    text = (tmp_path / "r.html").read_text()
+    assert re.findall(r"<figure(.*?)><img alt", text) == ["", ' class="wide"']
 
 
 def test_tables_and_empty_sections(page):

@@ -3,6 +3,7 @@ import pandas as pd
 import pytest
 
 from tests.utils.report.pictures import on_white
+from utils.report import plots
 from utils.report.plots import pca_rgb, plot_crops, plot_curves, plot_feature_pca, slice_2d
 
 
@@ -70,6 +71,13 @@ def test_curves_take_dicts_and_tables_and_skip_what_is_absent(tmp_path):
     plot_curves(tmp_path / "empty.png", [])
 
 
+def test_what_the_student_lacks_has_a_panel_of_its_own():
+    rows = [{"epoch": 0}, {"epoch": 1, "dino_loss": 7.0, "teacher_entropy": 2.5}]
+    series = plots._series(plots._with_kl(rows))
+    assert series["dino_kl"] == ((1,), (4.5,)) and "dino_kl" not in rows[1]
+    assert plots._panel_of("dino_kl").startswith("DINO loss without")
+
+
 def test_pca_finds_the_planted_components():
     rng = np.random.default_rng(0)
     planted = rng.random((3, 6, 7, 8))
@@ -91,6 +99,16 @@ def test_feature_pca_lies_on_the_image(tmp_path):
     assert _same_picture(tmp_path / "one.png", rgb)
     two = plot_feature_pca(tmp_path / "two.png", volume, [coarse, coarse], ["a", "b"], num_slices=2)
     assert two.shape[0] > rgb.shape[0]
+
+
+def test_features_are_drawn_over_slices_through_the_whole_volume(tmp_path, monkeypatch):
+    images, maps = [], []
+    monkeypatch.setattr(plots, "_draw_slice", lambda ax, volume, plane, z: images.append(z))
+    monkeypatch.setattr(
+        plots, "_upsampled_slice", lambda rgb, shape, z: maps.append(z) or np.zeros((2, 2, 3))
+    )
+    plot_feature_pca(tmp_path / "a.png", np.zeros((8, 8, 101)), np.zeros((3, 2, 2, 2)))
+    assert images == maps and [round(z) for z in images] == [15, 32, 50, 68, 85]
 
 
 def test_no_pyplot_state_is_touched(tmp_path):

@@ -11,7 +11,7 @@ from tests.browser import NEEDED, look
 from utils.report import slices
 from utils.report.page import Section, Slices, write_report
 from utils.report.segmentation import worst_of_classes
-from utils.report.slices import fits, pack
+from utils.report.slices import fits, pack, worst_first
 
 SPACING = (1.0, 1.0, 2.0)
 NAMES = ["organ", "lesion", "other"]
@@ -58,6 +58,15 @@ def test_the_worst_class_comes_first_and_is_shown_where_it_is():
     for one, mask in zip(case["classes"], (true, found, true), strict=True):
         for axis in range(3):
             assert (np.take(mask, one["at"][axis], axis) == one["indices"][0]).any()
+
+
+def test_the_case_with_the_worst_class_comes_first():
+    scores = ([0.9, 0.3], [0.5, 0.4], [None, 0.0], [None, None])
+    parts = [*scene(), SPACING, ["a", "b"]]
+    cases = [
+        pack(*parts, str(n), dict(zip("ab", dice, strict=True))) for n, dice in enumerate(scores)
+    ]
+    assert [case["title"] for case in worst_first(cases)] == ["2", "0", "1", "3"]
 
 
 def test_a_large_case_is_made_coarser_and_no_class_is_lost(monkeypatch):
@@ -130,12 +139,14 @@ ACTIONS = """
 
 @NEEDED
 def test_in_a_browser(tmp_path):
-    """On a phone's width: nothing is clipped."""
+    """On a phone's width, in both themes: nothing is clipped."""
     path = tmp_path / "report.html"
     other = packed() | {"title": "line 3 </script><b>"}
     write_report(path, "A test", [Section("Slices", ["Look.", Slices([packed(), other])])])
     told = look(path, tmp_path, ACTIONS)
-    assert told["cases"] == 2
+    assert told["cases"] == 2 and 360 < told["width"] <= 390
+    dark = look(path, tmp_path, dark=True)["back"]
+    assert (told["back"], dark) == ("rgb(255, 255, 255)", "rgb(22, 24, 28)")
     places = [text.rpartition(" ")[0] for text in told["slices"]]
     first = int(places[0].split()[0])
     size = places[0].split()[-1]
@@ -143,3 +154,18 @@ def test_in_a_browser(tmp_path):
     assert places[:4] == [f"{n} of {size}" for n in expected]
     assert places[4] == places[5] != places[3] and places[6] == places[0]
     assert told["slices"][4] != told["slices"][5]  # without the truth, it looks different
+
+
+@NEEDED
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ("<p style='width: 500px'>wide</p>", "'overflow': 1"),
+        ("<script>nothing.there();</script>", "nothing is not defined"),
+        ("<script>console.error('seen')</script>", "seen"),
+    ],
+)
+def test_what_is_wrong_with_a_page_is_found(wrong, said, tmp_path):
+    (tmp_path / "x.html").write_text(f"<!doctype html><h1>x</h1>{wrong}")
+    with pytest.raises(AssertionError, match=said):
+        look(tmp_path / "x.html", tmp_path)

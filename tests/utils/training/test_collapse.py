@@ -7,6 +7,7 @@ from utils.training import collapse
 
 HEALTHY = {
     "epoch": 3,
+    "loss": 8.0,
     "teacher_entropy": 4.0,
     "dino_loss": 5.0,
     "feature_std": 0.8,
@@ -42,6 +43,7 @@ def test_a_healthy_run_is_not_warned_of():
         ({"teacher_entropy": 6.92}, "uniform"),
         ({"dino_loss": 6.93}, "dino_loss"),
         ({"feature_std": 0.1}, "features"),
+        ({"loss": 10.1}, "loss rises"),
         ({"teacher_entropy": 0.01, "target_usage": 0.02}, "point"),
         (
             {"patch_loss": 3.0, "patch_teacher_entropy": 4.15, "patch_target_usage": 4.1},

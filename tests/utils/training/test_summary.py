@@ -81,7 +81,8 @@ def test_train_cases_in_a_table():
 
     seen = {"cases": 14, "spacing": spread(2, 2, 5), "size": spread(300, 200, 250)}
     seen |= {"modality": [["CT"], []], "intensity": [spread(-100, 40, 1200), None]}
-    text, table = summary.train_cases(seen)
+    text, table, rest = summary.train_cases(seen, [("liver", "1400 mL, in 13 of 14 masks")])
+    assert rest == [{"of all cases": "liver", "median (5 to 95 %)": "1400 mL, in 13 of 14 masks"}]
     assert "Of 14 cases" in text and len(table) == 3
     assert table[0]["median"] == "2.000, 2.000, 5.000" and table[0]["lowest"].startswith("0.500")
     assert table[2]["of each case"].startswith("channel 1, CT: 5, 50 and 95 %")

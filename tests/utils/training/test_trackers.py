@@ -90,6 +90,19 @@ def test_a_tracker_gets_what_tensorboard_gets(name, package, tmp_path):
         assert settings["data.spacing"] == "[1, 1, 1]"
 
 
+@pytest.mark.parametrize("name", ["wandb", "mlflow"])
+def test_the_package_itself_writes_without_a_network_and_names_nobody(name, tmp_path, monkeypatch):
+    pytest.importorskip(name, reason=f"{name} is not installed: nobody but its users needs it")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    monkeypatch.chdir(tmp_path)
+    a_run(tmp_path, name)
+    a_run(tmp_path, name, goes_on=True)
+    assert list(tmp_path.glob({"wandb": "wandb/offline-run-*", "mlflow": "mlflow.db"}[name]))
+    files = {path for path in tmp_path.rglob("*") if path.is_file()} - {tmp_path / "log.txt"}
+    assert not [path for path in files if CANARY.encode() in path.read_bytes()]
+
+
 @pytest.mark.parametrize(("name", "start"), [("wandb", "init"), ("mlflow", "start_run")])
 def test_a_resumed_run_goes_on_under_its_id(name, start, package, tmp_path):
     recorder = package(name)
