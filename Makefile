@@ -19,23 +19,23 @@ export GLIBC_TUNABLES = glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim
 
 # What all three stages of the demo share: small networks, coarse volumes.
 SMALL = precision=fp32 n_workers=1 resunet.features=[8,16,32,64] \
-  resunet.blocks=[1,1,1,1] data.spacing=[6,6,6] data.hu_window=[-200,800]
+  resunet.blocks=[1,1,1,1] data.spacing=[6,6,6] data.hu_window=[-200,1200]
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m data.demo demo_data
 	rm -rf results/demo_dino results/demo_classification results/demo_segmentation
 	$(BIN)/python dino.py experiment=demo_dino $(SMALL) n_epochs=6 batch_size=8 learning_rate=0.0113 \
-	  warmup_epochs=2 probe.every=3 probe.dense_cases=4 crops.regions_per_case=8 crops.num_local=2 \
+	  warmup_epochs=2 probe.every=3 probe.dense_cases=4 crops.regions_per_case=5 crops.num_local=2 \
 	  crops.region_size=[40,32,32] crops.global_size=[24,24,24] crops.local_size=[24,24,24] \
 	  dino.out_dim=1024 dino.patch_out_dim=256 dino.head_hidden=256 dino.head_bottleneck=128 \
 	  dino.patch_level=2 dino.momentum=0.98
-	$(BIN)/python classification.py experiment=demo_classification $(SMALL) n_epochs=50 \
+	$(BIN)/python classification.py experiment=demo_classification $(SMALL) n_epochs=15 \
 	  warmup_epochs=1 batch_size=4 accumulate=1 learning_rate=2e-3 image.size=[48,40,40] \
 	  dino_weights=results/demo_dino/checkpoints/backbone.pt
 	$(BIN)/python classification.py experiment=demo_classification n_workers=0 precision=fp32 \
 	  test_ckpt=results/demo_classification/checkpoints/best.pt
 	$(BIN)/python segmentation.py experiment=demo_segmentation $(SMALL) n_epochs=10 val_every=10 \
-	  warmup_epochs=1 batch_size=2 learning_rate=3e-3 patches.size=[32,32,32] patches.per_case=8 \
+	  warmup_epochs=1 batch_size=2 learning_rate=3e-3 patches.size=[32,32,32] patches.per_case=4 \
 	  dino_weights=results/demo_dino/checkpoints/backbone.pt
 	$(BIN)/python segmentation.py experiment=demo_segmentation n_workers=0 precision=fp32 \
 	  test_ckpt=results/demo_segmentation/checkpoints/best.pt

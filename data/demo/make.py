@@ -7,7 +7,7 @@
 <folder>/dicom/<PatientID>/  one axial series, about 50 slices of 128 x 128, 3 x 3 x 5 mm
 <folder>/masks/<PatientID>.nii.gz  1 liver, 2 kidneys, 3 spleen, 4 lesion (tumours in the liver)
 
-Half of the patients have lesions, full of iodised oil as after chemoembolisation, so that 14
+Half of the patients have lesions, full of iodised oil as after chemoembolisation, so that 24
 patients are enough to learn their appearance. Sex shows in the amount of muscle and fat. The same
 seed gives the same bytes.
 """
@@ -31,7 +31,7 @@ OURS = {"demo.csv", "segmentation.csv", "dicom", "masks"}
 SIZE = 128  # rows and columns
 
 
-def make_demo(folder, n_patients: int = 24, seed: int = 0) -> Path:
+def make_demo(folder, n_patients: int = 40, seed: int = 0) -> Path:
     """Write the demo data set unless it is there already, and return the path of its demo.csv.
 
     A complete data set is kept, whatever its number of patients and seed; an incomplete one is made

@@ -244,14 +244,15 @@ def _great_vessels(c, enhancement, lungs):
 
 
 def _lesions(c, rng, liver):
-    """Draw one to four tumours, 8-20 mm in radius, full of iodised oil (chemoembolisation)."""
+    """Draw one to four tumours, 9-23 mm in radius, full of iodised oil (chemoembolisation), which
+    is denser than any bone."""
     candidates = np.argwhere(binary_erosion(liver, iterations=2))
     for _ in range(rng.integers(1, 5)):
         i = tuple(candidates[rng.integers(len(candidates))])
-        radii = rng.uniform(9, 18) * rng.uniform(0.85, 1.15, 3)
+        radii = rng.uniform(10, 20) * rng.uniform(0.85, 1.15, 3)
         r = c.blob((c.x[i], c.y[i], c.z[i]), radii)
         where = (r < 1) & liver
-        c.fill(where, (rng.uniform(600, 900) * (1 - 0.35 * r**2))[where], "lesion")
+        c.fill(where, (rng.uniform(900, 1300) * (1 - 0.35 * r**2))[where], "lesion")
 
 
 def _table(c, rng, shape, spacing_mm):

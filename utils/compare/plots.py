@@ -42,7 +42,7 @@ def plot_over_each_other(path: Path, runs: Mapping[str, Sequence[dict]]):
         ax.set_title(column.replace("_", " "), fontsize=10 if len(column) < 30 else 7.5)
         ax.set_xlabel("epoch", fontsize=8)
         ax.tick_params(labelsize=8)
-        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
         ax.grid(lw=0.6)
         ax.spines[["top", "right"]].set_visible(False)
     handles = [fig.axes[0].plot([], [], **line_style(i))[0] for i in range(len(runs))]

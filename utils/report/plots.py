@@ -193,7 +193,7 @@ def plot_curves(path, metrics, out_dim: int | None = None, patch_out_dim: int | 
         ax.set_xlabel("epoch", fontsize=8)
         ax.tick_params(labelsize=8)
         ax.ticklabel_format(axis="y", scilimits=(-3, 4), useOffset=False)
-        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
         ax.grid(lw=0.6)
         ax.spines[["top", "right"]].set_visible(False)
         if len(names) > MAX_LEGEND:

@@ -38,9 +38,9 @@ def test_same_seed_gives_the_same_bytes(demo, tmp_path):
 def test_every_fold_has_both_classes():
     from data.demo.make import _allot
 
-    table = pd.DataFrame(_allot(np.random.default_rng(0), 24), columns=["lesion", "fold", "male"])
+    table = pd.DataFrame(_allot(np.random.default_rng(0), 40), columns=["lesion", "fold", "male"])
     counts = pd.crosstab(table["fold"], table["lesion"])
-    assert counts.shape == (5, 2) and counts.to_numpy().min() >= 2
+    assert counts.shape == (5, 2) and counts.to_numpy().min() >= 4
     assert (pd.crosstab([table["fold"], table["lesion"]], table["male"]) > 0).all(axis=None)
 
 
