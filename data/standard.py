@@ -139,7 +139,7 @@ class CheckMaskd(Transform):
             if different:
                 hint = "; if it lies rightly in space, set data.mask_grid=resample"
                 if seg.shape[1:] == image.shape[1:] and format_of(data["path"]):
-                    hint = "; if it was drawn on these voxels, set data.mask_grid=voxels" + hint[3:]
+                    hint = "; if it was drawn on these voxels, set data.mask_grid=voxels" + hint
                 what = f"mask {data['seg_path']} of {data['path']}: {different}{hint}"
                 raise VolumeError(what)
             seg.affine = image.affine  # so that both go through exactly the same geometry

@@ -145,7 +145,8 @@ def on_grid(change: np.ndarray) -> dict:
 LARGER, FINER = np.eye(4), np.diag([0.5, 0.5, 0.5, 1])
 LARGER[:3, 3] = FINER[:3, 3] = -2
 BLOCK_LABELS = np.count_nonzero(TRUE[BLOCK])
-OFF_BY_5 = ("up to 5.00 mm", "first voxel off by 5.00, 0.00, 0.00 mm")
+CURES = "set data.mask_grid=voxels; if it lies rightly in space, set data.mask_grid=resample"
+OFF_BY_5 = (CURES, "up to 5.00 mm", "first voxel off by 5.00, 0.00, 0.00 mm")
 FAULTS = [
     *(fault(f"stored as {t}", RIGHT, dtype=t) for t in ("u1", "i2", "u2", "i4", "f4", "f8")),
     *(fault(f"stored backwards along axis {a}", RIGHT, **stored_flipped(a)) for a in range(3)),
