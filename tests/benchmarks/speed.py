@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=1 python -m tests.benchmarks.speed [ROW ...] [--repeats 5]
 
 Both arms run in one process and by turns. Shown are medians, and the median of the ratios: how many
-times as long the other takes. On a CPU it is the time of the CPU, so that other programs disturb
-less, though they still take cache and bandwidth. Run it with one and with two threads. On a GPU
+times as long the other takes. With one thread it is the time of the CPU, so that other programs
+disturb less, though they still take cache and bandwidth. Run it with two threads as well. On a GPU
 both arms run in bf16, with larger crops and batches; all rows take some minutes there. The loop of
 DINO takes AdamW as PyTorch gives it, ours the fused one, as the stages do. Rows:
 
