@@ -254,27 +254,27 @@ def _readable_forms(
     header: nib.Nifti1Header, path: Path
 ) -> tuple[dict[str, np.ndarray], list[str]]:
     """Return the forms that are set and are affines at all, the sform first, and notices."""
-    forms, unreadable = {}, []
+    forms, unreadable = {}, {}
     for name, read in (("sform", header.get_sform), ("qform", header.get_qform)):
         if header[f"{name}_code"] == 0:
             continue
         try:
             form = read()
-        except (HeaderDataError, ValueError):  # of a qform: no rotation, or negative sizes
-            form = np.full((4, 4), np.nan)
+        except (HeaderDataError, ValueError):
+            unreadable[name] = "has no rotation, a negative voxel size, or a qfac that is not 1, -1"
+            continue
         if np.all(np.isfinite(form)) and abs(np.linalg.det(form[:3, :3])) > 0:
             forms[name] = form
         else:
-            unreadable.append(name)
-    if not forms:
-        what = "neither qform nor sform is set"
-        if unreadable:
-            what = f"{' and '.join(unreadable)} cannot be read: damaged numbers"
+            unreadable[name] = "has NaN or infinite elements, or voxels of 0 mm, or is singular"
+    if not forms and not unreadable:
         raise VolumeError(
-            f"{path}: {what}, so orientation is unknown (left and right, too); set one from the "
-            "original images"
+            f"{path}: neither qform nor sform is set, so orientation is unknown (left and right, "
+            "too); set one from the original images"
         )
-    return forms, [f"{name} cannot be read: the other form was taken" for name in unreadable]
+    if not forms:
+        raise VolumeError(f"{path}: {'; '.join(f'{n} {what}' for n, what in unreadable.items())}")
+    return forms, [f"{n} {what}: the other form was taken" for n, what in unreadable.items()]
 
 
 def _without_shear(affine: np.ndarray) -> np.ndarray:

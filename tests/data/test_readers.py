@@ -60,6 +60,7 @@ def test_volume_holds_nothing_else_of_the_header(tmp_path):
         "patient",
         "frame",
         "rescaled",
+        "places",
         "notices",
     }
     assert b"Secret" not in pickle.dumps(volume) and b"phantom-1" not in pickle.dumps(volume)
