@@ -211,10 +211,10 @@ def _estimate(case: Case, form: StandardForm) -> float:
         return float(np.prod(form.size, dtype=float)) * each
     sources = fingerprint(case.path)
     try:
-        files = [Path(path) for path, _, _ in sources]
+        files = [Path(path) for path, *_ in sources]
         shape, spacing = _read_grid(Path(split_part(case.path)[0]), files)
     except (VolumeError, NotDicom, OSError):
-        return float(sum(size for _, size, _ in sources))
+        return float(sum(size for _, size, *_ in sources))
     voxels = np.prod(shape, dtype=float)
     if form.spacing is not None:
         voxels *= np.prod(spacing, dtype=float) / np.prod(form.spacing)

@@ -15,7 +15,7 @@ CT_RANGE = (-1024, 32767)  # HU; lower values are padding outside the scanner's 
 CT_AIR = -1000  # HU
 SAME_VOXELS = 0.02  # voxels by which grids may differ and no voxel is interpolated
 NOT_HU = (
-    "DICOM of CT without RescaleSlope and RescaleIntercept, so its values need not be HU: take the "
+    "DICOM of CT without RescaleIntercept, so its values need not be HU: take the "
     "original files, or set data.modality=OT to scale it by percentiles"
 )
 MIN_OVERLAP = 0.1  # of the smaller of two volumes; scans of one region have more in common
@@ -71,7 +71,7 @@ def read_channels(
             if nan_voxels == "background":
                 volume = _without_nan(volume, kind, path)
             voxels, said = volume.voxels, []
-            if kind == volume.modality == "CT" and not volume.rescaled:
+            if kind == "CT" and not volume.rescaled:
                 raise VolumeError(f"{path}: {NOT_HU}")
             if first is None:
                 first, name_of_first = volume, name

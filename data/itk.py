@@ -132,15 +132,18 @@ def _meta(data: bytes, path: Path) -> Header:
         ("BinaryData", ("true",)),
         ("ElementNumberOfChannels", ("1",)),
         ("DistanceUnits", ("mm", "?")),
-        ("ElementToIntensityFunctionSlope", ("1",)),
-        ("ElementToIntensityFunctionOffset", ("0",)),
+        ("ElementToIntensityFunctionSlope", ("1", "1.0")),
+        ("ElementToIntensityFunctionOffset", ("0", "0.0")),
     ):
         if fields.get(key, usual[0]).lower() not in usual:
             raise VolumeError(f"{path}: {key} = {fields[key]!a} is not supported")
     order = fields.get("BinaryDataByteOrderMSB", fields.get("ElementByteOrderMSB"))
     axes = numbers("TransformMatrix", "Rotation", "Orientation").reshape(3, 3).T
     affine = np.eye(4)
-    affine[:3, :3] = axes * numbers("ElementSpacing")
+    spacing = numbers("ElementSpacing")
+    if np.any(spacing <= 0):  # ITK refuses it, others turn the axis
+        raise VolumeError(f"{path}: ElementSpacing = {fields['ElementSpacing']!a} is not above 0")
+    affine[:3, :3] = axes * spacing
     affine[:3, 3] = numbers("Offset", "Position", "Origin")
     beside = fields["ElementDataFile"]
     is_local = beside.upper() == "LOCAL"

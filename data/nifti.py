@@ -20,6 +20,7 @@ from data.volume import (
     Volume,
     VolumeError,
     check_expansion,
+    corner_gap,
     rescale,
     shear_of,
 )
@@ -100,8 +101,8 @@ def opened(path: Path) -> Iterator[BinaryIO]:
     try:
         with gzip.open(path, "rb") if is_compressed(path) else open(path, "rb") as file:
             yield file
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise VolumeError(f"{path}: damaged or truncated gzip stream ({error})") from None
+    except (EOFError, gzip.BadGzipFile, zlib.error):
+        raise VolumeError(f"{path}: damaged or truncated gzip stream") from None
 
 
 def is_compressed(path: Path) -> bool:
@@ -147,8 +148,10 @@ def _read_header(file: BinaryIO, path: Path) -> nib.Nifti1Header:
         raise VolumeError(f"{path}: truncated within its header")
     try:
         header = HEADER_CLASSES[size](block, endianness=order, check=False)
-    except HeaderDataError as error:
-        raise VolumeError(f"{path}: {error}") from None
+    except HeaderDataError:
+        raise VolumeError(f"{path}: damaged header") from None
+    if header["pixdim"][0] == 0:
+        header["pixdim"][0] = 1  # qfac, which the standard takes for 1 then
     magic, paired = header["magic"].item()[:3], len(nifti_files(path)) == 2
     if paired and magic not in (b"ni1", b"ni2"):
         raise VolumeError(
@@ -163,15 +166,17 @@ def _read_header(file: BinaryIO, path: Path) -> nib.Nifti1Header:
 
 
 def _shape(header: nib.Nifti1Header, path: Path, part: int | None) -> tuple[int, ...]:
-    """Return (X, Y, Z), without trailing axes of length 1, or with a part (X, Y, Z, N)."""
+    """Return (X, Y, Z), or with a part (X, Y, Z, N). Axes of length 1 behind Z do not count."""
     num_axes = int(header["dim"][0])
     if not 1 <= num_axes <= 7:
         raise VolumeError(f"{path}: {num_axes} dimensions")
     shape = [int(size) for size in header["dim"][1 : num_axes + 1]]
     if min(shape) < 1:
         raise VolumeError(f"{path}: shape {shape}")
-    while len(shape) > 3 + (part is not None) and shape[-1] == 1:
-        shape.pop()
+    several = [size for size in shape[3:] if size > 1]  # ITK puts those of vectors fifth
+    if part is not None and not several:
+        several = shape[3:4]
+    shape = shape[:3] + several
     if part is not None:
         if len(shape) != 4:
             raise VolumeError(f"{path}: shape {shape}; expected several volumes (X, Y, Z, N)")
@@ -216,45 +221,67 @@ def _affine(
         units = f"code {int(header['xyzt_units'])}"
     if units not in MM_PER_UNIT:
         raise VolumeError(f"{path}: unknown unit of length ({units})")
-    try:
-        forms = {"sform": header.get_sform(coded=True)[0], "qform": header.get_qform(coded=True)[0]}
-    except (HeaderDataError, ValueError) as error:
-        raise VolumeError(f"{path}: {error}") from None
-    forms = {
-        name: np.diag([MM_PER_UNIT[units]] * 3 + [1.0]) @ form
-        for name, form in forms.items()
-        if form is not None
-    }
-    if not forms:
+    forms, notices = _readable_forms(header, path)
+    forms = {n: np.diag([MM_PER_UNIT[units]] * 3 + [1.0]) @ form for n, form in forms.items()}
+    for name, form in forms.items():
+        check_form(form, f"{path}: {name}")
+    affine = next(iter(forms.values()))
+    axis, shear = shear_of(affine)
+    if shear > MAX_SHEAR:
+        notices.append(TILTED.format(shear))
+    if len(forms) < 2:
+        return affine, notices
+    apart = corner_gap(forms["sform"], forms["qform"], shape)
+    corner = np.subtract(shape, 1)
+    allowed = FORMS_AGREE_MM + FORMS_AGREE_RELATIVE * np.linalg.norm(affine[:3, :3] @ corner)
+    unsheared = corner_gap(_without_shear(affine), forms["qform"], shape)
+    if min(apart, unsheared) <= allowed:  # a qform cannot hold a shear
+        return affine, notices
+    codes = int(header["sform_code"]), int(header["qform_code"])
+    if codes[0] != codes[1] and _may_be_two_spaces(forms, codes[0]):
+        notices.append(
+            f"sform (code {codes[0]}) and qform (code {codes[1]}) are of two spaces, up to "
+            f"{apart:.1f} mm apart: the sform was taken"
+        )
+        return affine, notices
+    raise VolumeError(
+        f"{path}: sform and qform place the volume differently, by up to {apart:.1f} mm; "
+        "set the code of the wrong one to 0"
+    )
+
+
+def _readable_forms(
+    header: nib.Nifti1Header, path: Path
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Return the forms that are set and are affines at all, the sform first, and notices."""
+    forms, unreadable = {}, {}
+    for name, read in (("sform", header.get_sform), ("qform", header.get_qform)):
+        if header[f"{name}_code"] == 0:
+            continue
+        try:
+            form = read()
+        except (HeaderDataError, ValueError):
+            unreadable[name] = "has no rotation, a negative voxel size, or a qfac that is not 1, -1"
+            continue
+        if np.all(np.isfinite(form)) and abs(np.linalg.det(form[:3, :3])) > 0:
+            forms[name] = form
+        else:
+            unreadable[name] = "has NaN or infinite elements, or voxels of 0 mm, or is singular"
+    if not forms and not unreadable:
         raise VolumeError(
             f"{path}: neither qform nor sform is set, so orientation is unknown (left and right, "
             "too); set one from the original images"
         )
-    for name, form in forms.items():
-        check_form(form, f"{path}: {name}")
-    affine, notices = next(iter(forms.values())), []
-    axis, shear = shear_of(affine)
-    if shear > MAX_SHEAR:
-        notices.append(TILTED.format(shear))
-    if len(forms) == 2:
-        corners = np.array(np.meshgrid(*[(0, size - 1) for size in shape])).reshape(3, -1)
-        corners = np.vstack([corners, np.ones(8)])
-        apart = np.linalg.norm(((forms["sform"] - forms["qform"]) @ corners)[:3], axis=0).max()
-        diagonal = np.linalg.norm((forms["sform"] @ (corners[:, -1] - corners[:, 0]))[:3])
-        codes = int(header["sform_code"]), int(header["qform_code"])
-        if apart <= FORMS_AGREE_MM + FORMS_AGREE_RELATIVE * diagonal:
-            return affine, notices
-        if codes[0] != codes[1] and _may_be_two_spaces(forms, codes[0]):
-            notices.append(
-                f"sform (code {codes[0]}) and qform (code {codes[1]}) are of two spaces, up to "
-                f"{apart:.1f} mm apart: the sform was taken"
-            )
-        else:
-            raise VolumeError(
-                f"{path}: sform and qform place the volume differently, by up to {apart:.1f} mm; "
-                "set the code of the wrong one to 0"
-            )
-    return affine, notices
+    if not forms:
+        raise VolumeError(f"{path}: {'; '.join(f'{n} {what}' for n, what in unreadable.items())}")
+    return forms, [f"{n} {what}: the other form was taken" for n, what in unreadable.items()]
+
+
+def _without_shear(affine: np.ndarray) -> np.ndarray:
+    """Return the qform that software writes beside this sform: the nearest rotation."""
+    header = nib.Nifti1Header()
+    header.set_qform(affine)
+    return header.get_qform()
 
 
 def _may_be_two_spaces(forms: dict[str, np.ndarray], code: int) -> bool:

@@ -2,7 +2,7 @@
 
 Where a file lies and when it was copied there does not count, so that data may be moved. To read
 all bytes of all files at each start would take long: the digest of a content is remembered by path,
-size and time of its files, as a hash, since a path may hold a name.
+size and times of its files, as a hash, since a path may hold a name.
 """
 
 import hashlib
@@ -17,8 +17,11 @@ from data.parts import split_part
 from data.readers import VolumeError, source_files
 
 
-def fingerprint(path: str | Path) -> list[tuple[str, int, int]]:
-    """Return (absolute path, bytes, time of change in ns) of a file or of all files in a folder.
+def fingerprint(path: str | Path) -> list[tuple[str, int, int, int]]:
+    """Return (absolute path, bytes, times of change in ns) of a file or of all files in a folder.
+
+    The second time is that of the file system, which no copying program sets: another file put in
+    the place of one may have its size and time, as files out of an archive do.
 
     Raises VolumeError if there is none.
     """
@@ -31,7 +34,7 @@ def fingerprint(path: str | Path) -> list[tuple[str, int, int]]:
         stats = [(file, os.stat(file)) for file in sorted(files)]
     except OSError as error:
         raise VolumeError(f"{error.filename or path}: {error.strerror}") from error
-    return [(file, stat.st_size, stat.st_mtime_ns) for file, stat in stats]
+    return [(file, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for file, s in stats]
 
 
 def paths_of(case: Case) -> list[str | None]:
@@ -40,8 +43,11 @@ def paths_of(case: Case) -> list[str | None]:
 
 
 def stamp_of(case: Case) -> str:
-    """Return a hash that changes when a file of the case does. Raises VolumeError."""
-    return _hash([path and fingerprint(path) for path in paths_of(case)])
+    """Return a hash that changes when a file of the case does. Raises VolumeError.
+
+    Without the file system's time: a backup that links the files must not stop a run.
+    """
+    return _hash([path and [file[:3] for file in fingerprint(path)] for path in paths_of(case)])
 
 
 class Contents:
@@ -66,7 +72,7 @@ class Contents:
         if at not in self._known:
             self._recall()  # another process may have found it
         if at not in self._known:
-            digests = [_digest(file) for file, _, _ in files]
+            digests = [_digest(file) for file, *_ in files]
             # of a folder in no order: its files may be renamed
             is_folder = os.path.isdir(split_part(path)[0])
             self._known[at] = _hash(sorted(digests) if is_folder else digests)

@@ -35,7 +35,8 @@ class Volume:
     series_uid: DICOM SeriesInstanceUID; None for NIfTI.
     patient: a hash of DICOM's PatientID, by which scans are told to be of two patients; None for
         NIfTI, or without one. frame: likewise of FrameOfReferenceUID, by which scans share a space.
-    rescaled: whether the header of a DICOM series says how stored values become real ones.
+    rescaled: whether the header of a DICOM series says how stored values become real ones: its
+        RescaleIntercept, without which CT need not be HU (without a slope, it is 1).
     places: of DICOM slices at uneven distances, which were interpolated: where they lie, (N,) in
         slices of the volume; else None.
     notices: what was likely, but not certain, or changed on the way; for the user, by row.

@@ -62,7 +62,7 @@ def read_dicom(
         modality=next((image.modality for image in series if image.modality), None),
         series_uid=series[0].series_uid or None,
         patient=hashed(next((image.patient for image in series if image.patient), "").encode()),
-        rescaled=any(frame.slope or frame.intercept for frame in frames),
+        rescaled=any(frame.intercept for frame in frames),
         places=places,
         frame=hashed(frames[0].phase.get("FrameOfReferenceUID", b"").strip(b" \0")),
         notices=tuple(notices),
@@ -217,17 +217,16 @@ def _choose_series(
 def _are_one(main: list[Image], rivals: list[list[Image]]) -> str:
     """Say why several series are one, or return ''.
 
-    They are where each slice has a series of its own and all are one regular stack of one study, or
-    where they are equal copies of one series under other UIDs.
+    They are where each slice has a series of its own, as none of them is a volume then, or where
+    they are equal copies of one series under other UIDs.
     """
     together = [image for members in (main, *rivals) for image in members]
     facts = {(image.study_uid, image.modality, *_frames_of_reference(image)) for image in together}
     if len(facts) != 1 or not together[0].study_uid:
         return ""
-    slices = _num_stacked(together)
-    if slices == len(together) == len(rivals) + 1 > FEW_SLICES:
-        return f"{slices} series of one slice each, one regular stack of one study: read as one"
-    if slices and slices == _num_stacked(main):
+    if len(together) == len(rivals) + 1 > FEW_SLICES:  # if they are no stack, it is said why
+        return f"{len(together)} series of one slice each, of one study: read as one"
+    if 0 < _num_stacked(together) == _num_stacked(main):
         return f"{len(rivals) + 1} series are equal copies of each other: read as one"
     return ""
 

@@ -21,7 +21,7 @@ from data.cases import Case
 from data.entry import Channel
 from data.prepare.check import volume_notices
 from data.readers import VolumeError
-from data.sources import fingerprint
+from data.sources import Contents, fingerprint
 from data.standard import StandardForm, standard_transform
 from utils.errors import InputError
 
@@ -346,5 +346,17 @@ def test_fingerprint_lists_every_file_below_a_folder(tmp_path):
     for name in ("b", "a", "sub/c"):
         (tmp_path / name).write_bytes(b"123")
     found = fingerprint(tmp_path)
-    assert [Path(p).name for p, _, _ in found] == ["a", "b", "c"]
-    assert all(size == 3 and ns > 0 for _, size, ns in found)
+    assert [Path(p).name for p, *_ in found] == ["a", "b", "c"]
+    assert all(size == 3 and min(times) > 0 for _, size, *times in found)
+
+
+def test_another_file_of_the_same_size_and_time_is_another(tmp_path):
+    """As files have that come out of two versions of an archive."""
+    contents, path = Contents(tmp_path / "known"), tmp_path / "scan.nii"
+    digests = []
+    for content in (b"123", b"456"):
+        (tmp_path / "new").write_bytes(content)
+        os.utime(tmp_path / "new", ns=(1, 1))
+        os.replace(tmp_path / "new", path)
+        digests.append(contents.of(str(path)))
+    assert digests[0] != digests[1]

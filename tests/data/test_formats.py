@@ -19,6 +19,7 @@ VOXELS = np.arange(6 * 5 * 4, dtype=np.int16).reshape(6, 5, 4) - 40
 WAYS = [
     ("a.mha", {}),
     ("a.mha", {"packed": True, "order": ">"}),
+    ("a.mha", {"ElementToIntensityFunctionSlope": "1.0"}),
     ("a.mhd", {}),
     ("a.mhd", {"data": "./a.raw"}),
     ("a.nrrd", {}),
@@ -51,6 +52,7 @@ def test_values_and_places(tmp_path, name, options, dtype):
     [
         ("a.mha", {"TransformMatrix": None}, "no TransformMatrix"),
         ("a.mha", {"ElementSpacing": None}, "no ElementSpacing"),
+        ("a.mha", {"ElementSpacing": "2 2 -2"}, "not above 0"),
         ("a.mha", {"BinaryDataByteOrderMSB": None}, "byte order"),
         ("a.mha", {"ElementNumberOfChannels": 3}, "ElementNumberOfChannels"),
         ("a.mha", {"BinaryData": "False"}, "BinaryData"),

@@ -117,3 +117,55 @@ def test_forms_of_two_spaces_are_no_contradiction_and_the_sform_counts(tmp_path,
     assert "the sform was taken" in volume.notices[0] and str(codes[0]) in volume.notices[0]
     with pytest.raises(VolumeError, match="place the volume differently"):
         read_volume(save_forms(tmp_path / "b.nii", turned, np.diag([2, 2, 2, 1.0]), (1, 1)))
+
+
+@pytest.mark.parametrize(
+    "offset, form, bad, good",
+    [
+        (256, "3f", (1, 1, 1), "sform"),  # no rotation
+        (80, "f", (-2,), "sform"),  # a negative voxel size
+        (280, "12f", (0,) * 12, "qform"),
+        (280, "f", (np.nan,), "qform"),
+    ],
+)
+def test_an_unreadable_form_beside_a_good_one_is_no_contradiction(
+    tmp_path, offset, form, bad, good
+):
+    path = save_forms(tmp_path / "a.nii", AFFINE, AFFINE, (1, 1))
+    data = bytearray(path.read_bytes())
+    struct.pack_into("<" + form, data, offset, *bad)
+    path.write_bytes(data)
+    volume = read_volume(path)
+    np.testing.assert_allclose(volume.affine, AFFINE, atol=1e-5)
+    assert "the other form was taken" in volume.notices[0] and good not in volume.notices[0]
+    struct.pack_into("<h", data, 254 if good == "sform" else 252, 0)
+    path.write_bytes(data)
+    with pytest.raises(VolumeError, match="rotation|singular"):
+        read_volume(path)
+
+
+def test_a_qfac_of_zero_is_one(tmp_path):
+    path = save_forms(tmp_path / "a.nii", None, AFFINE, (0, 1))
+    data = bytearray(path.read_bytes())
+    qfac = struct.unpack_from("<f", data, 76)[0]
+    struct.pack_into("<f", data, 76, 0)
+    path.write_bytes(data)
+    flip = np.diag([1, 1, qfac, 1])
+    np.testing.assert_allclose(read_volume(path).affine, AFFINE @ flip, atol=1e-5)
+
+
+def test_a_qform_cannot_hold_the_shear_of_the_sform(tmp_path):
+    tilted = AFFINE.copy()
+    tilted[1, 2] = 1.0
+    volume = read_volume(save_forms(tmp_path / "a.nii", tilted, tilted, (1, 1)))
+    np.testing.assert_allclose(volume.affine, tilted)
+    with pytest.raises(VolumeError, match="place the volume differently"):
+        read_volume(save_forms(tmp_path / "b.nii", tilted, np.eye(4), (1, 1)))
+
+
+def test_volumes_along_the_fifth_axis_are_parts(tmp_path):
+    values = np.stack([VALUES, VALUES + 1], -1)[:, :, :, None]
+    path = make(tmp_path / "a.nii", values)
+    np.testing.assert_array_equal(read_volume(f"{path}:1").voxels, VALUES + 1)
+    with pytest.raises(VolumeError, match="a.nii:0 to a.nii:1"):
+        read_volume(path)

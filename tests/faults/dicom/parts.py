@@ -156,7 +156,11 @@ FAULTS = [
         "of two studies", partial(folder_of, partial(single_series, other_study)), "", "series"
     ),
     refused(
-        "one is missing", partial(folder_of, partial(single_series, without_one)), "", "series"
+        "one is missing",
+        partial(folder_of, partial(single_series, without_one)),
+        "",
+        "missing",
+        "uneven_slices",
     ),
 ]
 PARTS = Group("DICOM parts", read_volume, FAULTS, {"the first at each place": first_frames})
