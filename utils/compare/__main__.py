@@ -2,7 +2,8 @@
 
     python -m utils.compare RUN RUN ... [--out FOLDER]
 
-RUN is a folder <results_dir>/<experiment>; the others are compared with the first.
+RUN is a folder <results_dir>/<experiment>, of a run or of a --cv, or of an earlier test in it; the
+others are compared with the first.
 """
 
 import argparse
@@ -37,13 +38,15 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     folders = [Path(expand_path(text)) for text in dict.fromkeys(args.runs)]
     if not 2 <= len(folders) <= MAX_RUNS:
-        raise InputError(f"{len(folders)} different runs: expected 2 to {MAX_RUNS}")
+        raise InputError(f"{len(folders)} different runs given: expected 2 to {MAX_RUNS}")
+    out = Path(expand_path(args.out))
+    if (out / "config.yaml").exists():
+        raise InputError(f"--out: {out} holds a run, whose report would be replaced: name another")
     runs = [read_run(f, name) for f, name in zip(folders, short_names(folders), strict=True)]
     table, settings = overview(runs), differing_settings(runs)
     pairs = [paired(runs[0], other) for other in runs[1:]]
     rows, notes = [r for found, _ in pairs for r in found], [n for _, ns in pairs for n in ns]
 
-    out = Path(expand_path(args.out))
     out.mkdir(parents=True, exist_ok=True)
     curves = plot_over_each_other(out / "curves.png", {run.name: run.rows for run in runs})
     differences = [[_readable(row) for row in rows]] if rows else []
@@ -95,7 +98,7 @@ def in_columns(rows: Sequence[Row]) -> str:
 
 
 def _text(value: object) -> str:
-    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+    return "-" if value is None else number(value) if isinstance(value, float) else str(value)
 
 
 if __name__ == "__main__":

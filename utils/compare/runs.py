@@ -20,6 +20,7 @@ from utils.training.runlog import read_metrics
 
 BEST_BY = {"val_dice": max, "val_auc": max, "val_loss": min}  # the first that a run has
 NO_SETTING = ("experiment", "results_dir", "resume_training_from", "test_ckpt", "cache_dir")
+SCORES = ("summary.json", "metrics.json")  # of a test
 TOLERANCE = 1e-3  # mL, or of a number: equal truths of two tests
 Row = dict[str, Any]
 
@@ -51,16 +52,18 @@ class Run:
 
 
 def read_run(folder: Path, name: str) -> Run:
-    """Read a run's folder. Raises InputError if it is none."""
-    config = folder / "config.yaml"
+    """Read the folder of a run, of a --cv or of a test. Raises InputError if it is none."""
+    config, of_test = folder / "config.yaml", folder / "test" / "config.yaml"
+    if of_test.exists() and not config.exists():  # of --cv, or of an ensemble
+        config = of_test
     try:
         settings = strict_yaml.parse(read_text(config))[0]
     except ValueError as error:
         what = f"{config}: {error}; give the folder of a run, <results_dir>/<experiment>"
         raise InputError(what) from None
     run = Run(name, dict(_flat(settings)), read_metrics(folder / "metrics.csv"))
-    test = folder / "test"
-    for path in (test / "summary.json", test / "metrics.json"):
+    test = folder if any((folder / name).exists() for name in SCORES) else folder / "test"
+    for path in (test / name for name in SCORES):
         if path.exists():
             try:
                 found = json.loads(read_text(path))
@@ -154,6 +157,8 @@ def paired(first: Run, other: Run) -> tuple[list[Row], list[str]]:
     shared = [name for name in first.cases if name in other.cases]
     if not shared:
         return [], [f"{pair}: no test of the same class or target in both"]
+    if single := sorted(first.cases.keys() ^ other.cases.keys()):
+        notes.append(f"{pair}: only one of them has {', '.join(single)}")
     found, by_class = {}, "dice" in next(iter(first.cases[shared[0]].values()))
     for name in shared:
         one, two = first.cases[name], other.cases[name]

@@ -188,7 +188,7 @@ def in_words(metrics: dict[str, dict]) -> str:
     lines = []
     for target, found in metrics.items():
         scores = [
-            f"{LABELS[name]} {number(found[name])} ({_ends(found, name)})"
+            f"{LABELS[name]} {number(found[name])} ({_ends(found, name) or 'no interval'})"
             for name in IN_GROUPS
             if found.get(name) is not None
         ]

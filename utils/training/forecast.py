@@ -17,29 +17,34 @@ DAYS = 2  # of training on a CPU, beyond which it is a warning
 
 
 class Forecast:
-    """Watches the first epoch of a process."""
+    """Watches the first steps of a process."""
 
     def __init__(self):
-        self.steps, self.began, self.waited = 0, 0.0, 0.0
+        self.steps, self.seconds, self.waited = 0, 0.0, 0.0
+        self.watch, self.seen = None, (0.0, 0.0)
 
     def note(self, run, state, watch) -> None:
         """Count a step, and say once what the run will take.
 
-        watch: the epoch's `Stopwatch`, which has the parts data and compute.
+        watch: the `Stopwatch` of this epoch, which has the parts data and compute.
         """
-        self.steps += 1
-        if self.steps == FIRST:
-            self.began, self.waited = watch.total(), watch.seconds["data"]
-        seconds, counted = watch.total() - self.began, self.steps - FIRST
+        if watch is not self.watch:
+            self.watch, self.seen = watch, (0.0, 0.0)
+        now = (watch.total(), watch.seconds["data"])
+        if self.steps >= FIRST:
+            self.seconds += now[0] - self.seen[0]
+            self.waited += now[1] - self.seen[1]
+        self.steps, self.seen = self.steps + 1, now
+        seconds, counted = self.seconds, self.steps - FIRST
         last = (state.step + 1) % state.steps_per_epoch == 0
         if counted < 1 or not (self.steps == ENOUGH or seconds > ENOUGH_S or last):
             return
         run.forecast = None
-        each, waited = seconds / counted, max(watch.seconds["data"] - self.waited, 0)
+        each, waited = seconds / counted, self.waited / seconds
         epoch = each * state.steps_per_epoch
         left = each * (run.cfg.n_epochs * state.steps_per_epoch - state.step - 1)
         run.say(
-            f"a step takes {_time(each)} ({waited / seconds:.0%} of it waiting for data), an epoch "
+            f"a step takes {_time(each)} ({waited:.0%} of it waiting for data), an epoch "
             f"{_time(epoch)}, the rest of the run {_time(left)}, validation apart; at most "
             f"{_memory(run.device)}; checkpoints take {_disk(run.checkpoints)}"
         )

@@ -50,10 +50,10 @@ def test_two_segmentations(tmp_path, capsys):
     two = make(tmp_path / "two", better, lr=0.02, classes={"a": 1, "b": 2})
     assert main([str(one), str(two), "--out", str(tmp_path / "out")]) == 0
     said = capsys.readouterr().out
-    assert re.search(r"one +resunet +2 +2 +0\.6 ", said)
+    assert re.search(r"one +resunet +2 +2 +0\.600 ", said)
     assert re.search(r"learning_rate +0\.01 +0\.02", said) and "experiment" not in said
-    assert re.search(r"two minus one +Dice +dice +0\.15 +\+0\.150 to \+0\.150 +12 +6", said)
-    assert re.search(r"two minus one +Dice b +dice +0\.2 +\+0\.200 to \+0\.200 +11 +6", said)
+    assert re.search(r"two minus one +Dice +dice +0\.150 +\+0\.150 to \+0\.150 +12 +6", said)
+    assert re.search(r"two minus one +Dice b +dice +0\.200 +\+0\.200 to \+0\.200 +11 +6", said)
     page = (tmp_path / "out" / "report.html").read_text()
     assert "Settings that differ" in page and page.count("<img") == 1
 
@@ -115,19 +115,41 @@ def test_two_classifications(tmp_path):
     assert 0 < low <= found["y"]["difference"] <= high
 
 
+def test_a_cv_and_an_earlier_test_are_compared_too(tmp_path, capsys):
+    one, cv = make(tmp_path / "one", {"a": [0.5] * 4}), make(tmp_path / "cv", {"a": [0.7] * 4})
+    (cv / "config.yaml").rename(cv / "test" / "config.yaml")
+    (cv / "metrics.csv").unlink()
+    (one / "test").rename(one / "test_2026")
+    (one / "test_2026" / "config.yaml").write_text((one / "config.yaml").read_text())
+    assert main([str(one / "test_2026"), str(cv), "--out", str(tmp_path / "out")]) == 0
+    assert re.search(r"cv minus test_2026 +Dice +dice +0\.200 ", capsys.readouterr().out)
+
+
+def test_classes_of_one_test_alone_are_named(tmp_path):
+    one = make(tmp_path / "one", {"a": [0.5] * 4, "b": [0.5] * 4})
+    two = make(tmp_path / "two", {"a": [0.6] * 4, "c": [0.5] * 4})
+    rows, notes = paired(read_run(one, "one"), read_run(two, "two"))
+    assert len(rows) == 2 and notes == ["two minus one: only one of them has b, c"]
+
+
+def test_the_report_of_a_run_is_not_replaced(tmp_path):
+    one, two = make(tmp_path / "one"), make(tmp_path / "two")
+    with pytest.raises(InputError, match="--out: .*one holds a run, whose report would be replace"):
+        main([str(one), str(two), "--out", str(one)])
+    assert not (one / "report.html").exists()
+
+
 def test_what_is_no_run_is_refused(tmp_path):
     run = make(tmp_path / "run")
     with pytest.raises(InputError, match="config.yaml: cannot be read.*give the folder of a run"):
         main([str(run), str(tmp_path)])
-    with pytest.raises(InputError, match="1 different runs: expected 2 to 7"):
+    with pytest.raises(InputError, match="1 different runs given: expected 2 to 7"):
         main([str(run), str(run)])
 
 
 def test_names_and_columns(tmp_path):
     folders = [tmp_path / "a" / "fold_1", tmp_path / "b" / "fold_1"]
     assert short_names(folders) == ["a/fold_1", "b/fold_1"]
-    assert (
-        in_columns([{"x": 1}, {"x": 0.12345, "y": None}]) == "  x       y\n  1       -\n  0.1235  -"
-    )
+    assert in_columns([{"x": 1}, {"x": 0.12345, "y": None}]) == "  x      y\n  1      -\n  0.123  -"
     one, two = (read_run(make(f, extra=k), str(k)) for k, f in enumerate(folders))
     assert differing_settings([one, two]) == [{"setting": "extra", "0": "0", "1": "1"}]

@@ -101,6 +101,7 @@ def test_scores_in_words():
     assert re.match(rf"n: .*; pooled: mean absolute error {score}, R² {score}; 40 rows", lines[1])
     one = in_words(evaluate(targets, cases[:1], {k: v[:1] for k, v in outputs.items()}))
     assert "1 rows with a label" in one and over not in one
+    assert "(no interval)" in one and "None" not in one
 
 
 def test_no_labels(tmp_path):
