@@ -258,7 +258,7 @@ def _read_paths(
             what = f"{name} {paths[name]}: {e.strerror}"
             if "\\" in text and os.sep == "/":
                 what += "; it has backslashes, as paths of Windows have: write / for them"
-            what += _several_files(name, text, folder)
+            what += _what_helps(name, text, folder)
             problems.append((what, "paths"))
         except ValueError as e:
             hint = "; data.missing_channels=zero allows it" if len(images) > 1 and not text else ""
@@ -272,8 +272,10 @@ def _read_paths(
     return paths, [Problem(line, patient, *problem) for problem in problems]
 
 
-def _several_files(name: str, text: str, folder: Path) -> str:
-    """Say what helps where a cell holds several paths, or return ''."""
+def _what_helps(name: str, text: str, folder: Path) -> str:
+    """Say what helps where a cell holds several paths, or no part of one, or return ''."""
+    if os.path.exists(os.path.join(folder, text.rpartition(":")[0] or "?")):
+        return "; a part is a number from 0, or names and values, such as EchoTime=4.92"
     parts = [part.strip() for part in re.split(r"[;,|]", text)]
     if len(parts) < 2 or not any(os.path.exists(os.path.join(folder, p)) for p in parts if p):
         return ""

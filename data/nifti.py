@@ -37,6 +37,7 @@ FORMS_AGREE_MM, FORMS_AGREE_RELATIVE = 0.1, 1e-3  # sum of both; relative to the
 MAX_SKEW = 0.5  # degrees off the right angle between the pixels' rows and columns
 SAME_SIZE = 0.02  # relative, of the voxels in two spaces
 VOXEL_SIZE_MM = (1e-3, 1000.0)
+NAN_CURE = "; if NaN is background, set data.nan_voxels=background"  # not of masks
 
 
 def is_nifti(path: str | Path) -> bool:
@@ -352,7 +353,10 @@ def real_values(
     if stored.dtype.kind == "f":
         num_bad = stored.size - np.count_nonzero(np.isfinite(stored))
         if num_bad:
-            raise VolumeError(f"{path}: {num_bad} of {stored.size} voxels are NaN or infinite")
+            cure = NAN_CURE * bool(num_bad == np.count_nonzero(np.isnan(stored)))
+            raise VolumeError(
+                f"{path}: {num_bad} of {stored.size} voxels are NaN or infinite{cure}"
+            )
     values = np.empty(stored.shape, np.int16, order="F")
     for z in range(stored.shape[2]):
         try:

@@ -118,6 +118,7 @@ def read_mask(
         volume = read_volume(path)
     except VolumeError as error:
         what, four_d, _ = str(error).partition(", or take all as channels")
+        what = what.removesuffix(nifti.NAN_CURE)
         hint = "; of a volume for each class, write columns of such cells, named in classes"
         raise VolumeError(what + hint * bool(four_d)) from None
     labels, notices = whole_labels(volume.voxels, str(path))

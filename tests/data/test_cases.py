@@ -71,6 +71,11 @@ def test_several_files_in_a_cell(cell, folder):
     assert "write a column for each, named in classes, such as {liver: liver_path}" in mask
 
 
+def test_a_part_that_is_none(folder):
+    (found,) = problems(folder, "PatientID,path,fold\np1,a.nii:-1,0\np2,c.nii,1\n")
+    assert "a part is a number from 0" in found
+
+
 def test_lines_are_those_of_the_file(folder):
     text = 'PatientID,path,fold,note\np1,a.nii,0,"two\nlines"\n\np2,none.nii,1,\np3,b.nii,1\n'
     found = problems(folder, text)

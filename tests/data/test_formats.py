@@ -8,7 +8,7 @@ from data.cache import VolumeCache
 from data.cases import Case
 from data.channels import read_channels
 from data.inference.restore import read_shown, write_prediction
-from data.readers import VolumeError, format_of, read_volume
+from data.readers import VolumeError, format_of, read_mask, read_volume
 from data.sources import fingerprint
 from data.standard import StandardForm
 from tests.data.formats import write_format
@@ -123,8 +123,10 @@ def test_nan_is_air_on_request(tmp_path, name, modality, air):
         nib.save(nib.Nifti1Image(voxels, TURNED), path)
     else:
         write_format(tmp_path / name, voxels, TURNED)
-    with pytest.raises(VolumeError, match="450 of 1080 voxels are NaN"):
+    with pytest.raises(VolumeError, match="450 of 1080 voxels are NaN.*nan_voxels=background"):
         read_volume(path)
+    with pytest.raises(VolumeError, match="infinite$"):  # the setting is of scans alone
+        read_mask(path)
     volume, (scan,), notices = read_channels({"": path}, modality, None, nan_voxels="background")
     assert np.array_equal(scan.voxels, np.where(np.isnan(voxels), air, voxels))
     assert notices == [f"{path}: 450 voxels (41.7%) are NaN, and were taken for background"]
