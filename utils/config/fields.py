@@ -14,6 +14,7 @@ from pydantic import (
     Strict,
     WrapValidator,
 )
+from pydantic_core import PydanticSerializationError
 
 from utils.files import expand_path
 
@@ -25,6 +26,15 @@ class Section(BaseModel):
     """The base of every section of a config file: unknown keys and other types are refused."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    def model_dump(self, **options) -> dict[str, Any]:
+        """Return the settings as plain values."""
+        try:
+            return super().model_dump(**options)
+        except PydanticSerializationError as e:
+            if isinstance(e.__cause__, Exception | None):
+                raise
+            raise e.__cause__ from None  # Stopped, by a signal that came just then
 
 
 def as_text(value: Any) -> Any:

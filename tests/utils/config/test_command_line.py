@@ -8,7 +8,8 @@ from typing import Annotated, Literal
 
 import pytest
 import yaml
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, PlainSerializer
+from pydantic_core import PydanticSerializationError
 
 from models.backbones import facts_of
 from tests.places import ROOT
@@ -23,8 +24,9 @@ from utils.config.command_line import (
     schema_keys,
 )
 from utils.config.dino import DinoConfig, impossible_dino
-from utils.config.fields import Size, Spacing, Texts
+from utils.config.fields import Section, Size, Spacing, Texts
 from utils.errors import nearest
+from utils.signals import Stopped
 
 DEFAULT = ROOT / "dino_config.yaml"
 IMPOSSIBLE = partial(impossible_dino, facts_of=facts_of)
@@ -443,3 +445,17 @@ def test_help_does_not_wait_for_torch(stage):
     assert last == "0 False", run.stderr
     assert f"usage: python {stage}.py" in text and "test_ckpt=null" in text
     assert ("[--cv]" in text) == (stage != "dino")
+
+
+@pytest.mark.parametrize("kind", [Stopped, ValueError])
+def test_a_signal_while_settings_are_written_out_stays_one(kind):
+    def arrive(value):
+        raise kind("SIGINT")
+
+    class Settings(Section):
+        size: Annotated[int, PlainSerializer(arrive)] = 1
+
+    with pytest.raises(
+        PydanticSerializationError if kind is ValueError else Stopped, match="SIGINT"
+    ):
+        Settings().model_dump()
