@@ -376,6 +376,7 @@ def sizes() -> None:
         )
         ax.loglog(list(passes), seconds, "o-")
         ax.set(xlabel=name, ylabel="s", xticks=list(passes), xticklabels=list(passes))
+        ax.set_yticks(seconds, [f"{s:.2g}" for s in seconds])
         ax.minorticks_off()
     path = Path("results/benchmarks/sizes.png")
     path.parent.mkdir(parents=True, exist_ok=True)
