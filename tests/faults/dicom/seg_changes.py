@@ -9,21 +9,14 @@ import pydicom
 from pydicom.dataset import Dataset
 
 from tests.data.dicom.segs import item
+from tests.faults.dicom import build
 
 Change = Callable[[Dataset], Dataset | None]
 
 
 def each(**values) -> Change:
     """Elements of the data set; None removes them."""
-
-    def change(ds: Dataset) -> None:
-        for keyword, value in values.items():
-            if value is None:
-                delattr(ds, keyword)
-            else:
-                setattr(ds, keyword, value)
-
-    return change
+    return lambda ds: build.each(**values)([ds])
 
 
 def measures(**values) -> Change:
